@@ -1,0 +1,139 @@
+"""FlexAttention under packed layouts: torch compiles one kernel from a mask function and a cached block mask.
+
+A second implementation that shares nothing with the merge of `attention.merge`: the anchor is part of the mask. It
+takes float32 on CUDA, soft-capping and any head dimension. The block mask, which tells the kernel which blocks of keys
+a block of queries must read, is computed from the layout's boundaries in numpy; no T x T mask exists at any time.
+
+On a CPU FlexAttention has no backward pass: tensors there that require gradients are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
+
+from anchorctx.attention.kernels.base import Score
+from anchorctx.attention.kernels.varlen import uncached_under_fake
+from anchorctx.errors import BackendUnavailableError
+from anchorctx.layout import PackedLayout
+
+BLOCK = 128
+"""Tokens of a block of queries or keys, at least."""
+MAX_BLOCKS = 2048
+"""Blocks in a row, at most: torch holds four integers per pair of blocks, so longer rows get larger blocks."""
+NO_CPU_BACKWARD = "FlexAttention computes no gradients on a CPU: use attention=cpu, or detached tensors"
+
+
+def flex_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layouts: Sequence[PackedLayout], score: Score
+) -> torch.Tensor:
+    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable on CUDA.
+
+    Raises:
+        BackendUnavailableError: a tensor on a CPU requires gradients (torch refuses it even under `no_grad`).
+    """
+    if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value)):
+        raise BackendUnavailableError(NO_CPU_BACKWARD)
+    return _compiled()(
+        query,
+        key,
+        value,
+        score_mod=None if score.softcap is None else _softcap(score.softcap),
+        block_mask=block_mask(layouts, query.device, score.window),
+        scale=score.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def block_mask(layouts: Sequence[PackedLayout], device: torch.device, window: int | None = None) -> BlockMask:
+    """The batch's block mask, (B, 1, T, T); cached per layouts, device and window.
+
+    Layouts must have their documents together (`PackedLayout.by_document`) and share one anchor length.
+    """
+    return uncached_under_fake(_block_mask)(tuple(layouts), device, window)
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(layouts: tuple[PackedLayout, ...], device: torch.device, window: int | None) -> BlockMask:
+    anchor, length = layouts[0].anchor_len, layouts[0].length
+    block = block_size(length)
+    first = np.stack([first_keys(layout, window) for layout in layouts])
+    parts = [part for kind in _visible_blocks(first, anchor, block) for part in _as_lists(kind)]
+    with torch.inference_mode(False):  # cached, and a later backward could not save an inference tensor
+        counts, indices, full_counts, full_indices = (torch.tensor(x).to(device).unsqueeze(1) for x in parts)
+        mask = _mask(torch.tensor(first).to(device), anchor)
+        return BlockMask.from_kv_blocks(
+            counts, indices, full_counts, full_indices, BLOCK_SIZE=block, mask_mod=mask, seq_lengths=(length, length)
+        )
+
+
+def block_size(length: int) -> int:
+    """Tokens of a block in a row of `length` tokens: 128, doubled until at most `MAX_BLOCKS` blocks cover the row."""
+    block = BLOCK
+    while -(-length // block) > MAX_BLOCKS:
+        block *= 2
+    return block
+
+
+def first_keys(layout: PackedLayout, window: int | None) -> np.ndarray:
+    """(T,) int32: the first token of its own document that each token sees; it grows along the row."""
+    offsets = layout.doc_offsets
+    starts = np.repeat(offsets[:-1], np.diff(offsets))
+    if window is not None:
+        windowed = np.maximum(starts, np.arange(layout.length) - window + 1)
+        documents = slice(layout.anchor_len, None)  # no window hides the anchor, not from itself either
+        starts[documents] = windowed[documents]
+    return starts.astype(np.int32)
+
+
+def _mask(first: torch.Tensor, anchor: int) -> Callable[..., torch.Tensor]:
+    """The mask function: `first` (B, T) is `first_keys` of each row."""
+
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & ((k >= first[b, q]) | (k < anchor))
+
+    return mask
+
+
+def _softcap(cap: float) -> Callable[..., torch.Tensor]:
+    def capped(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(score / cap) * cap
+
+    return capped
+
+
+def _visible_blocks(first: np.ndarray, anchor: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(partial, full), each (B, n, n) bool over blocks of queries and of keys, from `first_keys` (B, T).
+
+    A block is full when each of its queries sees each of its keys, so that no mask is computed there. A block that
+    holds the anchor's last token and others counts as partial even if it could be full: slower, never wrong.
+    """
+    length = first.shape[1]
+    begins = np.arange(0, length, block)
+    ends = np.minimum(begins + block, length)
+    earliest, latest = first[:, begins, None], first[:, ends - 1, None]  # (B, n, 1): of a block's first and last query
+    earlier = begins[None, :] < begins[:, None]  # (n, n): keys before all of the block's queries
+    visible = (earlier | np.eye(len(begins), dtype=bool)) & ((ends > earliest) | (begins < anchor))
+    full = earlier & ((begins >= latest) | (ends <= anchor))
+    return visible & ~full, full
+
+
+def _as_lists(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B, n, n) bool -> the number (B, n) and the indices (B, n, n) of each query block's key blocks, int32.
+
+    In C order: the compiled kernels read them as contiguous, and another order gives wrong numbers, silently.
+    """
+    counts = blocks.sum(-1, dtype=np.int32)
+    indices = np.argsort(~blocks, axis=-1, kind="stable").astype(np.int32)
+    return np.ascontiguousarray(counts), np.ascontiguousarray(indices)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled() -> Callable[..., torch.Tensor]:
+    """One compiled function for all calls; compiling takes seconds, once per kind of call."""
+    return torch.compile(torch_flex_attention)

@@ -1,0 +1,1 @@
+"""Thin adapters to flash kernels, one file each; see `base.Kernel`."""

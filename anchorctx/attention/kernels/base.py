@@ -1,0 +1,71 @@
+"""What a flash kernel must offer to carry AnchorAttention: intra-document causal attention that hands out its lse.
+
+Shapes: B rows, T tokens, Hq query heads, Hkv key heads (Hq a multiple of Hkv), D head dimension, L tokens of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from anchorctx.layout import PackedLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a score is made from q and k: `softcap * tanh(scale * q.k / softcap)`, within a sliding `window`."""
+
+    scale: float
+    window: int | None = None
+    """Tokens of its own document that a token sees, itself included; None is all of them."""
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The documents that one kernel call covers: the same token range of some rows, documents whole."""
+
+    rows: slice
+    tokens: slice
+    cu_seqlens: torch.Tensor | None = None
+    """(N+1,) int32 document boundaries over the tile's tokens, row after row; None where the tile is one document."""
+    max_seqlen: int = 0
+    """Tokens of the tile's longest document."""
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, ...) -> (b, H, L, ...), a view."""
+        return tensor[self.rows, :, self.tokens]
+
+
+class Kernel(Protocol):
+    """Causal attention inside documents, forward and backward, over one tile."""
+
+    def tiles(self, layouts: Sequence[PackedLayout], device: torch.device) -> Sequence[Tile]:
+        """Cut the batch into kernel calls. Layouts have their documents together and share one anchor length."""
+        ...
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q (b, Hq, L, D), k, v (b, Hkv, L, D) -> o (b, Hq, L, D), lse (b, Hq, L), natural log, at least float32.
+
+        o is the caller's to overwrite.
+        """
+        ...
+
+    def backward(
+        self,
+        do: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        tile: Tile,
+        score: Score,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients dq, dk, dv of the documents' own scores, given the o and lse of the *total* softmax."""
+        ...

@@ -1,0 +1,131 @@
+"""What the varlen kernels on CUDA share: many documents in one call, told apart by their boundaries.
+
+Such a kernel takes q (N, Hq, D) and k, v (N, Hkv, D), N tokens of all documents one after the other, `cu_seqlens`, and
+returns o (N, Hq, D) and the log-sum-exp (Hq, N) in float32. Projections leave q, k and v in memory as (B, T, H, D), so
+that a whole batch is such a sequence of tokens without a copy. Grouped-query heads are the kernels' own.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch._guards import detect_fake_mode
+
+from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.layout import PackedLayout
+
+MAX_SEQUENCES = 1024
+"""Documents in one call, at most.
+
+CUDA's grid ends at 65,535 sequences. Memory ends sooner: FlashAttention-2's backward keeps a float32 accumulator of dq
+with 128 extra tokens a sequence, which for 65,535 sequences of 32 heads of 128 is 137 GB; here it is 2.1 GB. A call of
+1,024 documents fills any card, so cutting there costs nothing that could be measured against it.
+"""
+ALIGNMENT = 8
+"""The kernels take head dimensions that are multiples of 8; others are padded with zeros, which changes no score."""
+
+_Cached = TypeVar("_Cached", bound=Callable[..., Any])
+
+
+class Packed(NamedTuple):
+    """q, k, v of one call, (N, H, D) with a contiguous last dimension."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class VarlenKernel(abc.ABC):
+    """Implements `Kernel` by means of `varlen_forward` and `varlen_backward`, which subclasses provide."""
+
+    def __init__(self, max_sequences: int = MAX_SEQUENCES) -> None:
+        """`max_sequences`: documents in one call, at most."""
+        self.max_sequences = max_sequences
+
+    @abc.abstractmethod
+    def varlen_forward(self, packed: Packed, tile: Tile, score: Score) -> tuple[torch.Tensor, torch.Tensor]:
+        """Causal attention inside documents: o (N, Hq, D), lse (Hq, N) float32."""
+
+    @abc.abstractmethod
+    def varlen_backward(
+        self, do: torch.Tensor, packed: Packed, o: torch.Tensor, lse: torch.Tensor, tile: Tile, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dq (N, Hq, D), dk and dv (N, Hkv, D) from do and o (N, Hq, D) and lse (Hq, N)."""
+
+    def tiles(self, layouts: Sequence[PackedLayout], device: torch.device) -> Sequence[Tile]:
+        """One tile for the whole batch, or several a row where it has more than `max_sequences` documents."""
+        return uncached_under_fake(_tiles)(tuple(layouts), device, self.max_sequences)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernel.forward`."""
+        o, lse = self.varlen_forward(Packed(pack(q), pack(k), pack(v)), tile, score)
+        return unpack(o, q), lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
+
+    def backward(
+        self,
+        do: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        o: torch.Tensor,
+        lse: torch.Tensor,
+        tile: Tile,
+        score: Score,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Kernel.backward`."""
+        packed = Packed(pack(q), pack(k), pack(v))
+        heads_first = lse.transpose(0, 1).flatten(1).contiguous()
+        dq, dk, dv = self.varlen_backward(pack(do), packed, pack(o), heads_first, tile, score)
+        return unpack(dq, q), unpack(dk, k), unpack(dv, v)
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """(b, H, L, D) -> (b*L, H, D'), D' the next multiple of 8; a view where memory is (b, L, H, D)."""
+    packed = x.transpose(1, 2).flatten(0, 1)
+    padding = -packed.shape[-1] % ALIGNMENT
+    if padding:
+        return torch.nn.functional.pad(packed, (0, padding))
+    # Gradients that come from a sum are expanded: a stride of 0, which no kernel takes.
+    return packed if packed.stride(-1) == 1 else packed.contiguous()
+
+
+def unpack(packed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(b*L, H, D') -> (b, H, L, D), the shape of `like`; a view."""
+    return packed[..., : like.shape[-1]].unflatten(0, (like.shape[0], -1)).transpose(1, 2)
+
+
+def uncached_under_fake(cached: _Cached) -> _Cached:
+    """The `functools.lru_cache`d function, past its cache while tensors are fake: neither kind may meet the other's."""
+    return cached.__wrapped__ if detect_fake_mode() is not None else cached  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=64)
+def _tiles(layouts: tuple[PackedLayout, ...], device: torch.device, limit: int) -> tuple[Tile, ...]:
+    if sum(len(layout.doc_offsets) - 1 for layout in layouts) <= limit:
+        length = layouts[0].length
+        ends = (row * length + end for row, layout in enumerate(layouts) for end in layout.doc_offsets[1:])
+        return (_tile(slice(0, len(layouts)), slice(0, length), [0, *ends], device),)
+    return tuple(
+        _tile(slice(row, row + 1), slice(ends[0], ends[-1]), [end - ends[0] for end in ends], device)
+        for row, layout in enumerate(layouts)
+        for ends in _chunks(layout.doc_offsets, limit)
+    )
+
+
+def _chunks(offsets: Sequence[int], limit: int) -> Iterator[Sequence[int]]:
+    """Boundaries of at most `limit` documents at a time; neighbours share one boundary."""
+    for first in range(0, len(offsets) - 1, limit):
+        yield offsets[first : first + limit + 1]
+
+
+def _tile(rows: slice, tokens: slice, offsets: Sequence[int], device: torch.device) -> Tile:
+    longest = max(b - a for a, b in zip(offsets, offsets[1:], strict=False))
+    with torch.inference_mode(False):  # cached, and a later backward could not save an inference tensor
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32).to(device)
+    return Tile(rows, tokens, cu_seqlens, longest)

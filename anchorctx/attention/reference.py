@@ -1,0 +1,27 @@
+"""The specification: dense masked attention in plain torch, any dtype and device. Quadratic in memory.
+
+Optimised backends are tested against this file and never import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from anchorctx.attention.kernels.base import Score
+from anchorctx.layout import PackedLayout
+
+
+def reference_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layouts: Sequence[PackedLayout], score: Score
+) -> torch.Tensor:
+    """query (B, Hq, T, D), key and value (B, Hkv, T, D), one layout a row -> (B, Hq, T, D); differentiable."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * score.scale  # (B, Hq, T, T)
+    if score.softcap is not None:
+        scores = torch.tanh(scores / score.softcap) * score.softcap
+    allowed = torch.stack([layout.allowed(query.device, score.window) for layout in layouts])
+    scores = scores.masked_fill(~allowed[:, None], float("-inf"))
+    return torch.softmax(scores, dim=-1) @ value

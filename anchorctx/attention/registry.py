@@ -1,0 +1,212 @@
+"""The attention backends, what each can do, and `attend`, the one function that calls them.
+
+An explicit request never falls back: a backend that cannot serve a call raises and names what is missing. `auto`
+says in the log what it chose and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anchorctx.attention import flex
+from anchorctx.attention.kernels import flash_attn, torch_varlen
+from anchorctx.attention.kernels.base import Kernel, Score
+from anchorctx.attention.kernels.cpu import CpuKernel
+from anchorctx.attention.merge import anchor_attention
+from anchorctx.attention.reference import reference_attention
+from anchorctx.errors import BackendUnavailableError
+from anchorctx.layout import PackedLayout
+
+logger = logging.getLogger(__name__)
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[PackedLayout], Score], torch.Tensor]
+ANY_FLOAT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """An implementation of `attend` and the calls that it can serve."""
+
+    name: str
+    attend: Attend
+    summary: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    softcap: bool = False
+    max_head_dim: int | None = None
+    missing: Callable[[], str | None] = lambda: None
+    """What is not installed here, as the end of a sentence; None when the backend can be called."""
+    limits: Callable[[torch.Tensor, Score], str | None] = lambda query, score: None
+    """What an installed backend cannot do of this call, as the end of a sentence; None when it can serve it."""
+
+    def refusal(self, query: torch.Tensor, score: Score) -> str | None:
+        """Why this backend cannot serve the call, or None."""
+        if query.device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, but the tensors are on {query.device.type}"
+        if query.dtype not in self.dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"takes {names}, but the tensors are {str(query.dtype).removeprefix('torch.')}"
+        if score.softcap is not None and not self.softcap:
+            return f"cannot soft-cap scores, but the model asks for softcap={score.softcap}"
+        if self.max_head_dim is not None and query.shape[-1] > self.max_head_dim:
+            return f"takes head dimensions up to {self.max_head_dim}, but the model's is {query.shape[-1]}"
+        return self.missing() or self.limits(query, score)
+
+
+def _merged(kernel: Kernel) -> Attend:
+    return functools.partial(anchor_attention, kernel=kernel)
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "flash_attn",
+            _merged(flash_attn.FlashAttnKernel()),
+            "flash-attn's varlen kernels (FA2, FA3 or FA4, whichever is installed) and the anchor merge",
+            ("cuda",),
+            HALF,
+            softcap=True,
+            max_head_dim=256,
+            missing=flash_attn.missing,
+            limits=flash_attn.limits,
+        ),
+        Backend(
+            "torch_varlen",
+            _merged(torch_varlen.TorchVarlenKernel()),
+            "torch's built-in CUDA flash attention and the anchor merge; nothing to install",
+            ("cuda",),
+            HALF,
+            max_head_dim=256,
+            missing=torch_varlen.missing,
+        ),
+        Backend(
+            "cpu",
+            _merged(CpuKernel()),
+            "torch's CPU flash attention, one call a document, and the anchor merge",
+            ("cpu",),
+            ANY_FLOAT,
+        ),
+        Backend(
+            "flex",
+            flex.flex_attention,
+            "FlexAttention with a cached block mask",
+            ("cuda",),
+            (torch.float32, *HALF),
+            softcap=True,
+        ),
+        Backend(
+            "reference",
+            reference_attention,
+            "dense masked softmax, quadratic in memory",
+            ("cpu", "cuda"),
+            ANY_FLOAT,
+            True,
+        ),
+    )
+}
+"""In the order in which `auto` tries them."""
+
+
+def choose(name: str, query: torch.Tensor, score: Score) -> Backend:
+    """The backend called `name`, or for `auto` the first that can serve the call.
+
+    Raises BackendUnavailableError, with the reason and the backends that would do.
+    """
+    refusals = {backend.name: backend.refusal(query, score) for backend in BACKENDS.values()}
+    if name == "auto":
+        for backend in BACKENDS.values():
+            if refusals[backend.name] is None:
+                _log_choice(backend.name, tuple((n, r) for n, r in refusals.items() if r))
+                return backend
+        raise BackendUnavailableError(f"no attention backend serves this call: {_join(refusals)}")
+    if name not in BACKENDS:
+        raise BackendUnavailableError(f"unknown attention backend '{name}': choose auto, {', '.join(BACKENDS)}")
+    if refusals[name] is not None:
+        usable = [n for n, refusal in refusals.items() if refusal is None]
+        hint = f"use attention={usable[0]}" if usable else "no other backend serves this call either"
+        raise BackendUnavailableError(f"attention backend '{name}' {refusals[name]}: {hint}")
+    return BACKENDS[name]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layouts: Sequence[PackedLayout],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention under packed layouts: each token sees the anchor and the earlier tokens of its own document.
+
+    Args:
+        query: (B, Hq, T, D), rotated already.
+        key, value: (B, Hkv, T, D) with Hq a multiple of Hkv; the dtype of `query`.
+        layouts: one a row; all must have one anchor length. Interleaved documents (`doc_ids`) are allowed.
+        scale: factor on the scores; None is `D ** -0.5`.
+        window: sliding window in tokens of the document; the anchor stays visible. None is no window.
+        softcap: `softcap * tanh(score / softcap)` in place of the score (Gemma 2). None is off.
+        backend: `auto` or a name in `BACKENDS`.
+
+    Returns:
+        (B, Hq, T, D), laid out in memory as (B, T, Hq, D). Differentiable (once).
+
+    Raises:
+        ValueError: shapes or layouts that do not agree.
+        BackendUnavailableError: the backend cannot serve this call here.
+    """
+    layouts = tuple(layouts)
+    _check(query, key, value, layouts)
+    if window is not None and window < max(layouts[0].anchor_len, 1):
+        raise ValueError(
+            f"a window of {window} tokens must hold the anchor, which is {layouts[0].anchor_len} tokens long"
+        )
+    score = Score(query.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
+    chosen = choose(backend, query, score)
+    if all(layout.doc_ids is None for layout in layouts):
+        return chosen.attend(query, key, value, layouts, score)
+    order = torch.stack([torch.from_numpy(layout.order_array()) for layout in layouts]).to(query.device)  # (B, T)
+    grouped = tuple(layout.by_document() for layout in layouts)
+    out = chosen.attend(*(_reorder(x, order) for x in (query, key, value)), grouped, score)
+    return _reorder(out, torch.argsort(order, dim=1))
+
+
+def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return x.gather(2, order[:, None, :, None].expand(x.shape))
+
+
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layouts: tuple[PackedLayout, ...]) -> None:
+    batch, heads, tokens, dim = query.shape
+    if key.shape != value.shape or (key.shape[0], key.shape[2], key.shape[3]) != (batch, tokens, dim):
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must be (B, H, T, D) "
+            "and agree in B, T and D"
+        )
+    if heads % key.shape[1]:
+        raise ValueError(f"{heads} query heads must be a multiple of {key.shape[1]} key heads")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query {query.dtype}, key {key.dtype} and value {value.dtype} must have one dtype")
+    if [layout.length for layout in layouts] != [tokens] * batch:
+        lengths = [layout.length for layout in layouts]
+        raise ValueError(f"{batch} rows of {tokens} tokens need as many layouts of that length, got {lengths}")
+    if len({layout.anchor_len for layout in layouts}) > 1:
+        raise ValueError(f"rows of a batch must share one anchor_len, got {[x.anchor_len for x in layouts]}")
+
+
+@functools.lru_cache(maxsize=32)
+def _log_choice(name: str, refused: tuple[tuple[str, str], ...]) -> None:
+    reasons = "; ".join(f"{other} {reason}" for other, reason in refused)
+    logger.info("attention backend: %s (%s)", name, f"others: {reasons}" if reasons else "first choice")
+
+
+def _join(refusals: dict[str, str | None]) -> str:
+    return "; ".join(f"{name} {refusal}" for name, refusal in refusals.items())

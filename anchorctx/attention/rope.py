@@ -1,0 +1,91 @@
+"""The precision of rotary position embeddings, for any transformers decoder, without touching a library file.
+
+transformers computes the rotation angles in float32, casts their cosines and sines to the activations' dtype and
+rotates in it. In bfloat16 this breaks the property that RoPE is relative (arXiv 2411.13476, section 3).
+
+`float32` calls each rotary module with an empty float32 tensor in the activations' place, of which it reads only the
+dtype and device. Its cosines and sines then come out in float32, transformers' own rotation promotes q and k to
+float32, and `anchorctx.attention.interface` casts them to the values' dtype, once.
+
+Known departures in transformers' own rotation (5.24): OLMo 2 and OLMo 3 always take float32 cosines and sines, so both
+settings are the same for them; Cohere 2 rotates in float32 and OLMo 2 and 3 promote, but all three cast q and k back to
+the activations' dtype themselves: still one cast, a little earlier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import torch
+
+from anchorctx.errors import UserError
+
+
+class RopeDtype(StrEnum):
+    """The dtype in which queries and keys are rotated."""
+
+    bfloat16 = "bfloat16"
+    """The activations' own dtype, as transformers does: with a bfloat16 model, the defect that the paper studies."""
+    float32 = "float32"
+    """Rotate in float32 and cast once, afterwards."""
+
+
+def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:
+    """Set the rotation's dtype in every rotary module of `model`; idempotent and reversible.
+
+    Adds no parameter, buffer or hook; a deep copy or a pickled copy of the model keeps the setting.
+
+    Raises:
+        UserError: the model has no rotary module.
+    """
+    modules = rotary_modules(model)
+    if not modules:
+        raise UserError(f"{type(model).__name__} has no rotary position embeddings: use a RoPE decoder")
+    for module in modules:
+        module.__dict__.pop("forward", None)
+        if rope_dtype is RopeDtype.float32:
+            module.forward = partial(_float32_forward, module)
+
+
+def get_rope_dtype(model: torch.nn.Module) -> RopeDtype:
+    """What `set_rope_dtype` set last."""
+    wrapped = any("forward" in module.__dict__ for module in rotary_modules(model))
+    return RopeDtype.float32 if wrapped else RopeDtype.bfloat16
+
+
+def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that turn position ids into cosines and sines: those that hold inverse frequencies."""
+    return [module for module in model.modules() if _frequencies(module)]
+
+
+def _frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in module._buffers.items() if name.endswith("inv_freq") and x is not None}
+
+
+def _float32_forward(module: torch.nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The rotary module's own forward, asked for float32."""
+    for name, frequencies in _frequencies(module).items():
+        if frequencies.dtype not in (torch.float32, torch.float64):
+            # A blanket model.to(bfloat16) rounds them: the angles would be wrong by radians at long distances.
+            raise RuntimeError(f"{name} was cast to {frequencies.dtype}: load the model in its dtype, do not cast it")
+    with _exact_matmul():
+        return type(module).forward(module, x.new_empty(0, dtype=torch.float32), *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _exact_matmul() -> Iterator[None]:
+    """No TF32: older transformers multiply positions by frequencies in a matmul, where TF32 keeps only 11 bits.
+
+    Set through the backend's own switch, because torch's global one raises where a user has mixed both.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,78 @@
+"""What every command with a configuration shares: `--help`, `--show`, and the resolved dataclass."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+
+from anchorctx.cli.main import COMMANDS, Arguments
+from anchorctx.config import compose_config, conf_dir, resolve, schema
+
+
+def configuration(command: str, arguments: Arguments, example: str) -> Any | None:
+    """The command's configuration, or None after printing what `--help` or `--show` asked for."""
+    if arguments.help:
+        print(help_text(command, example))
+        return None
+    if arguments.show:
+        print(OmegaConf.to_yaml(compose_config(command, arguments.overrides, arguments.recipe)), end="")
+        return None
+    return resolve(command, arguments.overrides, arguments.recipe)
+
+
+def help_text(command: str, example: str) -> str:
+    """Every key with its default and its meaning, the groups of `conf/`, and an example."""
+    lines = [f"anchorctx {command}: {COMMANDS[command]}", "", "example:", textwrap.indent(example, "  "), "", "keys:"]
+    for key, default, meaning in _keys(schema(command)):
+        lines.append(f"  {key}={default}")
+        lines += textwrap.wrap(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    lines += _groups(command)
+    return "\n".join(lines)
+
+
+def _keys(owner: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    docs, hints = field_docs(owner), get_type_hints(owner)
+    for field in dataclasses.fields(owner):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _keys(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + field.name, _default(field), docs.get(field.name, "")
+
+
+def field_docs(owner: type) -> dict[str, str]:
+    """The docstring line under each field of a dataclass, from its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    body = tree.body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for field, doc in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+            docs[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
+    return docs
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    factory = field.default_factory
+    value = factory() if callable(factory) else field.default
+    if value is dataclasses.MISSING:
+        return "???"
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _groups(command: str) -> list[str]:
+    """Ready-made choices for parts of the configuration."""
+    fields = {field.name for field in dataclasses.fields(schema(command))}
+    groups = {path.name: sorted(p.stem for p in path.glob("*.yaml")) for path in conf_dir().iterdir() if path.is_dir()}
+    found = [f"  {name}={'|'.join(choices)}" for name, choices in sorted(groups.items()) if name in fields]
+    return ["", "ready-made choices:", *found] if found else []

@@ -1,0 +1,89 @@
+"""`anchorctx doctor`: what is installed, which attention backends work here, and how to get the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+import torch
+
+from anchorctx.attention import BACKENDS, attend
+from anchorctx.attention.kernels.base import Score
+from anchorctx.cli.main import Arguments, main
+from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout
+
+REQUIRED = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "safetensors", "numpy")
+OPTIONAL = {
+    "zstandard": ("reads .jsonl.zst", "anchorctx[zstd]"),
+    "matplotlib": ("draws pictures", "anchorctx[plots]"),
+    "wandb": ("logs to Weights & Biases", "anchorctx[wandb]"),
+    "flash-attn": ("the flash_attn backend on CUDA", "anchorctx[flash]"),
+    "liger-kernel": ("fused loss on CUDA", "anchorctx[liger]"),
+}
+
+
+def run(arguments: Arguments) -> None:
+    """Print the report; it takes no configuration."""
+    if arguments.help:
+        print(__doc__)
+        return
+    if arguments.overrides or arguments.recipe or arguments.show:
+        raise UserError(f"takes no arguments, got {' '.join(arguments.overrides) or 'options'}")
+    print(report())
+
+
+def report() -> str:
+    """The whole report as text."""
+    return "\n".join([*_machine(), "", *_packages(), "", *_backends()])
+
+
+def _machine() -> list[str]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    compiler = shutil.which("g++") or "not found: DeepSpeed needs it for CPU collectives and optimizer offload"
+    return [
+        "machine",
+        f"  python       {platform.python_version()} on {platform.platform()}",
+        f"  cpu          {os.cpu_count()} cores, {memory:.0f} GiB",
+        f"  gpu          {', '.join(gpus) or 'none: training runs on the CPU, in float32'}",
+        f"  g++          {compiler}",
+    ]
+
+
+def _packages() -> list[str]:
+    lines = ["packages"]
+    for name in REQUIRED:
+        lines.append(f"  {name:<12} {_version(name) or 'MISSING: pip install anchorctx'}")
+    for name, (purpose, extra) in OPTIONAL.items():
+        lines.append(f"  {name:<12} {_version(name) or f'not installed ({purpose}): pip install {extra!r}'}")
+    return lines
+
+
+def _backends() -> list[str]:
+    """Each backend is really called, forward and backward, on this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lines = [f"attention backends on {device.type}, {str(dtype).removeprefix('torch.')}"]
+    query = torch.randn(1, 4, 256, 64, device=device, dtype=dtype, requires_grad=True)
+    layout = PackedLayout((0, 1, 100, 256), anchor_len=1)
+    for name, backend in BACKENDS.items():
+        refusal = backend.refusal(query, Score(0.125))
+        if refusal is None:
+            attend(query, query, query, [layout], backend=name).sum().backward()
+        lines.append(f"  {name:<12} {f'no: it {refusal}' if refusal else f'works: {backend.summary}'}")
+    return lines
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -1,0 +1,24 @@
+"""`anchorctx export`: a run's checkpoint -> a Hugging Face folder."""
+
+from __future__ import annotations
+
+import sys
+
+from anchorctx.cli.configured import configuration
+from anchorctx.cli.main import Arguments, main
+
+EXAMPLE = "anchorctx export run=runs/mine out_dir=exported dtype=bfloat16"
+
+
+def run(arguments: Arguments) -> None:
+    """Export a run."""
+    config = configuration("export", arguments, EXAMPLE)
+    if config is None:
+        return
+    from anchorctx.train.export import export
+
+    print(f"exported to {export(config)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,0 +1,111 @@
+"""`anchorctx COMMAND [--recipe FILE] [--show] [key=value ...]`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+from dataclasses import dataclass
+
+from anchorctx.errors import UserError
+
+COMMANDS = {
+    "prepare": "documents -> tokens -> packed rows, on disk",
+    "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
+    "export": "a run's checkpoint -> a Hugging Face folder",
+    "eval": "perplexity and retrieval of a Hugging Face folder",
+    "plot": "pictures of runs, patterns and evaluations",
+    "doctor": "what is installed, which attention backends work here, and how to get the rest",
+}
+
+USAGE = """\
+anchorctx: long-context training of RoPE language models with AnchorAttention
+
+usage: anchorctx COMMAND [--recipe FILE] [--show] [key=value ...]
+
+commands:
+{commands}
+
+key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with its default and meaning
+--recipe FILE   start from a recipe's .yaml instead of the defaults; overrides still apply
+--show          print the resolved configuration and stop
+
+a first run:    bash recipes/quickstart/run.sh
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What the user typed after the command's name."""
+
+    overrides: list[str]
+    recipe: str | None
+    show: bool
+    help: bool
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")
+        return 0
+    if argv[0] == "--version":
+        from anchorctx import __version__
+
+        print(__version__)
+        return 0
+    return _guarded(argv[0], argv[1:])
+
+
+def _guarded(command: str, argv: list[str]) -> int:
+    """Run a command, turning what the user can mend into one sentence on stderr."""
+    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
+    for noisy in ("httpx", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
+        importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
+    except UserError as error:
+        print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(f"anchorctx {command}: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Split options from overrides."""
+    overrides, recipe, rest = [], None, list(argv)
+    show = wants_help = False
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
+            wants_help = True
+        elif word == "--show":
+            show = True
+        elif word.split("=")[0] == "--recipe":
+            recipe = word.partition("=")[2] or (rest.pop(0) if rest else None)
+            if recipe is None:
+                raise UserError("--recipe needs a file: --recipe recipes/NAME/recipe_train.yaml")
+        elif word.startswith("-"):
+            raise UserError(f"unknown option '{word}': options are --help, --recipe FILE and --show")
+        else:
+            overrides.append(word)
+    return Arguments(overrides, recipe, show, wants_help)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""`anchorctx prepare`: documents -> tokens -> packed rows."""
+
+from __future__ import annotations
+
+import sys
+
+from anchorctx.cli.configured import configuration
+from anchorctx.cli.main import Arguments, main
+
+EXAMPLE = "anchorctx prepare out_dir=packed tokenizer=MODEL row_length=65536 'sources=[{path: corpus.jsonl.zst}]'"
+
+
+def run(arguments: Arguments) -> None:
+    """Prepare a packed set."""
+    config = configuration("prepare", arguments, EXAMPLE)
+    if config is None:
+        return
+    from anchorctx.data.prepare import prepare
+
+    prepare(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main(["prepare", *sys.argv[1:]]))

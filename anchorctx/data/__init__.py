@@ -1,0 +1,1 @@
+"""Documents to packed rows, and rows to batches."""

@@ -1,0 +1,173 @@
+"""Rows to batches, in an order that is a pure function of (seed, epoch, packed set).
+
+A step is addressed by its number: resuming means asking for the next one. The global batch of a step is the same rows
+whatever the number of processes; each takes its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from anchorctx.data.shards import PackedSet
+from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout, Pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some rows, as a model takes them."""
+
+    input_ids: torch.Tensor
+    """(B, T) int64."""
+    labels: torch.Tensor
+    """(B, T) int64, unshifted, -100 where not trained."""
+    loss_weights: torch.Tensor
+    """(B, T) float32; 0 where not trained."""
+    layouts: tuple[PackedLayout, ...]
+    """One a row, the pattern applied."""
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """(B, T) int64."""
+        return torch.stack([layout.position_ids(self.input_ids.device) for layout in self.layouts])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "labels", "loss_weights")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer update's data: this process's share, and what is known of the whole."""
+
+    micro_batches: tuple[Batch, ...]
+    """This process's."""
+    rows: tuple[int, ...]
+    """Rows of the global step."""
+    weight: float
+    """Sum of the loss weights of the global step."""
+    trained_tokens: int
+    """Tokens with a label in the global step."""
+    documents: int
+    """Documents (or pieces) in the global step."""
+
+
+class RowLoader:
+    """Random access to the steps of a training run."""
+
+    def __init__(
+        self,
+        packed: PackedSet,
+        pattern: Pattern,
+        *,
+        rows_per_step: int,
+        micro_rows: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        _check(rows_per_step, micro_rows, rank, world, seed)
+        self._packed, self._pattern = packed, pattern
+        self._rows_per_step, self._micro_rows = rows_per_step, micro_rows
+        self._rank, self._world = rank, world
+        self._seed, self._shuffle = seed, shuffle
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: tuple[int, Future[Step]] | None = None
+        self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def step(self, index: int) -> Step:
+        """Step `index`, from 0; the next one is read meanwhile."""
+        if self._ahead is not None and self._ahead[0] == index:
+            step = self._ahead[1].result()
+        else:
+            step = self._pool.submit(self._make, index).result()
+        self._ahead = index + 1, self._pool.submit(self._make, index + 1)
+        return step
+
+    def rows(self, index: int) -> np.ndarray:
+        """(rows_per_step,) the global rows of step `index`."""
+        counters = index * self._rows_per_step + np.arange(self._rows_per_step)
+        epochs, within = np.divmod(counters, len(self._packed))
+        return np.concatenate([self._order(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(rows,) the order of an epoch's rows."""
+        if not self._shuffle:
+            return np.arange(len(self._packed))
+        cached = self._epoch_order
+        if cached[0] != epoch:
+            rng = np.random.default_rng([self._seed, epoch, int(self._packed.fingerprint, 16)])
+            self._epoch_order = cached = epoch, rng.permutation(len(self._packed))
+        return cached[1]
+
+    def _make(self, index: int) -> Step:
+        rows = self.rows(index)
+        mine = rows[self._rank :: self._world]
+        batches = tuple(
+            make_batch(self._packed, mine[i : i + self._micro_rows], self._pattern)
+            for i in range(0, len(mine), self._micro_rows)
+        )
+        packed = self._packed
+        return Step(
+            batches,
+            tuple(rows.tolist()),
+            float(packed.row_weight[rows].sum()),
+            int(packed.row_trained[rows].sum()),
+            int(packed.row_documents[rows].sum()),
+        )
+
+
+def _check(rows_per_step: int, micro_rows: int, rank: int, world: int, seed: int) -> None:
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world} processes")
+    if seed < 0:
+        raise UserError(f"seed={seed} is negative: use 0 or more")
+    if micro_rows < 1 or rows_per_step < 1:
+        raise UserError(f"micro_rows={micro_rows} and {rows_per_step} rows a step must both be at least 1: raise them")
+    unit = micro_rows * world
+    if rows_per_step % unit:
+        below, above = rows_per_step // unit * unit, (rows_per_step // unit + 1) * unit
+        share, rest = divmod(rows_per_step, world)
+        fits = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        other = "" if rest else f", or micro_rows of {fits}"
+        raise UserError(
+            f"{rows_per_step} rows a step do not divide into {world} processes x {micro_rows} micro_rows: "
+            f"use {f'{below} or ' if below else ''}{above} rows a step{other}"
+        )
+
+
+def make_batch(packed: PackedSet, rows: np.ndarray, pattern: Pattern) -> Batch:
+    """The given rows as a batch under `pattern`."""
+    read = [packed.row(int(row)) for row in rows]
+    ids = torch.from_numpy(np.stack([row.input_ids for row in read]))
+    weights = torch.from_numpy(np.stack([row.loss_weights for row in read]))
+    labels = ids.masked_fill(weights == 0, -100)
+    return Batch(ids, labels, weights, tuple(pattern.apply(row.layout) for row in read))
+
+
+def validation_batches(
+    packed: PackedSet, pattern: Pattern, micro_rows: int, rank: int, world: int, max_rows: int | None = None
+) -> Iterator[Batch]:
+    """The first `max_rows` rows, each once over all processes, in order.
+
+    Every process gets the same number of batches, so that collectives line up: where rows run out, a batch repeats the
+    last row with all labels masked.
+    """
+    count = len(packed) if max_rows is None else min(len(packed), max_rows)
+    unit = micro_rows * world
+    for start in range(rank * micro_rows, -(-count // unit) * unit, unit):
+        wanted = np.arange(start, start + micro_rows)
+        batch = make_batch(packed, np.minimum(wanted, count - 1), pattern)
+        beyond = torch.from_numpy(wanted >= count)[:, None]
+        yield replace(
+            batch,
+            labels=batch.labels.masked_fill(beyond, -100),
+            loss_weights=batch.loss_weights.masked_fill(beyond, 0.0),
+        )

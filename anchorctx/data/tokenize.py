@@ -1,0 +1,151 @@
+"""Texts to token ids, in parallel; the order and the ids are the same whatever the number of workers.
+
+With one worker the tokenizers library's own threads use all processors. Some 3 % of their work, the ids' way through
+Python integers, holds the interpreter lock, so they cannot be more than some 30 times as fast as one; with more workers
+each is a process that returns numpy arrays. On two (busy) cores threads made 1.28M tokens/s of the embedded corpus and
+two processes 1.10M, starting them included. Workers import `tokenizers` and numpy, neither transformers nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anchorctx.data.documents import Document
+from anchorctx.data.tokenizer import serialized
+from anchorctx.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_CHARS = 2**19
+"""Characters of text sent to a worker at once: some 50 ms of work, so that all stay busy and memory stays small."""
+BATCH_DOCUMENTS = 512
+"""Documents sent at once, at most."""
+
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Token ids of several texts, flattened, uint32; and the number of tokens of each, int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One tokenised document."""
+
+    ids: np.ndarray
+    """(n,) uint32; n may be 0."""
+    source: str
+    """Where the document came from."""
+    domain: str
+    """Its domain; empty when unknown."""
+
+
+def default_workers() -> int:
+    """1, that is threads, on up to 16 processors; above, one process for each processor that we may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus if cpus > 16 else 1
+
+
+def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, workers: int = 1) -> Iterator[Tokens]:
+    """Yield each document's tokens, in order, no special tokens added.
+
+    At most `workers` + 2 batches are read ahead. A tokenizer without a fast backend runs in one thread.
+    """
+    rules = serialized(tokenizer)
+    with _executor(rules, tokenizer, workers) as (pool, encode):
+        pending: deque[tuple[list[Document], Future[Encoded]]] = deque()
+        try:
+            for batch in _batches(documents):
+                pending.append((batch, pool.submit(encode, [document.text for document in batch])))
+                if len(pending) > workers + 2:
+                    yield from _unpack(*pending.popleft())
+            while pending:
+                yield from _unpack(*pending.popleft())
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a tokenising process died, most often for lack of memory: set workers below {workers}"
+            ) from error
+
+
+@contextmanager
+def _executor(
+    rules: str | None, tokenizer: PreTrainedTokenizerBase, workers: int
+) -> Iterator[tuple[Executor, Callable[[list[str]], Encoded]]]:
+    """Where batches are encoded, and the function that does it."""
+    if rules is not None and workers > 1:
+        pool: Executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (rules,))
+        encode = _encode_in_worker
+    else:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        encode = _slow_encoder(tokenizer) if rules is None else _fast_encoder(rules)
+    try:
+        yield pool, encode
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fast_encoder(rules: str) -> Callable[[list[str]], Encoded]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(rules)
+    return lambda texts: _encode(tokenizer, texts)
+
+
+def _slow_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Encoded]:
+    return lambda texts: _flat([tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts])
+
+
+_worker: Tokenizer | None = None
+
+
+def _start_worker(rules: str) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
+    from tokenizers import Tokenizer
+
+    _worker = Tokenizer.from_str(rules)
+
+
+def _encode_in_worker(texts: list[str]) -> Encoded:
+    assert _worker is not None
+    return _encode(_worker, texts)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+    return _flat([encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+
+
+def _flat(lists: list[list[int]]) -> Encoded:
+    lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
+    return np.concatenate([np.array(ids, dtype=np.uint32) for ids in lists]), lengths
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _unpack(batch: list[Document], future: Future[Encoded]) -> Iterator[Tokens]:
+    flat, lengths = future.result()
+    parts = np.split(flat, np.cumsum(lengths)[:-1])
+    for document, ids in zip(batch, parts, strict=True):
+        yield Tokens(ids, document.source, document.domain)

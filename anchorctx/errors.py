@@ -1,0 +1,9 @@
+"""Errors that are the user's to mend: the command line prints them as one sentence, without a traceback."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: names the value, the constraint and the remedy, in one sentence."""
+
+
+class BackendUnavailableError(UserError):
+    """An attention backend cannot serve this call here; the message says what is missing."""

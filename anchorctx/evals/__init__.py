@@ -1,0 +1,1 @@
+"""Evaluations of Hugging Face folders: what a checkpoint is worth."""

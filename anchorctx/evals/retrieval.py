@@ -1,0 +1,119 @@
+"""Retrieval accuracy against context length: facts planted in held-out text, each asked for again in the same row.
+
+A row is one document that fills the context, read with the model's own full attention. Exact: the answer is right when
+the value is the argmax over the whole vocabulary. Chance among the row's own values is 1 / facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anchorctx.data.facts import NUM_KEYS, FactRows, FactTokens, fact_rows, lines_of
+from anchorctx.errors import UserError
+from anchorctx.evals.base import Progress, anchor_token
+from anchorctx.results import Result, wilson_interval
+
+
+@dataclass(kw_only=True, slots=True)
+class RetrievalConfig:
+    """How rows with facts are made."""
+
+    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    """Context lengths, in tokens."""
+    rows: int = 32
+    """Rows of each length."""
+    facts: int = 8
+    """Different facts in a row, whatever its length (at most 64)."""
+    mentions: int = 2
+    """Times a fact appears in a row: stated once, then asked for."""
+    batch_tokens: int = 16384
+    """Tokens a forward pass."""
+
+
+class Retrieval:
+    """See the module; `texts` are held-out documents, `seed` places the facts."""
+
+    name = "retrieval"
+
+    def __init__(self, config: RetrievalConfig, texts: Sequence[str], seed: int) -> None:
+        self.config, self._texts, self._seed = config, texts, seed
+        shortest = 1 + 2 * config.facts * config.mentions
+        if min(config.lengths, default=0) < shortest:
+            raise UserError(
+                f"retrieval lengths {config.lengths} must each hold {config.facts} facts {config.mentions} times, "
+                f"which takes {shortest} tokens: raise lengths or lower facts"
+            )
+        if not 1 <= config.facts <= NUM_KEYS or config.mentions < 2:
+            raise UserError(
+                f"facts={config.facts} must be 1 to {NUM_KEYS} and mentions={config.mentions} at least 2: "
+                "a fact is stated once, then asked for"
+            )
+
+    def longest(self) -> int:
+        """See Evaluator."""
+        return max(self.config.lengths)
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[Result]:
+        """A row for each length, `retrieval_accuracy`, with the Wilson interval over the queries."""
+        tokens, bos = FactTokens.of(tokenizer), anchor_token(tokenizer)
+        stream, line_start = text_stream(self._texts, tokenizer)
+        total = self.config.rows * sum(self.config.lengths)
+        for length in self.config.lengths:
+            rng = np.random.default_rng([self._seed, length])
+            hits = n = 0
+            for rows in self._batches(rng, tokens, bos, stream, line_start, length):
+                right = answered(model, rows)
+                hits, n = hits + int(right.sum()), n + len(right)
+                progress(rows.ids.size, total)
+            low, high = wilson_interval(hits, n)
+            context = {"length": length, "facts": self.config.facts, "rows": self.config.rows}
+            yield Result(
+                metric="retrieval_accuracy", value=hits / n, unit="1", n=n, low=low, high=high, context=context
+            )
+
+    def _batches(
+        self,
+        rng: np.random.Generator,
+        tokens: FactTokens,
+        bos: int,
+        stream: np.ndarray,
+        line_start: np.ndarray,
+        length: int,
+    ) -> Iterator[FactRows]:
+        config = self.config
+        text = length - 1 - 2 * config.facts * config.mentions
+        if text > len(stream):
+            raise UserError(
+                f"the held-out text has {len(stream)} tokens, fewer than a row of {length} needs: "
+                "lower retrieval.lengths or hold more text out"
+            )
+        for first in range(0, config.rows, per := max(config.batch_tokens // length, 1)):
+            starts = rng.integers(0, len(stream) - text + 1, size=(min(per, config.rows - first), 1))
+            at = starts + np.arange(text)
+            yield fact_rows(rng, tokens, bos, stream[at], line_start[at], facts=config.facts, mentions=config.mentions)
+
+
+def text_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """All texts as one stream of token ids (N,), and which tokens begin a line (N,) bool."""
+    lines = [line for text in texts for line in lines_of(text)]
+    encoded = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
+    sizes = np.array([len(ids) for ids in encoded], dtype=np.int64)  # type: ignore[arg-type]
+    stream = np.fromiter((i for ids in encoded for i in ids), dtype=np.int64, count=int(sizes.sum()))  # type: ignore
+    line_start = np.zeros(len(stream), dtype=bool)
+    line_start[(np.cumsum(sizes) - sizes)[sizes > 0]] = True
+    return stream, line_start
+
+
+@torch.inference_mode()
+def answered(model: PreTrainedModel, rows: FactRows) -> np.ndarray:
+    """For every query of `rows`, in order: is its value the model's argmax over the vocabulary? (queries,) bool."""
+    ids = torch.from_numpy(rows.ids).to(model.device)
+    logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
+    queries, answers = np.nonzero(rows.answers)
+    guesses = logits[queries, answers - 1].argmax(-1).cpu().numpy()
+    return guesses == rows.ids[queries, answers]

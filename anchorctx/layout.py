@@ -1,0 +1,230 @@
+"""Where the documents of a packed row lie, and what each of its tokens may see.
+
+A row is `T` tokens: an anchor (the first `anchor_len` tokens), then documents. Visibility and positions follow
+AnchorAttention (arXiv 2411.13476, section 4): a token sees the anchor and the earlier tokens of its own document.
+
+This module holds the specification of both in numpy, so that packing and plotting need no torch; the methods that
+return tensors import torch when they are called.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Positions(StrEnum):
+    """How position ids run over a row."""
+
+    continuous = "continuous"
+    """0..T-1 over the whole row: every rotation angle up to T is trained, the anchor keeps 0."""
+    reset = "reset"
+    """Each document restarts right after the anchor (at 0 where there is none)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """The boundaries of one packed row: the only carrier of them. Hashable, plain ints, no tensors.
+
+    A *segment* is a contiguous run of one document. With an anchor the first segment is the anchor itself.
+    """
+
+    doc_offsets: tuple[int, ...]
+    """Segment boundaries `(0, ..., T)`, strictly increasing, in tokens."""
+    anchor_len: int = 0
+    """Tokens at the start of the row that every document sees; 0 is no anchor."""
+    positions: Positions = Positions.continuous
+    doc_ids: tuple[int, ...] | None = None
+    """The document of each segment (the anchor's included); `None` when each segment is a document of its own."""
+
+    def __post_init__(self) -> None:
+        offsets = self.doc_offsets
+        if len(offsets) < 2 or offsets[0] != 0 or any(a >= b for a, b in zip(offsets, offsets[1:], strict=False)):
+            raise ValueError(f"doc_offsets must increase strictly from 0 to the row length, got {_short(offsets)}")
+        if self.anchor_len and offsets[1] != self.anchor_len:
+            raise ValueError(
+                f"the first segment must be the anchor: it ends at {offsets[1]}, but anchor_len is {self.anchor_len}"
+            )
+        if self.doc_ids is not None:
+            if len(self.doc_ids) != len(offsets) - 1:
+                raise ValueError(f"doc_ids has {len(self.doc_ids)} entries for {len(offsets) - 1} segments")
+            if self.anchor_len and self.doc_ids[0] in self.doc_ids[1:]:
+                raise ValueError("the anchor's doc_id must not be a document's: the anchor is nobody's text")
+
+    @property
+    def length(self) -> int:
+        """Tokens in the row, `T`."""
+        return self.doc_offsets[-1]
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the row, the anchor not counted."""
+        segments = len(self.doc_offsets) - 1 if self.doc_ids is None else len(set(self.doc_ids))
+        return segments - (1 if self.anchor_len else 0)
+
+    def by_document(self) -> PackedLayout:
+        """The same row with each document's segments moved together, in order of first appearance."""
+        return self if self.doc_ids is None else _grouped(self)[1]
+
+    # -- specification, numpy -----------------------------------------------------------------------------------
+
+    def token_docs(self) -> np.ndarray:
+        """(T,) int64: the document of every token; the anchor counts as a document."""
+        ids = np.arange(len(self.doc_offsets) - 1) if self.doc_ids is None else np.asarray(self.doc_ids)
+        return np.repeat(ids, np.diff(self.doc_offsets))
+
+    def allowed_array(self, window: int | None = None) -> np.ndarray:
+        """(T, T) bool, `[q, k]`: may token q attend to token k? The specification: quadratic, for tests and pictures.
+
+        `allowed(q, k) = k <= q and (doc(k) == doc(q) or k < anchor_len)`. A sliding `window` counts tokens of the
+        document (a token sees itself and the `window - 1` before it); the anchor is always visible.
+        """
+        docs, index = self.token_docs(), np.arange(self.length)
+        same = docs[:, None] == docs[None, :]
+        if window is not None:
+            rank = self.token_ranks()
+            same &= rank[:, None] - rank[None, :] < window
+        return (index[None, :] <= index[:, None]) & (same | (index < self.anchor_len)[None, :])
+
+    def token_ranks(self) -> np.ndarray:
+        """(T,) int64: how many tokens of the same document come before each token."""
+        lengths = np.diff(self.doc_offsets)
+        starts = np.array(self.doc_offsets[:-1])
+        before = np.zeros(len(lengths), dtype=np.int64)
+        if self.doc_ids is not None:
+            seen: dict[int, int] = {}
+            for i, (doc, length) in enumerate(zip(self.doc_ids, lengths, strict=True)):
+                before[i] = seen.get(doc, 0)
+                seen[doc] = int(before[i] + length)
+        return np.arange(self.length) + np.repeat(before - starts, lengths)
+
+    def position_array(self) -> np.ndarray:
+        """(T,) int64 position ids."""
+        if self.positions is Positions.continuous:
+            return np.arange(self.length)
+        ranks = self.token_ranks()
+        ranks[self.anchor_len :] += self.anchor_len
+        return ranks
+
+    def attention_pairs(self, window: int | None = None) -> int:
+        """Number of allowed (query, key) pairs: the row's attention cost, in score elements."""
+        pairs = 0
+        layout = self.by_document()
+        for i, length in enumerate(np.diff(layout.doc_offsets).tolist()):
+            is_anchor = i == 0 and self.anchor_len > 0  # no window hides the anchor, not from itself either
+            seen = length if window is None or is_anchor else min(length, window)
+            pairs += seen * (seen + 1) // 2 + (length - seen) * seen
+            pairs += 0 if is_anchor else length * self.anchor_len
+        return pairs
+
+    # -- the same as tensors, cached per device -----------------------------------------------------------------
+
+    def allowed(self, device: torch.device | str = "cpu", window: int | None = None) -> torch.Tensor:
+        """(T, T) bool tensor of `allowed_array`; not cached, since it is quadratic."""
+        return _tensor(self.allowed_array(window), device)
+
+    def position_ids(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(T,) int64."""
+        return _derived(self, "position_array", str(device))
+
+    def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(N+1,) int32: boundaries of the documents after `by_document`, the anchor first; flash kernels' own form."""
+        return _derived(self, "cu_seqlens_array", str(device))
+
+    def order(self, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """(T,) int64 such that `row[order]` has documents together (see `by_document`); None when it already has."""
+        return None if self.doc_ids is None else _derived(self, "order_array", str(device))
+
+    def kv_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(T + A*(N-1),) int64: keys in `by_document` order with a copy of the anchor in front of every document."""
+        return _derived(self, "kv_index_array", str(device))
+
+    def cu_seqlens_k(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(N+1,) int32: boundaries of the sequences that `kv_index` gathers."""
+        return _derived(self, "cu_seqlens_k_array", str(device))
+
+    def cu_seqlens_array(self) -> np.ndarray:
+        """See `cu_seqlens`."""
+        return np.asarray(self.by_document().doc_offsets, dtype=np.int32)
+
+    def order_array(self) -> np.ndarray:
+        """See `order`."""
+        return np.arange(self.length) if self.doc_ids is None else _grouped(self)[0]
+
+    def kv_index_array(self) -> np.ndarray:
+        """See `kv_index`."""
+        offsets, anchor = self.by_document().doc_offsets, np.arange(self.anchor_len)
+        spans = [np.arange(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
+        if not self.anchor_len:
+            return np.concatenate(spans)
+        return np.concatenate([spans[0], *(part for span in spans[1:] for part in (anchor, span))])
+
+    def cu_seqlens_k_array(self) -> np.ndarray:
+        """See `cu_seqlens_k`."""
+        offsets = self.cu_seqlens_array()
+        copies = np.maximum(np.arange(len(offsets)) - 1, 0) * self.anchor_len
+        return (offsets + copies).astype(np.int32)
+
+
+class Pattern(StrEnum):
+    """What a row's documents may see of each other: the paper's baselines and AnchorAttention (names: its table 1)."""
+
+    full = "full"
+    """Plain causal attention over the whole row."""
+    intra_doc = "intra_doc"
+    """Documents are separate, positions run on."""
+    intra_doc_reset = "intra_doc_reset"
+    """Documents are separate, each restarts at position 0."""
+    anchor = "anchor"
+    """AnchorAttention: documents are separate but all see the anchor; positions run on."""
+    anchor_reset = "anchor_reset"
+    """AnchorAttention with each document restarting right after the anchor (our ablation)."""
+
+    def apply(self, row: PackedLayout) -> PackedLayout:
+        """The layout that this pattern gives to a packed `row` (whose first segment is the anchor).
+
+        Tokens stay where they are, so that every pattern trains on the same tokens; without an anchor the first
+        segment is just a short document.
+        """
+        if self is Pattern.full:
+            return PackedLayout((0, row.length))
+        anchored = self in (Pattern.anchor, Pattern.anchor_reset)
+        reset = self in (Pattern.intra_doc_reset, Pattern.anchor_reset)
+        return replace(
+            row,
+            anchor_len=row.anchor_len if anchored else 0,
+            positions=Positions.reset if reset else Positions.continuous,
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _grouped(layout: PackedLayout) -> tuple[np.ndarray, PackedLayout]:
+    docs = layout.token_docs()
+    _, first, inverse = np.unique(docs, return_index=True, return_inverse=True)
+    order = np.argsort(first[inverse.reshape(-1)], kind="stable")
+    lengths = np.bincount(inverse.reshape(-1))[np.argsort(first)]
+    offsets = (0, *np.cumsum(lengths).tolist())
+    return order, PackedLayout(offsets, layout.anchor_len, layout.positions)
+
+
+@functools.lru_cache(maxsize=256)
+def _derived(layout: PackedLayout, name: str, device: str) -> torch.Tensor:
+    return _tensor(getattr(layout, name)(), device)
+
+
+def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    import torch
+
+    with torch.inference_mode(False):  # a cached inference tensor could not be saved for a later backward
+        return torch.from_numpy(array).to(device)
+
+
+def _short(values: tuple[int, ...]) -> str:
+    return str(values) if len(values) <= 8 else f"({', '.join(map(str, values[:7]))}, ...)"

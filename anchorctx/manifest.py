@@ -1,0 +1,95 @@
+"""The manifest: what a run was, written before it starts; every result row carries its hash."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+    "hydra-core",
+    "wandb",
+    "flash-attn",
+    "numpy",
+)
+FILE = "manifest.json"
+
+
+def build_manifest(command: str, config: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Describe a run: the resolved `config`, code revision, versions, machine, and whatever `facts` the caller adds."""
+    return {
+        "command": command,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": config,
+        "code": _revision(),
+        "versions": {"anchorctx": _version("anchorctx"), "python": platform.python_version()}
+        | {name: version for name in PACKAGES if (version := _version(name))},
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "devices": _devices()},
+        **facts,
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
+    """Write `manifest.json` into `folder` (made if needed), atomically; returns the manifest's hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, manifest)
+    return manifest_hash(manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's `manifest.json`; FileNotFoundError where there is none."""
+    return json.loads((folder / FILE).read_text())
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """Twelve hex digits over the whole manifest."""
+    return fingerprint(manifest)
+
+
+def fingerprint(value: Any) -> str:
+    """Twelve hex digits over any JSON value; independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside `path` and rename, so that no reader ever sees half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(beside, path)
+
+
+def _revision() -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        here = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    revision, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return {"revision": revision, "dirty": bool(status) if status is not None else None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]

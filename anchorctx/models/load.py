@@ -1,0 +1,181 @@
+"""A Hugging Face decoder, ready for packed rows: loaded or new, with AnchorAttention, its RoPE settings and dtypes."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from anchorctx.attention.interface import implementation, register
+from anchorctx.attention.registry import BACKENDS
+from anchorctx.attention.rope import set_rope_dtype
+from anchorctx.errors import UserError
+from anchorctx.models.config import ModelConfig
+from anchorctx.models.rope import apply_rope
+
+HEAD_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Layers that a layout can separate; linear attention, convolutions and chunks would mix documents."""
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The model on the CPU, in training mode, attending through `anchorctx.attention`; its vocabulary is never resized.
+
+    Its forward needs `layouts=`, one a row. Its `config` carries the new maximum length and RoPE settings.
+
+    Raises:
+        UserError: nothing at `path`, a model that cannot be used (named, with the reason), settings that contradict.
+    """
+    register()
+    if config.attention != "auto" and config.attention not in BACKENDS:
+        raise UserError(f"model.attention={config.attention} is unknown: choose auto, {', '.join(BACKENDS)}")
+    hf_config = build_config(config)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype.value),
+        "attn_implementation": implementation(config.attention),
+    }
+    model = _pretrained(config, hf_config, options) if config.path else _new(config, hf_config, options)
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        raise UserError(f"{type(model).__name__} has attention sinks, which no backend computes: use another model")
+    set_rope_dtype(model, config.rope_dtype)
+    return model.train()
+
+
+def build_config(config: ModelConfig) -> PretrainedConfig:
+    """The checked transformers configuration, with the new RoPE settings and length; reads no weights."""
+    if bool(config.path) == bool(config.config):
+        raise UserError("the model needs exactly one of model.path (a checkpoint) and model.config (a new model)")
+    hf_config = _read_config(config.path) if config.path else _new_config(config.config)
+    _check_architecture(hf_config)
+    apply_rope(hf_config, config.rope, config.max_length, trained=bool(config.path))
+    return hf_config
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    """UserError when the tokenizer has ids that the model's vocabulary does not; the vocabulary is never resized."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    have = embeddings.num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= have:
+        raise UserError(
+            f"the tokenizer has token id {highest}, but the model's vocabulary ends at {have - 1}: "
+            "use the model's own tokenizer, or remove the tokens that were added to it"
+        )
+
+
+def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    name = "activation_checkpointing_enable"  # until transformers 5.20: gradient_checkpointing_enable
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
+    """Write weights, configuration and tokenizer as a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
+
+    transformers does not write the attention implementation, so the folder needs no `anchorctx`.
+    """
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _read_config(path: str) -> PretrainedConfig:
+    local = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not local.exists() and looks_local and "/" in path:
+        raise UserError(f"model.path={path} does not exist: give the folder of a checkpoint, or a hub name")
+    try:
+        return AutoConfig.from_pretrained(local if local.exists() else path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={path} is neither the folder of a checkpoint nor a model that the hub gives us "
+            f"({_reason(error, first=True)}): "
+            "check the name, download it first, or set model.path to a local folder"
+        ) from error
+
+
+def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise UserError("model.config needs model_type, for example model_type: llama")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise UserError(
+            f"model.config.model_type={model_type} is unknown to transformers: use llama, qwen3 ..."
+        ) from error
+    known = set(default.to_dict()) | set(default.attribute_map)
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "see its transformers configuration class for the valid ones"
+            raise UserError(f"model.config.{name} is no field of {model_type}: {hint}")
+    _check_heads({"head_dim": getattr(default, "head_dim", None)} | fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.config is not a valid {model_type} configuration: {_reason(error)}") from error
+
+
+def _check_architecture(config: PretrainedConfig) -> None:
+    name = config.model_type
+    if config.get_text_config() is not config:
+        raise UserError(f"model type {name} is multimodal: use the checkpoint of its text model")
+    if not getattr(config, "rope_parameters", None):
+        raise UserError(f"model type {name} has no rotary position embeddings: use a RoPE decoder such as llama")
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if other:
+        raise UserError(f"model type {name} has {other[0]} layers, which would mix packed documents: use another model")
+    _check_heads({n: getattr(config, n, None) for n in HEAD_FIELDS})
+
+
+def _check_heads(fields: dict[str, Any]) -> None:
+    """Before transformers builds the configuration, whose own errors leave the values out; missing fields pass."""
+    hidden, heads, groups, width = (fields.get(name) for name in HEAD_FIELDS)
+    if not all(isinstance(value, int | None) for value in (hidden, heads, groups, width)) or not heads:
+        return
+    if groups and heads % groups:
+        raise UserError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}: change one")
+    if width is None and hidden and hidden % heads:
+        raise UserError(f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}: change one")
+
+
+def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    assert config.path is not None
+    local = Path(config.path).expanduser()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            local if local.exists() else config.path, config=hf_config, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path={config.path} cannot be loaded: {_reason(error, first=True)}") from error
+    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path={config.path} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}): "
+            "use a complete causal language model"
+        )
+    return model
+
+
+def _new(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(config.seed)
+            return AutoModelForCausalLM.from_config(hf_config, **options)
+    except ValueError as error:
+        raise UserError(f"model.config cannot be built: {_reason(error, first=True)}") from error
+
+
+def _reason(error: Exception, *, first: bool = False) -> str:
+    """One line of a library's error: its last, which is the cause, or its first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0 if first else -1].strip().rstrip(".:")

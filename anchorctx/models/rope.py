@@ -1,0 +1,138 @@
+"""RoPE theta, scaling and maximum length through transformers' own configuration, and the lengths these reach."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig
+
+from anchorctx.errors import UserError
+from anchorctx.models.config import RopeConfig, RopeType
+
+STRETCHED = ("linear", "dynamic", "yarn")
+"""Scalings that reach `factor` times the original length and no further (Llama 3.1 itself exceeds that for llama3)."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's own
+FULL = "full_attention"
+
+
+def check_length(config: PretrainedConfig, tokens: int) -> None:
+    """UserError when rows of `tokens` tokens have positions that the RoPE settings do not reach."""
+    limit = reach(config)
+    if tokens > limit:
+        raise UserError(
+            f"row length {tokens} exceeds the {limit} positions that the RoPE settings of {config.model_type} reach: "
+            "raise model.max_length together with model.rope.theta or model.rope.factor, or pack shorter rows"
+        )
+
+
+def reach(config: PretrainedConfig) -> int:
+    """Tokens that the RoPE settings reach: `max_position_embeddings`, or what a stretched original length allows."""
+    limit: int = config.max_position_embeddings
+    rope = full_parameters(config)
+    if rope.get("rope_type") == "dynamic":  # transformers keeps the original length in max_position_embeddings here
+        return int(limit * rope["factor"])
+    if rope.get("rope_type") == "yarn":
+        return min(limit, int(rope["original_max_position_embeddings"] * rope["factor"]))
+    return limit
+
+
+def full_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """transformers' `rope_parameters` of the layers that see the whole row; the dictionary itself, not a copy."""
+    parameters = config.rope_parameters
+    return parameters[FULL] if isinstance(parameters.get(FULL), dict) else parameters
+
+
+def apply_rope(config: PretrainedConfig, rope: RopeConfig, max_length: int | None, *, trained: bool) -> None:
+    """Write `rope` and `max_length` into `config`, in place, so that model and export use them.
+
+    `trained` says that weights come with the configuration: raising their length then needs a change of RoPE.
+    """
+    _check(rope, max_length)
+    length: int = config.max_position_embeddings
+    changed = rope.type is not None or rope.theta is not None or rope.factor is not None or bool(rope.extra)
+    if trained and max_length is not None and max_length > reach(config) and not changed:
+        raise UserError(
+            f"model.max_length={max_length} exceeds the {reach(config)} positions that the checkpoint's RoPE settings "
+            "reach: set model.rope.theta (the paper's: 1e6 at 16K, 5e6 at 64K) or model.rope.type and model.rope.factor"
+        )
+    if changed:
+        _write(config, rope, length)
+    _write_length(config, rope, max_length)
+    config.standardize_rope_params()
+    try:
+        config.validate_rope()
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+        raise UserError(f"{config.model_type} does not take these model.rope settings: {reason}") from error
+
+
+def _check(rope: RopeConfig, max_length: int | None) -> None:
+    for name, value in (("rope.theta", rope.theta), ("rope.factor", rope.factor), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise UserError(f"model.{name}={value} must be at least 1: leave it out to keep the checkpoint's")
+    if rope.type is not None and rope.type is not RopeType.default and rope.factor is None:
+        raise UserError(f"model.rope.type={rope.type.value} needs model.rope.factor: give new length / original length")
+    if rope.type is RopeType.default and rope.factor is not None:
+        raise UserError(f"model.rope.factor={rope.factor} has no effect with model.rope.type=default: remove one")
+
+
+def _write(config: PretrainedConfig, rope: RopeConfig, length: int) -> None:
+    parameters = full_parameters(config)
+    if rope.type is not None:
+        kept = {k: parameters[k] for k in ("rope_theta", "partial_rotary_factor") if parameters.get(k) is not None}
+        original = rope.original_max_position_embeddings or parameters.get("original_max_position_embeddings") or length
+        parameters.clear()
+        parameters |= kept | {"rope_type": rope.type.value} | _scaling(rope, original)
+        if hasattr(config, "original_max_position_embeddings"):  # Phi 3 keeps it outside, and that one wins
+            config.original_max_position_embeddings = original
+    elif rope.factor is not None:
+        if parameters.get("rope_type", "default") == "default":
+            raise UserError(f"model.rope.factor={rope.factor} needs model.rope.type: linear, dynamic, yarn or llama3")
+        parameters["factor"] = rope.factor
+    if rope.theta is not None:
+        parameters["rope_theta"] = rope.theta
+    _write_extra(config, parameters, rope.extra)
+
+
+def _scaling(rope: RopeConfig, original: int) -> dict[str, Any]:
+    if rope.type is RopeType.default:
+        return {}
+    scaling: dict[str, Any] = {"factor": rope.factor}
+    if rope.type in (RopeType.yarn, RopeType.llama3):
+        scaling["original_max_position_embeddings"] = original
+    return scaling | (LLAMA3 if rope.type is RopeType.llama3 else {})
+
+
+def _write_extra(config: PretrainedConfig, parameters: dict[str, Any], extra: dict[str, Any]) -> None:
+    for name, value in extra.items():
+        if not isinstance(value, dict):
+            parameters[name] = value
+        elif isinstance(config.rope_parameters.get(name), dict):
+            config.rope_parameters[name] |= value
+        else:
+            raise UserError(
+                f"model.rope.extra.{name} is a dictionary, but {config.model_type} has no RoPE settings for layers of "
+                "that name: give plain values, or the name of one of its layer types"
+            )
+
+
+def _write_length(config: PretrainedConfig, rope: RopeConfig, max_length: int | None) -> None:
+    """`max_position_embeddings`, except under dynamic scaling, whose original length transformers keeps there."""
+    parameters = full_parameters(config)
+    kind = parameters.get("rope_type", "default")
+    original = rope.original_max_position_embeddings or parameters.get("original_max_position_embeddings")
+    original = original or config.max_position_embeddings
+    if rope.type is not None and kind in STRETCHED:
+        longest = int(original * parameters["factor"])
+        if max_length is not None and max_length > longest:
+            raise UserError(
+                f"model.max_length={max_length} exceeds the {longest} positions that {kind} scaling of {original} by "
+                f"{parameters['factor']:g} reaches: raise model.rope.factor to {math.ceil(max_length / original)}"
+            )
+        max_length = max_length or longest
+    if kind == "dynamic":
+        config.max_position_embeddings = original
+    elif max_length is not None:
+        config.max_position_embeddings = max_length

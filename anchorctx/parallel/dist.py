@@ -1,0 +1,79 @@
+"""The process group: joined from torchrun's environment, or made for one process alone; nccl on CUDA, gloo on CPU."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place among all of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Does this process write files and talk to the user?"""
+        return self.rank == 0
+
+
+def start(timeout_s: float = 1800.0) -> Ranks:
+    """Join the process group that torchrun announces in the environment, or make one for this process alone.
+
+    `timeout_s` bounds every collective, so that a lost rank ends the job instead of hanging it. DeepSpeed is told
+    which accelerator there is before it is first imported.
+    """
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not torch_dist.is_initialized():
+        import deepspeed
+
+        timeout = datetime.timedelta(seconds=timeout_s)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
+    return Ranks(torch_dist.get_rank(), torch_dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    torch_dist.barrier()
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """Sum of each value over all processes, in float64: the same on every one of them."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    torch_dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def highest(value: float, device: torch.device) -> float:
+    """The largest value over all processes."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

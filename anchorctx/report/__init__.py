@@ -1,0 +1,1 @@
+"""Pictures of runs, of results and of attention patterns; never imports torch."""

@@ -1,0 +1,52 @@
+"""Which pictures to draw from what: metrics, results and packed rows in, PNG files out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.report.plots import loss_figure, pattern_figure, retrieval_figure
+from anchorctx.results import read_results
+
+
+@dataclass(kw_only=True, slots=True)
+class PlotConfig:
+    """Draws what its inputs allow. `???` marks what must be given."""
+
+    out_dir: str = "???"
+    """Folder for the pictures."""
+    run: str | None = None
+    """`out_dir` of a training run: draws loss.png from its metrics.jsonl."""
+    results: list[str] = field(default_factory=list)
+    """results.jsonl files of evaluations: draws retrieval.png, one line a model."""
+    packed: str | None = None
+    """Folder of a packed set: draws pattern.png, what one of its rows may see."""
+    row: int = 0
+    """Which row of the packed set."""
+    pattern: Pattern = Pattern.anchor
+    """Under which pattern: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
+    pretraining_length: int | None = None
+    """Marks the length, in tokens, that the first model was trained at."""
+
+
+def render(config: PlotConfig, layout: PackedLayout | None) -> list[Path]:
+    """Draw every picture that the configuration asks for; `layout` is the packed row's. Returns the files."""
+    out = Path(config.out_dir)
+    if layout is None and config.run is None and not config.results:
+        raise UserError("nothing to draw: give run=..., results=[...] or packed=...")
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    if config.run is not None:
+        path = Path(config.run) / "metrics.jsonl"
+        if not path.is_file():
+            raise UserError(f"run={config.run} has no metrics.jsonl: name the out_dir of a training run")
+        drawn.append(loss_figure([json.loads(line) for line in path.read_text().splitlines()], out / "loss.png"))
+    if config.results:
+        rows = [row for name in config.results for row in read_results(Path(name))]
+        drawn.append(retrieval_figure(rows, out / "retrieval.png", config.pretraining_length))
+    if layout is not None:
+        drawn.append(pattern_figure(config.pattern.apply(layout), out / "pattern.png"))
+    return drawn

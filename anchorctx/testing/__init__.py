@@ -1,0 +1,1 @@
+"""Parts that tests and demonstrations share; nothing else imports them."""

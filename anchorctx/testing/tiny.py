@@ -1,0 +1,132 @@
+"""Tiny random models of every supported architecture, and float64 that stays float64, for tests on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import PreTrainedModel
+
+from anchorctx.models import ModelConfig, load_model
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # transformers' 0.02 leaves so small a model almost linear
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+WINDOW = {"sliding_window": 5}
+MIXED = {"layer_types": ["sliding_attention", "full_attention"]} | WINDOW
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One architecture, and what of it a tiny model exercises."""
+
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of its configuration beside `BASE`."""
+    window: bool = False
+    """Has sliding-window layers."""
+    softcap: bool = False
+    """Caps attention scores, which not every backend can."""
+    grouped: bool = True
+    """Fewer key heads than query heads."""
+    experts: bool = False
+    """A mixture of experts."""
+    layered_masks: bool = False
+    """transformers takes one attention mask per layer type."""
+
+    def config(self, **options: Any) -> ModelConfig:
+        """A `ModelConfig` of the tiny model; `options` are its other fields."""
+        base = {k: v for k, v in BASE.items() if self.grouped or k != "num_key_value_heads"}
+        return ModelConfig(config={"model_type": self.model_type} | base | self.fields, **options)
+
+    def build(self, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
+        """A randomly initialised model, its parameters in `dtype`; `options` are fields of `ModelConfig`."""
+        model = load_model(self.config(**options))
+        with torch.no_grad(), torch.random.fork_rng([]):
+            torch.manual_seed(1)
+            for parameter in model.parameters():  # norms' ones and biases' zeros would hide wrong gradients
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+                parameter.data = parameter.to(dtype)
+        if dtype is torch.float64 and self.experts:
+            model.set_experts_implementation("eager")  # torch's grouped matmul has no float64
+        return model
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama"),
+    "mistral": Architecture("mistral", {"sliding_window": None}),
+    "mistral_window": Architecture("mistral", WINDOW, window=True),
+    "mixtral": Architecture(
+        "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}, experts=True
+    ),
+    "qwen2": Architecture("qwen2", layered_masks=True),
+    "qwen3": Architecture("qwen3", {"head_dim": 16}, layered_masks=True),
+    "olmo2": Architecture("olmo2"),
+    "olmo3": Architecture("olmo3", MIXED, window=True, layered_masks=True),
+    "gemma2": Architecture(
+        "gemma2",
+        MIXED
+        | {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+        window=True,
+        softcap=True,
+        layered_masks=True,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text", MIXED | {"head_dim": 8, "query_pre_attn_scalar": 8}, window=True, layered_masks=True
+    ),
+    "phi3": Architecture("phi3", {"sliding_window": None}),
+    "phi3_window": Architecture("phi3", WINDOW, window=True),
+    "gpt_neox": Architecture("gpt_neox", grouped=False),
+    "granite": Architecture(
+        "granite",
+        {"logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
+    ),
+    "cohere2": Architecture("cohere2", MIXED | {"logit_scale": 0.25}, window=True, layered_masks=True),
+}
+"""Every architecture that is proven, by name."""
+
+
+@contextlib.contextmanager
+def true_float64() -> Iterator[None]:
+    """Inside it float64 tensors stay float64, in backward passes and recomputations too.
+
+    transformers computes norms, softmax and routers in float32, which for a float64 model is a loss of precision: two
+    equal computations would differ by 1e-7. In this context a request for float32 on a float64 tensor is not followed.
+    (A TorchFunctionMode would not reach what activation checkpointing recomputes.)
+    """
+    functional = torch.nn.functional
+    owners = ((torch.Tensor, "to"), (torch.Tensor, "float"), (torch.Tensor, "softmax"), (functional, "softmax"))
+    with contextlib.ExitStack() as stack:
+        for owner, name in owners:
+            stack.enter_context(mock.patch.object(owner, name, _keep_float64(getattr(owner, name))))
+        yield
+
+
+def _keep_float64(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of a tensor, without its requests for float32 when the tensor is float64."""
+
+    @functools.wraps(function)
+    def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if tensor.dtype is not torch.float64:
+            return function(tensor, *args, **kwargs)
+        if function.__name__ == "float":
+            return tensor
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return function(tensor, *args, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
+
+    return wrapped

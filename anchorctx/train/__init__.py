@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: engine, loop, checkpoints and export."""

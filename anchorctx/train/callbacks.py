@@ -1,0 +1,143 @@
+"""Where a run's numbers go: `metrics.jsonl` always, a progress bar, and Weights & Biases when asked.
+
+Names are grouped the way W&B draws them (train/, val/, perf/, memory/, data/), with `tokens`, the tokens trained so
+far, as the x axis of all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from anchorctx.errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+class WandbMode(StrEnum):
+    """Whether metrics also go to Weights & Biases."""
+
+    disabled = "disabled"
+    offline = "offline"
+    """Into `out_dir/wandb`, without an account; `wandb sync` uploads it later."""
+    online = "online"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    every: int = 1
+    """Steps between rows of metrics."""
+    wandb: WandbMode = WandbMode.disabled
+    """Weights & Biases: disabled, offline or online."""
+    project: str = "anchorctx"
+    """W&B project."""
+    name: str | None = None
+    """W&B run name; None is the name of `out_dir`."""
+
+
+class Callback(Protocol):
+    """Receives every row of metrics, on the main process only."""
+
+    def log(self, row: dict[str, float]) -> None:
+        """Take one row; it always has `step` and `tokens`."""
+        ...
+
+    def close(self) -> None:
+        """The run ends."""
+        ...
+
+
+class JsonlMetrics:
+    """Appends rows to `metrics.jsonl`; on a resume first drops the rows that are to be computed again."""
+
+    def __init__(self, out_dir: Path, resumed_step: int) -> None:
+        path = out_dir / METRICS
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(kept))
+        os.replace(beside, path)
+        self._file = path.open("a")
+
+    def log(self, row: dict[str, float]) -> None:
+        """Write the row at once, so that a killed run keeps it."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class ProgressBar:
+    """Steps done, rate and time left, with the loss beside."""
+
+    def __init__(self, steps: int, start: int) -> None:
+        self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Move to the row's step."""
+        self._bar.update(int(row["step"]) - self._bar.n)
+        shown = {"loss": row.get("train/loss"), "val": row.get("val/loss"), "tok/s": row.get("perf/tokens_per_second")}
+        known = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
+        if known:
+            self._bar.set_postfix(known)
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen."""
+        self._bar.close()
+
+
+class Wandb:
+    """Sends rows to Weights & Biases; a resumed run continues the same W&B run."""
+
+    def __init__(self, out_dir: Path, config: LoggingConfig, settings: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"logging.wandb={config.wandb.value} needs wandb: pip install 'anchorctx[wandb]'"
+            ) from error
+        self._run = wandb.init(
+            project=config.project,
+            name=config.name or out_dir.name,
+            id=_run_id(out_dir, lambda: secrets.token_hex(4)),
+            resume="allow",
+            mode=config.wandb.value,
+            dir=str(out_dir),
+            config=settings,
+        )
+        self._run.define_metric("tokens")
+        for group in ("train", "val", "perf", "memory", "data"):
+            self._run.define_metric(f"{group}/*", step_metric="tokens")
+
+    def log(self, row: dict[str, float]) -> None:
+        """Send one row. W&B's own step is left alone: it would drop the rows that a resumed run computes again."""
+        self._run.log(row)
+
+    def close(self) -> None:
+        """Flush and mark the W&B run finished."""
+        self._run.finish()
+
+
+def _run_id(out_dir: Path, generate: Any) -> str:
+    """The W&B run's id, kept in the run's folder for the next start."""
+    path = out_dir / "wandb_run_id"
+    if not path.exists():
+        path.write_text(generate())
+    return path.read_text().strip()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file that may be missing or end in half a line."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,171 @@
+"""Checkpoints that are whole or not there: written beside, marked complete, renamed; older ones go only afterwards.
+
+`checkpoints/step_00000100/` holds DeepSpeed's sharded states (`engine/`), every rank's random states, `state.json`
+(what the run is and how far it got) and `COMPLETE`, which lists all files with their sizes. The loader and the
+learning rate are pure functions of the step, so there is nothing else to save.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from anchorctx.errors import UserError
+from anchorctx.manifest import write_json
+from anchorctx.parallel.dist import Ranks, barrier
+
+logger = logging.getLogger(__name__)
+
+MARKER = "COMPLETE"
+ENGINE = "engine"
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step always writes one. 0 is only the last."""
+    keep_last: int = 2
+    """The newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep every checkpoint whose step is a multiple of this; 0 is none."""
+    resume: str = "auto"
+    """`auto` continues from the newest complete checkpoint in `out_dir`, `never` refuses a used `out_dir`, and a
+    folder names one checkpoint."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that would lose a checkpoint."""
+        if self.every < 0 or self.keep_every < 0 or self.keep_last < 1:
+            raise UserError(
+                f"checkpoint.every={self.every} and keep_every={self.keep_every} must be at least 0 and "
+                f"keep_last={self.keep_last} at least 1"
+            )
+
+
+def lock(out_dir: Path) -> IO[str]:
+    """Hold the run's folder until the returned file is closed or the process ends; UserError when another one does."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = (out_dir / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"out_dir={out_dir} is in use by a run that is still alive: wait for it, end it, or choose another out_dir"
+        ) from None
+    return file
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return root / f"step_{step:08d}"
+
+
+def save(engine: Any, root: Path, state: dict[str, Any], ranks: Ranks, config: CheckpointConfig) -> Path:
+    """Write a checkpoint from every rank; `state["step"]` names it. Returns its folder."""
+    final = step_folder(root, state["step"])
+    partial = root / f".{final.name}.partial"
+    if ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
+    torch.save(_random_states(), partial / f"random_{ranks.rank}.pt")
+    barrier()
+    if ranks.is_main:
+        write_json(partial / "state.json", state)
+        write_json(partial / MARKER, _sizes(partial))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _prune(root, config)
+    barrier()
+    return final
+
+
+def load(engine: Any, folder: Path, ranks: Ranks) -> None:
+    """Restore the engine's states and this rank's random states from a complete checkpoint."""
+    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
+    assert path is not None, f"DeepSpeed found no states in {folder}"
+    _restore_random(torch.load(folder / f"random_{ranks.rank}.pt", weights_only=False))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """A complete checkpoint's `state.json`; UserError when the folder is no checkpoint or is incomplete."""
+    if not (folder / MARKER).is_file():
+        kind = "an incomplete checkpoint" if folder.is_dir() else "no folder"
+        raise UserError(f"{folder} is {kind} (no {MARKER} in it): name a complete one, or use checkpoint.resume=auto")
+    for name, size in json.loads((folder / MARKER).read_text()).items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise UserError(
+                f"{folder} is an incomplete checkpoint: {name} has {found or 0} of {size} bytes: "
+                "remove the folder to resume from the one before"
+            )
+    return json.loads((folder / "state.json").read_text())
+
+
+def complete(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, oldest first."""
+    return sorted(folder for folder in root.glob("step_*") if (folder / MARKER).is_file())
+
+
+def find(root: Path, resume: str) -> Path | None:
+    """The checkpoint that `checkpoint.resume` names, or None to start anew."""
+    if resume not in ("auto", "never"):
+        return Path(resume)
+    found = complete(root)
+    if resume == "never":
+        if found:
+            raise UserError(
+                f"{root.parent} already holds a run ({found[-1].name}): use another out_dir, or checkpoint.resume=auto"
+            )
+        return None
+    for folder in root.glob("*"):
+        if folder not in found:
+            logger.warning("ignoring %s: it is not a complete checkpoint", folder.name)
+    return found[-1] if found else None
+
+
+def check_same_run(state: dict[str, Any], identity: dict[str, Any], folder: Path) -> None:
+    """Raise UserError when the checkpoint was written by a run that this one cannot continue."""
+    for key, now in identity.items():
+        before = state["identity"].get(key)
+        if before != now:
+            raise UserError(
+                f"{folder} was written with {key}={before}, but this run has {key}={now}: "
+                "give the same one to resume, or choose another out_dir to start a new run"
+            )
+
+
+def _prune(root: Path, config: CheckpointConfig) -> None:
+    for folder in complete(root)[: -config.keep_last]:
+        step = int(folder.name.removeprefix("step_"))
+        if not (config.keep_every and step % config.keep_every == 0):
+            shutil.rmtree(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _restore_random(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])

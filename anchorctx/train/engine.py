@@ -1,0 +1,114 @@
+"""The DeepSpeed engine, from a configuration that is generated in full: nothing is left to "auto"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from anchorctx.errors import UserError
+from anchorctx.parallel.dist import Ranks
+from anchorctx.train.optim import OptimConfig, parameter_groups
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model's states are spread over processes (ZeRO, arXiv 1910.02054) and memory."""
+
+    zero_stage: int = 2
+    """1 shards the optimizer's states over the processes, 2 also the gradients, 3 also the parameters."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's states in CPU memory."""
+    offload_parameters: bool = False
+    """Keep the parameters in CPU memory between uses; needs zero_stage=3."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+    timeout_s: float = 1800.0
+    """Longest time, in seconds, that a process waits for another before the job ends."""
+
+    def validate(self) -> None:
+        """Raise UserError for combinations that do not exist."""
+        if self.zero_stage not in (1, 2, 3):
+            raise UserError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise UserError(
+                f"parallel.offload_parameters=true needs parallel.zero_stage=3, not {self.zero_stage}: "
+                "only ZeRO 3 shards parameters"
+            )
+
+
+def deepspeed_config(
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    *,
+    dtype: torch.dtype,
+    micro_rows: int,
+    accumulation: int,
+    world: int,
+    cuda: bool,
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration as a dictionary."""
+    adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
+    if not parallel.offload_optimizer:  # torch's own AdamW needs no compiler; offloading needs DeepSpeed's CPU Adam
+        adam |= {"torch_adam": True, "foreach": True}
+    return {
+        "train_batch_size": micro_rows * accumulation * world,
+        "train_micro_batch_size_per_gpu": micro_rows,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "fp16": {"enabled": False},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": _zero(parallel, pin=cuda),
+        "steps_per_print": 10**9,  # our own callbacks report
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(
+    module: torch.nn.Module,
+    parallel: ParallelConfig,
+    optim: OptimConfig,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype,
+    micro_rows: int,
+    accumulation: int,
+) -> Any:
+    """`deepspeed.initialize` on `module`, whose forward returns the loss; returns the engine."""
+    import deepspeed
+
+    config = deepspeed_config(
+        parallel,
+        optim,
+        dtype=dtype,
+        micro_rows=micro_rows,
+        accumulation=accumulation,
+        world=ranks.world,
+        cuda=ranks.device.type == "cuda",
+    )
+    groups = parameter_groups(module.named_parameters(), optim.weight_decay)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)  # type: ignore[arg-type]
+    return engine
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _zero(parallel: ParallelConfig, pin: bool) -> dict[str, Any]:
+    cpu = {"device": "cpu", "pin_memory": pin}
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "contiguous_gradients": True,
+        "overlap_comm": pin,  # separate streams: on CUDA only
+        "reduce_scatter": True,
+    }
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = cpu
+    if parallel.offload_parameters:
+        zero["offload_param"] = cpu
+    return zero

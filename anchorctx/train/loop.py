@@ -1,0 +1,249 @@
+"""The training loop: packed rows in, checkpoints and metrics out.
+
+The loss of a step is the sum of all trained tokens' losses over the global number (weight) of them, whatever the
+number of processes, micro-batches and rows: never a mean of means. The global weight is known in advance from the
+packed set's index, so it costs no communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from anchorctx.data.loader import RowLoader, Step, validation_batches
+from anchorctx.data.shards import PackedSet
+from anchorctx.errors import UserError
+from anchorctx.flops import ModelFlops
+from anchorctx.manifest import build_manifest, write_manifest
+from anchorctx.models import check_length, checkpoint_activations, load_model
+from anchorctx.parallel import dist
+from anchorctx.parallel.loss import CausalLMLoss
+from anchorctx.train import checkpoint
+from anchorctx.train.callbacks import Callback, JsonlMetrics, ProgressBar, Wandb, WandbMode
+from anchorctx.train.config import TrainConfig
+from anchorctx.train.engine import build_engine, set_lr
+from anchorctx.train.meter import Meter
+
+MODEL = "model"
+"""Folder of a run that holds the model's configuration and tokenizer, for the export."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Run (or resume) a training run in this process, one of those that torchrun started; returns `out_dir`."""
+    config.validate()
+    ranks = dist.start(config.parallel.timeout_s)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        Trainer(config, ranks).fit()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        dist.stop()
+    return Path(config.out_dir)
+
+
+class Trainer:
+    """One run: its model, data and place in both."""
+
+    def __init__(self, config: TrainConfig, ranks: dist.Ranks) -> None:
+        self.config, self.ranks, self.out_dir = config, ranks, Path(config.out_dir)
+        self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
+        self.validation = self._open_validation()
+        rows = config.rows_per_step(self.packed.row_length, ranks.world)
+        if ranks.is_main:
+            self._lock = checkpoint.lock(self.out_dir)
+        self.resume_from = checkpoint.find(self.out_dir / "checkpoints", config.checkpoint.resume)
+        state = self._resume_state()
+        set_seed(config.seed)
+        model = load_model(config.model)
+        check_length(model.config, self.packed.row_length)
+        self._check_vocabulary(model)
+        if config.parallel.activation_checkpointing:
+            checkpoint_activations(model)
+        self.meter = Meter(ModelFlops.of(model), ranks, rows)
+        self.loader = RowLoader(
+            self.packed,
+            config.pattern,
+            rows_per_step=rows,
+            micro_rows=config.micro_rows,
+            rank=ranks.rank,
+            world=ranks.world,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        )
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        self._write_run(model)
+        self.engine = build_engine(
+            CausalLMLoss(model),
+            config.parallel,
+            config.optim,
+            ranks,
+            dtype=model.dtype,
+            micro_rows=config.micro_rows,
+            accumulation=rows // (config.micro_rows * ranks.world),
+        )
+        if self.resume_from is not None:
+            checkpoint.load(self.engine, self.resume_from, ranks)
+        self.callbacks = self._callbacks()
+        self.interrupted = False  # this process was asked to end
+        self.stopping = False  # all processes agreed to
+
+    def fit(self) -> None:
+        """Train to the last step, with validation, metrics and checkpoints on the way."""
+        signal.signal(signal.SIGTERM, self._stop_soon)
+        if self.step == 0:
+            self._report(self.validate())
+        while self.step < self.config.steps and not self.stopping:
+            row = self.train_step()
+            last = self.step == self.config.steps
+            if last or self._due(self.config.validate_every):
+                row |= self.validate()
+            if last or self._due(self.config.logging.every) or "val/loss" in row:
+                self._report(row)
+            if last or self.stopping or self._due(self.config.checkpoint.every):
+                self.save()
+            self.meter.go()
+        for callback in self.callbacks:
+            callback.close()
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer update; returns its metrics."""
+        waited = time.perf_counter()
+        step = self.loader.step(self.step)
+        waited = time.perf_counter() - waited
+        set_lr(self.engine, lr := self.config.optim.lr_at(self.step, self.config.steps))
+        loss = self._forward_backward(step)
+        self.engine.step()
+        self.step += 1
+        self.tokens += step.trained_tokens
+        layouts = tuple(layout for batch in step.micro_batches for layout in batch.layouts)
+        row = {"train/loss": loss, "train/lr": lr, "train/grad_norm": float(self.engine.get_global_grad_norm())}
+        return row | self.meter.row(step, layouts, waited)
+
+    def _forward_backward(self, step: Step) -> float:
+        """Accumulate the step's gradients; returns its loss. The caller makes the update."""
+        scale = self.ranks.world / step.weight  # DeepSpeed averages gradients over the processes
+        summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for index, batch in enumerate(step.micro_batches):
+            loss = self._loss_sum(batch)
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            summed += loss.detach()
+            if index < len(step.micro_batches) - 1:
+                self.engine.step()  # counts the micro-batch, no update yet
+        total, stops = dist.total([summed.item() / step.weight, float(self.interrupted)], self.ranks.device)
+        self.stopping = stops > 0  # decided together, so that no rank saves alone
+        if not math.isfinite(total):
+            raise UserError(
+                f"the loss of step {self.step} is {total}, so the update was not made: lower optim.lr, or look at rows "
+                f"{list(step.rows)} of {self.packed.fingerprint}; the last checkpoint is intact"
+            )
+        return total
+
+    def validate(self) -> dict[str, float]:
+        """Loss over the validation rows, `{}` without a validation set."""
+        if self.validation is None:
+            return {}
+        self.engine.eval()
+        sums = [0.0, 0.0]
+        ranks, rows = self.ranks, self.config.validation_rows
+        with torch.no_grad():
+            for batch in validation_batches(
+                self.validation, self.config.pattern, self.config.micro_rows, ranks.rank, ranks.world, rows
+            ):
+                sums[0] += float(self._loss_sum(batch))
+                sums[1] += float(batch.loss_weights.sum())
+        self.engine.train()
+        loss, weight = dist.total(sums, ranks.device)
+        return {"val/loss": loss / weight, "val/perplexity": math.exp(min(loss / weight, 700.0))}
+
+    def save(self) -> None:
+        """Write a checkpoint from every rank."""
+        state = {"step": self.step, "tokens": self.tokens, "identity": self._identity()}
+        checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
+
+    def _loss_sum(self, batch: Any) -> torch.Tensor:
+        batch = batch.to(self.ranks.device)
+        return self.engine(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            layouts=batch.layouts,
+            labels=batch.labels,
+            loss_weights=batch.loss_weights,
+        )
+
+    def _report(self, row: dict[str, float]) -> None:
+        row["memory/peak_gib"] = dist.highest(row.get("memory/peak_gib", 0.0), self.ranks.device)
+        for callback in self.callbacks:
+            callback.log({"step": self.step, "tokens": self.tokens, **row})
+
+    def _callbacks(self) -> list[Callback]:
+        if not self.ranks.is_main:
+            return []
+        callbacks: list[Callback] = [JsonlMetrics(self.out_dir, self.step), ProgressBar(self.config.steps, self.step)]
+        if self.config.logging.wandb is not WandbMode.disabled:
+            callbacks.append(Wandb(self.out_dir, self.config.logging, dataclasses.asdict(self.config)))
+        return callbacks
+
+    def _open_validation(self) -> PackedSet | None:
+        if self.config.data.validation is None:
+            return None
+        packed = PackedSet.open(self.config.data.validation, verify=self.config.data.verify and self.ranks.is_main)
+        for key in ("tokenizer_fingerprint", "row_length", "anchor_len"):
+            ours, theirs = self.packed.manifest[key], packed.manifest[key]
+            if ours != theirs:
+                raise UserError(
+                    f"data.validation has {key}={theirs}, but data.train has {ours}: prepare both with the same {key}"
+                )
+        return packed
+
+    def _resume_state(self) -> dict[str, Any]:
+        if self.resume_from is None:
+            return {"step": 0, "tokens": 0}
+        state = checkpoint.read_state(self.resume_from)
+        checkpoint.check_same_run(state, self._identity(), self.resume_from)
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that continues it."""
+        return {
+            "corpus": self.packed.fingerprint,
+            "tokenizer": self.packed.manifest["tokenizer_fingerprint"],
+            "pattern": self.config.pattern.value,
+            "tokens_per_step": self.config.tokens_per_step,
+            "seed": self.config.seed,
+            "processes": self.ranks.world,
+            "zero_stage": self.config.parallel.zero_stage,
+        }
+
+    def _check_vocabulary(self, model: PreTrainedModel) -> None:
+        have, need = model.config.get_text_config().vocab_size, self.packed.manifest["vocab_size"]
+        if need > have:
+            raise UserError(
+                f"the packed set's tokenizer has {need} tokens, but the model's vocabulary has {have}: "
+                "prepare the corpus with the model's own tokenizer"
+            )
+
+    def _write_run(self, model: PreTrainedModel) -> None:
+        """The manifest, and what the export needs beside the weights; before the first step."""
+        if not self.ranks.is_main:
+            return
+        config = dataclasses.asdict(self.config)
+        manifest = build_manifest("train", config, data=self.packed.manifest, resumed_step=self.step or None)
+        write_manifest(self.out_dir if not self.step else self.out_dir / f"resumed_{self.step:08d}", manifest)
+        model.config.save_pretrained(self.out_dir / MODEL)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(self.out_dir / MODEL)
+        self.packed.tokenizer().save_pretrained(self.out_dir / MODEL)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _stop_soon(self, *_: Any) -> None:
+        """SIGTERM: finish the step, write a checkpoint, end."""
+        self.interrupted = True

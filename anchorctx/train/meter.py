@@ -1,0 +1,57 @@
+"""What a step cost: rates, utilisation and memory, as one row of metrics."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+from anchorctx.data.loader import Step
+from anchorctx.flops import ModelFlops, peak_flops
+from anchorctx.layout import PackedLayout
+from anchorctx.parallel.dist import Ranks
+
+GIB = 2**30
+
+
+class Meter:
+    """Times training steps; time spent elsewhere (validation, checkpoints) is taken out by `pause` and `go`."""
+
+    def __init__(self, flops: ModelFlops, ranks: Ranks, rows_per_step: int) -> None:
+        self._flops, self._ranks, self._rows = flops, ranks, rows_per_step
+        name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+        self._peak = peak_flops(name)
+        self.go()
+
+    def go(self) -> None:
+        """Start timing the next step."""
+        self._start = time.perf_counter()
+
+    def row(self, step: Step, layouts: tuple[PackedLayout, ...], data_seconds: float) -> dict[str, float]:
+        """Metrics of the step that ends now; `layouts` are this process's rows, taken as typical for all."""
+        seconds = time.perf_counter() - self._start
+        tokens = self._rows * layouts[0].length
+        row = {
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/data_seconds": data_seconds,
+            "perf/attention_flops_saved": self._flops.attention_saved(layouts),
+            "memory/peak_gib": peak_memory(self._ranks.device) / GIB,
+            "data/documents_per_row": step.documents / self._rows,
+            "data/trained_tokens_per_row": step.trained_tokens / self._rows,
+        }
+        if self._peak is not None:
+            flops = self._flops.step(layouts) * self._rows / len(layouts)
+            row["perf/mfu"] = flops / seconds / (self._peak * self._ranks.world)
+        self.go()
+        return row
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes ever held: by torch on a GPU, by the process (resident) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The main job in miniature, on a CPU with no network: a model that knows 512 tokens learns to use 4,096.
+#
+#   bash recipes/quickstart/run.sh [key=value ...]     overrides of the training configuration, e.g. pattern=full
+#   OUT=runs/other bash recipes/quickstart/run.sh      another folder (default: runs/quickstart)
+#
+# Steps whose result is there already are not repeated; remove the folder to start over.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+bash scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
+
+recipe=recipes/quickstart
+out=${OUT:-runs/quickstart}
+began=$SECONDS
+mkdir -p "$out"
+
+step() { printf '\n[%d/6, %ds] %s\n' "$1" $((SECONDS - began)) "$2"; }
+
+evaluate() { # label, model, fields of its configuration
+    [ -s "$out/eval/$1/results.jsonl" ] && return
+    rm -rf "$out/eval/$1.partial"
+    anchorctx eval model="$2" label="$1" config="$3" out_dir="$out/eval/$1.partial" 'evals=[perplexity,retrieval]'
+    mkdir -p "$out/eval" && mv "$out/eval/$1.partial" "$out/eval/$1"
+}
+
+step 1 "a byte-level BPE, and a small Llama that knows 512 tokens"
+[ -d "$out/base" ] || python "$recipe/pretrain.py" "$out/base"
+
+step 2 "documents to packed rows of 4,096 tokens"
+packed() {
+    anchorctx prepare --recipe "$recipe/recipe_prepare.yaml" out_dir="$out/$1" tokenizer="$out/base" \
+        "sources=[{format: stdlib, stdlib: {split: $2, facts: true}}]"
+}
+packed packed train
+packed packed_validation validation
+
+step 3 "training with AnchorAttention: DeepSpeed ZeRO-2, two processes"
+torchrun --nproc_per_node 2 -m anchorctx.cli.train --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
+    data.train="$out/packed" data.validation="$out/packed_validation" model.path="$out/base" "$@"
+
+step 4 "export to a Hugging Face folder"
+[ -d "$out/exported" ] || anchorctx export run="$out/run" out_dir="$out/exported"
+
+step 5 "held-out perplexity and retrieval, before and after"
+evaluate "before" "$out/base" '{max_position_embeddings: 4096}'
+evaluate "before, theta raised" "$out/base" \
+    '{max_position_embeddings: 4096, rope_parameters: {rope_type: default, rope_theta: 100000.0}}'
+evaluate "after" "$out/exported" '{}'
+
+step 6 "pictures"
+anchorctx plot out_dir="$out/plots" run="$out/run" packed="$out/packed" pretraining_length=512 \
+    "results=['$out/eval/before/results.jsonl','$out/eval/before, theta raised/results.jsonl','$out/eval/after/results.jsonl']"
+
+python "$recipe/summary.py" "$out" $((SECONDS - began))

@@ -1,0 +1,206 @@
+"""The direction of imports, the limits of size and the checkers' verdict, as tests.
+
+Imports are read with `ast`, those inside functions too, so that no arrow hides from the rule.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "anchorctx"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ALL_CODE = SOURCES + [p for folder in ("scripts", "recipes", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
+
+FOUNDATION = {"errors", "manifest", "results", "layout", "flops"}
+PARTS = {"train", "evals", "data", "models", "parallel", "attention", "plan", "report"}
+MAY_IMPORT = {
+    "cli": {"config"} | PARTS,
+    "config": PARTS,
+    "train": {"models", "parallel", "data"},
+    "evals": {"models", "parallel", "data", "kvcomm", "attention"},
+    "kvcomm": {"attention.rope"},
+    "models": {"attention"},
+    "parallel": {"attention"},
+    "attention": set(),
+    "data": set(),
+    "plan": set(),
+    "report": set(),
+    "testing": PARTS | {"kvcomm", "config"},
+} | {name: set() for name in FOUNDATION}
+"""Besides itself and the foundation. Names are modules or packages under `anchorctx`."""
+ONLY_IN = {
+    "hydra": ("cli", "config"),
+    "omegaconf": ("cli", "config"),
+    "flash_attn": ("attention.kernels.flash_attn",),
+    "lm_eval": ("evals.harness",),
+    "wandb": ("train",),
+    "deepspeed": ("train", "parallel"),
+}
+"""Third-party packages that belong to a few modules."""
+NEVER_IN = {"torch": ("report",)}
+LAZY = ("deepspeed", "wandb", "flash_attn", "matplotlib", "lm_eval", "transformers", "torch")
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
+
+
+# -- imports ----------------------------------------------------------------------------------------------------------
+
+
+def module_name(path: Path, root: Path = PACKAGE) -> str:
+    """`attention.merge` for anchorctx/attention/merge.py; `attention` for its `__init__.py`; "" for the package's."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Absolute dotted names that the code imports; `package` is the dotted package that holds it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def violation(module: str, target: str) -> str | None:
+    """Why `module` (under anchorctx) must not import `target` (absolute), or None."""
+    top, _, rest = target.partition(".")
+    if top != "anchorctx":
+        if top in ONLY_IN and not any(within(module, owner) for owner in ONLY_IN[top]):
+            return f"only {', '.join(ONLY_IN[top])} may import {top}"
+        if any(within(module, owner) for owner in NEVER_IN.get(top, ())):
+            return f"must not import {top}"
+        return None
+    layer = module.split(".")[0]
+    allowed = FOUNDATION | MAY_IMPORT.get(layer, set()) | {layer, "__version__"}
+    return None if any(within(rest, name) for name in allowed) else f"{layer or 'anchorctx'} must not import {target}"
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    package = ".".join(["anchorctx", *module.split(".")]).rstrip(".")
+    package = package if is_package else package.rpartition(".")[0]
+    found = (violation(module, target) for target in imported(ast.parse(source), package))
+    return [f"anchorctx.{module}: {reason}" for reason in found if reason]
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    layers = {module_name(path).split(".")[0] for path in SOURCES} - {""}
+    assert layers <= set(MAY_IMPORT), f"no rule for {layers - set(MAY_IMPORT)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: module_name(path) or "anchorctx")
+def test_imports_go_in_the_right_direction(path: Path) -> None:
+    assert not violations(module_name(path), path.read_text(), path.name == "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("train.loop", "from anchorctx.evals.runner import run"),
+        ("train.loop", "import anchorctx.evals"),
+        ("train.loop", "from anchorctx import evals"),
+        ("train.loop", "def f():\n    from anchorctx.evals import runner"),
+        ("train.loop", "from ..evals import runner"),
+        ("train.loop", "import importlib\nimportlib.import_module('anchorctx.evals')"),
+        ("evals.runner", "from anchorctx.train.loop import train"),
+        ("attention.merge", "from anchorctx.models import load"),
+        ("kvcomm.cache", "from anchorctx.attention.merge import anchor_attention"),
+        ("kvcomm.cache", "from anchorctx.attention import attend"),
+        ("layout", "from anchorctx.data import pack"),
+        ("models", "from anchorctx.testing.tiny import llama"),
+        ("data.pack", "import anchorctx.testing"),
+        ("train.config", "import omegaconf"),
+        ("train.config", "from hydra.core.config_store import ConfigStore"),
+        ("attention.kernels.torch_varlen", "from flash_attn import flash_attn_func"),
+        ("evals.runner", "import lm_eval.tasks"),
+        ("evals.runner", "import wandb"),
+        ("models", "import deepspeed"),
+        ("report.plots", "def f():\n    import torch"),
+    ],
+)
+def test_planted_violations_are_found(module: str, source: str) -> None:
+    assert violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kvcomm.cache", "from anchorctx.attention.rope import rotate\nfrom anchorctx.attention import rope"),
+        ("attention.merge", "from .kernels.base import Kernel\nfrom . import reference\nfrom ..layout import Pattern"),
+        ("train.loop", "from anchorctx.errors import UserError\nfrom anchorctx import __version__\nimport wandb"),
+        ("parallel.dist", "import deepspeed\nfrom anchorctx.attention import attend"),
+        ("cli.train", "import hydra\nfrom anchorctx.train.loop import train"),
+    ],
+)
+def test_allowed_imports_pass(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_importing_the_package_is_light() -> None:
+    code = f"import sys, anchorctx; print([m for m in {LAZY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- sizes and names --------------------------------------------------------------------------------------------------
+
+
+def long_functions(source: str, limit: int = MAX_FUNCTION_LINES) -> list[str]:
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    return [f.name for f in functions if (f.end_lineno or f.lineno) - f.lineno + 1 > limit]
+
+
+def init_code(source: str) -> list[str]:
+    """What an `__init__.py` holds besides its docstring, imports, dunder names and a lazy `__getattr__`."""
+    return [ast.unparse(node).splitlines()[0] for node in ast.parse(source).body if not _belongs_in_init(node)]
+
+
+def _belongs_in_init(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Assign):
+        return all(isinstance(t, ast.Name) and t.id in ("__all__", "__version__") for t in node.targets)
+    if isinstance(node, ast.FunctionDef):
+        return node.name == "__getattr__"
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test) == "TYPE_CHECKING"
+    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return docstring or isinstance(node, ast.Import | ast.ImportFrom)
+
+
+@pytest.mark.parametrize("path", ALL_CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= MAX_FILE_LINES
+    assert not long_functions(source)
+    assert path.name not in ("utils.py", "common.py", "helpers.py")
+    if path.name == "__init__.py":
+        assert not init_code(source)
+
+
+def test_size_limits_find_planted_cases() -> None:
+    assert long_functions("def f():\n" + "    pass\n" * MAX_FUNCTION_LINES) == ["f"]
+    assert long_functions("def f():\n" + "    pass\n" * (MAX_FUNCTION_LINES - 1)) == []
+    assert init_code("'''Doc.'''\nfrom a import b\nx = 1\ndef f(): ...\n") == ["x = 1", "def f():"]
+
+
+# -- checkers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["ruff check .", "ruff format --check .", "pyright"])
+def test_checkers_are_content(command: str) -> None:
+    program, *arguments = command.split()
+    binary = Path(sys.executable).parent / program
+    done = subprocess.run([str(binary), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

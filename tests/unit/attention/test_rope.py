@@ -1,0 +1,185 @@
+"""Rotation is checked where it happens: the model's own apply function is watched, and redone in float64."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import anchorctx.attention.interface as interface
+from anchorctx.attention.rope import RopeDtype, get_rope_dtype, rotary_modules, set_rope_dtype
+from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout
+from anchorctx.models import checkpoint_activations
+from anchorctx.testing.tiny import ARCHITECTURES
+
+T = 16
+FAR = 100_000
+"""Where the rows' positions start: far enough that a rounded position or frequency is radians wrong."""
+ALWAYS_FLOAT32 = {"olmo2", "olmo3"}
+CASTS_BACK = {"olmo2", "olmo3", "cohere2"}
+INTERLEAVED = {"cohere2"}
+
+
+def build(name: str, rope_dtype: RopeDtype, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    backend = "reference" if ARCHITECTURES[name].softcap else "cpu"
+    return ARCHITECTURES[name].build(dtype, attention=backend, rope_dtype=rope_dtype)
+
+
+def run(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(3, 96, (1, T), generator=torch.Generator().manual_seed(0))
+    layouts = (PackedLayout((0, 1, 7, T), 1),)
+    return model(ids, position_ids=FAR + torch.arange(T)[None], layouts=layouts, use_cache=False).logits
+
+
+class Watch:
+    """Every rotation's input and output, its angles, and the query that reaches `attend`, layer by layer."""
+
+    def __init__(self, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rotations: list[tuple[torch.Tensor, ...]] = []
+        self.attended: list[tuple[torch.Tensor, torch.Tensor]] = []
+        module = importlib.import_module(type(model).__module__)
+        rotate, attend = module.apply_rotary_pos_emb, interface.attend
+
+        def watched(q, k, cos, sin, *args, **kwargs):  # noqa: ANN001, ANN202
+            out = rotate(q, k, cos, sin, *args, **kwargs)
+            self.rotations.append((q, k, cos, sin, *out))
+            return out
+
+        def attended(q, k, v, *args, **kwargs):  # noqa: ANN001, ANN202
+            self.attended.append((q, k))
+            assert q.dtype == k.dtype == v.dtype
+            return attend(q, k, v, *args, **kwargs)
+
+        monkeypatch.setattr(module, "apply_rotary_pos_emb", watched)
+        monkeypatch.setattr(interface, "attend", attended)
+
+
+def rotated(x: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """RoPE in float64: x (B, H, T, D), angles (T, R/2) of the first R dimensions, in pairs i, i + R/2 or 2i, 2i + 1."""
+    x, width = x.double(), 2 * angles.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    pairs = turned.unflatten(-1, (-1, 2)) if interleaved else turned.unflatten(-1, (2, -1)).mT
+    cos, sin = angles.cos(), angles.sin()
+    a, b = pairs[..., 0], pairs[..., 1]
+    pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([(pairs if interleaved else pairs.mT).flatten(-2), rest], -1)
+
+
+def all_angles(model: torch.nn.Module) -> list[torch.Tensor]:
+    """(T, R/2) float64 of the float32 product of position and frequency, per set of frequencies."""
+    buffers = dict(rotary_modules(model)[0].named_buffers())
+    names = [n for n in buffers if n.endswith("inv_freq") and "original" not in n]
+    positions = (FAR + torch.arange(T))[:, None].float()
+    return [(positions * buffers[n]).double() for n in names]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_float32_rotation_is_exact_and_cast_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name, RopeDtype.float32)
+    watch = Watch(model, monkeypatch)
+    run(model)
+    assert len(watch.rotations) >= 1 and len(watch.attended) == 2
+    reached = {id_of(x) for q, k in watch.attended for x in (q, k)}
+    for q, k, cos, sin, *out in watch.rotations:
+        assert cos.dtype is sin.dtype is torch.float32 and q.dtype is torch.bfloat16
+        for before, after in zip((q, k), out, strict=True):
+            exact = [rotated(before, a, name in INTERLEAVED) for a in all_angles(model)]
+            limit = 4 * torch.finfo(torch.float32).eps * before.abs().max().item()
+            if name in CASTS_BACK:  # transformers has cast already: the one rounding to bfloat16
+                assert after.dtype is torch.bfloat16
+                assert min(distance_in_bfloat16(x, after) for x in exact) <= limit
+            else:
+                assert after.dtype is torch.float32
+                assert min((x - after).abs().max().item() for x in exact) <= limit
+            assert id_of(after.to(torch.bfloat16)) in reached
+
+
+def id_of(x: torch.Tensor) -> bytes:
+    return x.detach().contiguous().view(torch.int16).numpy().tobytes()
+
+
+def distance_in_bfloat16(exact: torch.Tensor, found: torch.Tensor) -> float:
+    """How far from `exact` a float32 would have to be so that its rounding to bfloat16 is `found`."""
+    gap = torch.nextafter(found.abs(), torch.full_like(found, float("inf"))) - found.abs()
+    return ((exact - found.double()).abs() - gap.double() / 2).clamp(min=0).max().item()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bfloat16_is_plain_transformers_bit_for_bit(name: str) -> None:
+    model = build(name, RopeDtype.bfloat16)
+    fields = ARCHITECTURES[name].config().config
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**fields), dtype=torch.bfloat16, attn_implementation=model.config._attn_implementation
+    )
+    plain.load_state_dict(model.state_dict())
+    expected = run(plain)
+    assert torch.equal(run(model), expected)
+    set_rope_dtype(model, RopeDtype.float32)
+    assert torch.equal(run(model), expected) == (name in ALWAYS_FLOAT32)
+    set_rope_dtype(model, RopeDtype.bfloat16)
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_float32_models_do_not_change(name: str) -> None:
+    one, other = (build(name, rope_dtype, torch.float32) for rope_dtype in RopeDtype)
+    assert torch.equal(run(one), run(other))
+
+
+def test_idempotent_and_without_parameters_or_buffers() -> None:
+    model = build("llama", RopeDtype.bfloat16)
+    state, expected = set(model.state_dict()), None
+    names = {n for n, _ in model.named_buffers()}
+    for _ in range(2):
+        set_rope_dtype(model, RopeDtype.float32)
+        assert set(model.state_dict()) == state and {n for n, _ in model.named_buffers()} == names
+        found = run(model)
+        assert expected is None or torch.equal(found, expected)
+        expected = found
+    assert get_rope_dtype(model) is RopeDtype.float32
+
+
+def test_survives_copies_pickles_and_checkpointing() -> None:
+    model = build("gemma3", RopeDtype.float32)
+    expected = run(model)
+    other = copy.deepcopy(model)
+    assert rotary_modules(other)[0].forward.args[0] is rotary_modules(other)[0]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (other, torch.load(file, weights_only=False)):
+        assert get_rope_dtype(twin) is RopeDtype.float32 and torch.equal(run(twin), expected)
+    run(model).float().square().sum().backward()
+    checkpoint_activations(other)
+    run(other).float().square().sum().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+def test_rounded_frequencies_are_noticed() -> None:
+    model = build("llama", RopeDtype.float32).to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="inv_freq was cast to torch.bfloat16"):
+        run(model)
+
+
+def test_tf32_is_off_inside_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", RopeDtype.float32)
+    module, seen, matmul = rotary_modules(model)[0], [], torch.backends.cuda.matmul
+    forward = type(module).forward
+    monkeypatch.setattr(type(module), "forward", lambda *a, **k: seen.append(matmul.fp32_precision) or forward(*a, **k))
+    torch.set_float32_matmul_precision("high")
+    try:
+        run(model)
+        assert seen == ["ieee"] and torch.get_float32_matmul_precision() == "high" and matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_model_without_rope_is_refused() -> None:
+    with pytest.raises(UserError, match="Linear has no rotary"):
+        set_rope_dtype(torch.nn.Linear(2, 2), RopeDtype.float32)

@@ -1,0 +1,189 @@
+"""PackedLayout against plain loops over tokens, written from the definition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchorctx.layout import PackedLayout, Pattern, Positions
+
+many = settings(max_examples=120, deadline=None)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> PackedLayout:
+    """Small random rows, every second one with documents in several segments."""
+    anchor = draw(st.integers(0, 3))
+    lengths = draw(st.lists(st.integers(1, 9), min_size=0 if anchor else 1, max_size=8))
+    bounds = [0, anchor] if anchor else [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    segments = len(bounds) - 1
+    ids = draw(st.none() | st.lists(st.integers(-2, 3), min_size=segments, max_size=segments))
+    if ids is not None and anchor:
+        ids[0] = 99
+    return PackedLayout(
+        tuple(bounds), anchor, draw(st.sampled_from(list(Positions))), None if ids is None else tuple(ids)
+    )
+
+
+def documents(row: PackedLayout) -> list[int]:
+    """The document of each token."""
+    found = []
+    for i in range(len(row.doc_offsets) - 1):
+        for _ in range(row.doc_offsets[i], row.doc_offsets[i + 1]):
+            found.append(i if row.doc_ids is None else row.doc_ids[i])
+    return found
+
+
+def ranks(row: PackedLayout) -> list[int]:
+    docs = documents(row)
+    return [docs[:t].count(docs[t]) for t in range(len(docs))]
+
+
+def may_see(row: PackedLayout, q: int, k: int, window: int | None) -> bool:
+    if k > q:
+        return False
+    if k < row.anchor_len:
+        return True
+    docs, rank = documents(row), ranks(row)
+    return docs[q] == docs[k] and (window is None or rank[q] - rank[k] < window)
+
+
+def order(row: PackedLayout) -> list[int]:
+    docs = documents(row)
+    return [t for doc in dict.fromkeys(docs) for t in range(len(docs)) if docs[t] == doc]
+
+
+def key_sequences(row: PackedLayout) -> list[list[int]]:
+    """For each document, the places (documents together) of the keys that it needs: the anchor, then its own."""
+    docs = [documents(row)[t] for t in order(row)]
+    sequences = []
+    for number, doc in enumerate(dict.fromkeys(docs)):
+        own = [t for t in range(len(docs)) if docs[t] == doc]
+        is_anchor = row.anchor_len > 0 and number == 0
+        sequences.append(own if is_anchor else [*range(row.anchor_len), *own])
+    return sequences
+
+
+@many
+@given(rows(), st.none() | st.integers(1, 12))
+def test_visibility(row: PackedLayout, window: int | None) -> None:
+    expected = [[may_see(row, q, k, window) for k in range(row.length)] for q in range(row.length)]
+    assert row.allowed_array(window).tolist() == expected
+    assert row.allowed(window=window).tolist() == expected
+    assert row.attention_pairs(window) == sum(map(sum, expected))
+
+
+@many
+@given(rows())
+def test_ranks_and_positions(row: PackedLayout) -> None:
+    assert row.token_docs().tolist() == documents(row)
+    assert row.token_ranks().tolist() == ranks(row)
+    assert row.num_documents == len(set(documents(row)) - set(documents(row)[: row.anchor_len]))
+    if row.positions is Positions.continuous:
+        expected = list(range(row.length))
+    else:
+        expected = [t if t < row.anchor_len else rank + row.anchor_len for t, rank in enumerate(ranks(row))]
+    assert row.position_ids().tolist() == row.position_array().tolist() == expected
+    assert row.position_ids().dtype == torch.int64
+
+
+@many
+@given(rows())
+def test_order_moves_documents_together(row: PackedLayout) -> None:
+    assert row.order_array().tolist() == order(row)
+    tensor = row.order()
+    assert (tensor is None) if row.doc_ids is None else (tensor is not None and tensor.tolist() == order(row))
+    grouped = row.by_document()
+    assert grouped.doc_ids is None and grouped.anchor_len == row.anchor_len and grouped.positions == row.positions
+    lengths = [documents(row).count(doc) for doc in dict.fromkeys(documents(row))]
+    assert list(np.diff(grouped.doc_offsets)) == lengths
+    moved = np.ix_(row.order_array(), row.order_array())
+    assert (grouped.allowed_array() == row.allowed_array()[moved]).all()
+
+
+@many
+@given(rows())
+def test_kernel_boundaries(row: PackedLayout) -> None:
+    docs = [documents(row)[t] for t in order(row)]
+    starts = [t for t in range(len(docs)) if t == 0 or docs[t] != docs[t - 1]]
+    assert row.cu_seqlens().tolist() == [*starts, len(docs)]
+    sequences = key_sequences(row)
+    assert row.kv_index().tolist() == [t for sequence in sequences for t in sequence]
+    assert row.cu_seqlens_k().tolist() == [sum(map(len, sequences[:i])) for i in range(len(sequences) + 1)]
+    assert row.cu_seqlens().dtype == row.cu_seqlens_k().dtype == torch.int32
+    assert row.kv_index().dtype == torch.int64
+
+
+ROW = PackedLayout((0, 1, 4, 6), 1)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "anchor_len", "positions", "sees"),
+    [
+        (Pattern.full, 0, [0, 1, 2, 3, 4, 5], ["x", "xx", "xxx", "xxxx", "xxxxx", "xxxxxx"]),
+        (Pattern.intra_doc, 0, [0, 1, 2, 3, 4, 5], ["x", ".x", ".xx", ".xxx", "....x", "....xx"]),
+        (Pattern.intra_doc_reset, 0, [0, 0, 1, 2, 0, 1], ["x", ".x", ".xx", ".xxx", "....x", "....xx"]),
+        (Pattern.anchor, 1, [0, 1, 2, 3, 4, 5], ["x", "xx", "xxx", "xxxx", "x...x", "x...xx"]),
+        (Pattern.anchor_reset, 1, [0, 1, 2, 3, 1, 2], ["x", "xx", "xxx", "xxxx", "x...x", "x...xx"]),
+    ],
+)
+def test_patterns(pattern: Pattern, anchor_len: int, positions: list[int], sees: list[str]) -> None:
+    layout = pattern.apply(ROW)
+    assert (layout.length, layout.anchor_len) == (ROW.length, anchor_len)
+    assert layout.position_array().tolist() == positions
+    picture = ["".join("x" if cell else "." for cell in line).rstrip(".") for line in layout.allowed_array()]
+    assert picture == sees
+
+
+@pytest.mark.parametrize("pattern", list(Pattern))
+def test_patterns_keep_interleaved_documents(pattern: Pattern) -> None:
+    row = PackedLayout((0, 1, 3, 4, 6), 1, doc_ids=(9, 0, 1, 0))
+    layout = pattern.apply(row)
+    assert layout.length == 6
+    assert bool(layout.allowed_array()[5, 1]), "the second chunk sees the first"
+    assert bool(layout.allowed_array()[5, 3]) == (pattern is Pattern.full), "but not the document between"
+
+
+def test_patterns_are_named_as_their_values() -> None:
+    for enum in (Pattern, Positions):
+        assert all(member.name == member.value for member in enum)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"doc_offsets": ()}, r"increase strictly from 0 to the row length, got \(\)"),
+        ({"doc_offsets": (0,)}, r"got \(0,\)"),
+        ({"doc_offsets": (1, 5)}, r"got \(1, 5\)"),
+        ({"doc_offsets": (0, 4, 4, 9)}, r"got \(0, 4, 4, 9\)"),
+        ({"doc_offsets": (0, 5, 3)}, r"got \(0, 5, 3\)"),
+        ({"doc_offsets": (*range(20), 5)}, r"got \(0, 1, 2, 3, 4, 5, 6, \.\.\.\)"),
+        ({"doc_offsets": (0, 3, 9), "anchor_len": 1}, "first segment must be the anchor: it ends at 3, .* is 1"),
+        ({"doc_offsets": (0, 3, 9), "anchor_len": -1}, "anchor_len is -1"),
+        ({"doc_offsets": (0, 3, 9), "doc_ids": (0,)}, "doc_ids has 1 entries for 2 segments"),
+        ({"doc_offsets": (0, 1, 9), "anchor_len": 1, "doc_ids": (4, 4)}, "anchor's doc_id must not be a document's"),
+    ],
+)
+def test_refused_layouts(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedLayout(**fields)
+
+
+def test_layouts_are_values() -> None:
+    same = PackedLayout((0, 1, 4, 6), 1)
+    assert ROW == same and hash(ROW) == hash(same) and len({ROW, same}) == 1
+    assert len({ROW, PackedLayout((0, 1, 4, 6)), PackedLayout((0, 1, 4, 6), 1, Positions.reset)}) == 3
+    with pytest.raises(AttributeError):
+        ROW.anchor_len = 0  # type: ignore[misc]
+
+
+def test_derived_tensors_are_made_once() -> None:
+    assert ROW.position_ids() is PackedLayout((0, 1, 4, 6), 1).position_ids()
+    with torch.inference_mode():
+        made_here = PackedLayout((0, 1, 2, 31), 1).kv_index()
+    assert not made_here.is_inference()
