@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from anchorctx.layout import PackedLayout
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 PEAK_TFLOPS = {
@@ -90,12 +91,12 @@ def _active_weights(model: PreTrainedModel) -> float:
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     used = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
-    embedding = model.get_input_embeddings().weight
+    embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     weights = 0.0
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and parameter is not embedding:
             weights += parameter.numel() * (used if ".experts." in name else 1.0)
     head = model.get_output_embeddings()
     if head is not None and head.weight is embedding:
-        weights += embedding.numel()
+        weights += int(embedding.numel())
     return weights

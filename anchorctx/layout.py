@@ -214,7 +214,7 @@ def _grouped(layout: PackedLayout) -> tuple[np.ndarray, PackedLayout]:
     return order, PackedLayout(offsets, layout.anchor_len, layout.positions)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256)  # never called under a FakeTensorMode: real calls would meet fake tensors
 def _derived(layout: PackedLayout, name: str, device: str) -> torch.Tensor:
     return _tensor(getattr(layout, name)(), device)
 

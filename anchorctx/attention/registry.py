@@ -176,7 +176,8 @@ def attend(
         return chosen.attend(query, key, value, layouts, score)
     order = torch.stack([torch.from_numpy(layout.order_array()) for layout in layouts]).to(query.device)  # (B, T)
     grouped = tuple(layout.by_document() for layout in layouts)
-    out = chosen.attend(*(_reorder(x, order) for x in (query, key, value)), grouped, score)
+    query, key, value = (_reorder(x, order) for x in (query, key, value))
+    out = chosen.attend(query, key, value, grouped, score)
     return _reorder(out, torch.argsort(order, dim=1))
 
 

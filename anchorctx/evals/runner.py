@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.data.documents import Reading
 from anchorctx.data.sources import SourceConfig, SourceFormat, open_source
@@ -81,6 +82,7 @@ def evaluate(config: EvalConfig) -> list[Result]:
     reading = Reading(on_bad_row=config.corpus.on_bad_row)
     texts = [document.text for document in open_source(config.corpus).documents(reading)]
     evaluators = [EVALUATORS[name](config, texts) for name in config.evals]
+    disable_progress_bar()  # ours are enough
     model, tokenizer = load_folder(config)
     for evaluator in evaluators:
         check_reach(model, config.model, evaluator)

@@ -67,7 +67,8 @@ class TrainConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.validate_every < 0 or self.logging.every < 1:
             raise UserError(
-                f"validate_every={self.validate_every} must be 0 or more and logging.every={self.logging.every} 1 or more"
+                f"validate_every={self.validate_every} must be at least 0, and "
+                f"logging.every={self.logging.every} at least 1"
             )
         for part in (self.optim, self.parallel, self.checkpoint):
             part.validate()

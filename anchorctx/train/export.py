@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
 from anchorctx.train import checkpoint
@@ -53,6 +54,7 @@ def export(config: ExportConfig) -> Path:
     if out.exists():
         raise UserError(f"out_dir={out} exists already: remove it, or choose another")
     folder = _checkpoint(run, config.step)
+    disable_progress_bar()  # ours are enough
     model = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -17,10 +17,10 @@ mkdir -p "$out"
 
 step() { printf '\n[%d/6, %ds] %s\n' "$1" $((SECONDS - began)) "$2"; }
 
-evaluate() { # label, model, fields of its configuration
+evaluate() { # folder, model, fields of its configuration, label
     [ -s "$out/eval/$1/results.jsonl" ] && return
     rm -rf "$out/eval/$1.partial"
-    anchorctx eval model="$2" label="$1" config="$3" out_dir="$out/eval/$1.partial" 'evals=[perplexity,retrieval]'
+    anchorctx eval model="$2" label="'$4'" config="$3" out_dir="$out/eval/$1.partial" 'evals=[perplexity,retrieval]'
     mkdir -p "$out/eval" && mv "$out/eval/$1.partial" "$out/eval/$1"
 }
 
@@ -43,13 +43,13 @@ step 4 "export to a Hugging Face folder"
 [ -d "$out/exported" ] || anchorctx export run="$out/run" out_dir="$out/exported"
 
 step 5 "held-out perplexity and retrieval, before and after"
-evaluate "before" "$out/base" '{max_position_embeddings: 4096}'
-evaluate "before, theta raised" "$out/base" \
-    '{max_position_embeddings: 4096, rope_parameters: {rope_type: default, rope_theta: 100000.0}}'
-evaluate "after" "$out/exported" '{}'
+evaluate before "$out/base" '{max_position_embeddings: 4096}' "before"
+evaluate raised "$out/base" \
+    '{max_position_embeddings: 4096, rope_parameters: {rope_type: default, rope_theta: 100000.0}}' "before, theta raised"
+evaluate after "$out/exported" '{}' "after"
 
 step 6 "pictures"
 anchorctx plot out_dir="$out/plots" run="$out/run" packed="$out/packed" pretraining_length=512 \
-    "results=['$out/eval/before/results.jsonl','$out/eval/before, theta raised/results.jsonl','$out/eval/after/results.jsonl']"
+    "results=[$out/eval/before/results.jsonl,$out/eval/raised/results.jsonl,$out/eval/after/results.jsonl]"
 
 python "$recipe/summary.py" "$out" $((SECONDS - began))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from anchorctx.results import Result, read_results
 
-MODELS = ("before", "before, theta raised", "after")
+MODELS = {"before": "before", "raised": "before, theta raised", "after": "after"}
+"""Folder and name of each evaluated model."""
 
 
 def main(out: Path, seconds: int) -> None:
@@ -24,9 +25,9 @@ def main(out: Path, seconds: int) -> None:
     lengths = [row.context["length"] for row in rows["after"] if row.metric == "retrieval_accuracy"]
     print(f"\ndone in {seconds // 60} min {seconds % 60} s")
     print(f"\n{'held out':<24}{'perplexity':>11}   retrieval at" + "".join(f"{length:>9,}" for length in lengths))
-    for name in MODELS:
+    for name, label in MODELS.items():
         accuracy = "".join(f"{row.value:>9.3f}" for row in rows[name] if row.metric == "retrieval_accuracy")
-        print(f"{name:<24}{perplexity(rows[name]):>11.1f}" + " " * 15 + accuracy)
+        print(f"{label:<24}{perplexity(rows[name]):>11.1f}" + " " * 15 + accuracy)
     print(
         f"\ntraining: {statistics.median(speed):,.0f} tokens/s (median of {len(speed)} steps), "
         f"{statistics.mean(saved):.0%} of full attention's operations not needed"
