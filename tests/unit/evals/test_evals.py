@@ -156,7 +156,7 @@ def test_evaluate_loads_a_folder_and_writes_rows(
     assert list(read_results(tmp_path / "out" / "results.jsonl")) == rows
     assert all(row.manifest and row.context["model"] == "tiny" for row in rows)
     config.perplexity.max_length = 257
-    with pytest.raises(UserError, match="257 tokens.*max_position_embeddings=256.*raise max_position_embeddings"):
+    with pytest.raises(UserError, match="257 tokens.*max_position_embeddings=256.*max_position_embeddings"):
         evaluate(config)
     config.model = str(tmp_path)
     with pytest.raises(UserError, match="has no config.json"):

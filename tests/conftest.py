@@ -1,0 +1,18 @@
+import os
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks for a device and warns that there is none
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))

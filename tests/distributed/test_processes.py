@@ -1,0 +1,76 @@
+"""One process and two give the same run at every ZeRO stage, and what is exported is what was trained."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from anchorctx.data.loader import validation_batches
+from anchorctx.data.shards import PackedSet
+from anchorctx.layout import Pattern
+from anchorctx.train.export import ExportConfig, export
+
+from .runs import curve, metrics
+
+pytestmark = pytest.mark.distributed
+NAMES = ("train/loss", "train/grad_norm", "val/loss")
+
+
+@pytest.fixture(scope="module")
+def alone(launcher):
+    return launcher.run("alone", 1, "micro_rows=2")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_zero_stage_gives_the_curve_of_one_process(launcher, alone, stage, processes):
+    run = launcher.run(f"zero{stage}_{processes}", processes, f"parallel=zero{stage}")
+    np.testing.assert_allclose(curve(run, *NAMES), curve(alone, *NAMES), rtol=1e-5)
+    assert curve(run, "train/grad_norm")[1:].max() > 0.3  # clipping was at work
+    assert curve(run, "train/loss")[-1] < curve(run, "train/loss")[1] - 0.3  # and it learnt
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_exported_folder_has_the_loss_that_training_saw(launcher, stage, tmp_path):
+    run = launcher.root / f"zero{stage}_2"
+    folder = export(ExportConfig(run=str(run), out_dir=str(tmp_path / "exported")))
+    config = json.loads((folder / "config.json").read_text())
+    assert "attn_implementation" not in json.dumps(config)
+    assert plain_validation_loss(folder, launcher.validation) == pytest.approx(metrics(run)[-1]["val/loss"], rel=1e-5)
+
+
+def plain_validation_loss(folder, validation):
+    """Validation loss by transformers' eager attention under a dense mask, logits in full: none of our fast paths."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    packed = PackedSet.open(validation)
+    total = weight = 0.0
+    for batch in validation_batches(packed, Pattern.anchor, 1, 0, 1, None):
+        mask = torch.zeros(1, 1, packed.row_length, packed.row_length)
+        mask.masked_fill_(~batch.layouts[0].allowed(), torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            logits = model(batch.input_ids, attention_mask=mask, position_ids=batch.position_ids).logits
+        losses = torch.nn.functional.cross_entropy(logits[0, :-1], batch.labels[0, 1:], reduction="none")
+        total += float(losses.sum())
+        weight += float((batch.labels[0, 1:] != -100).sum())
+    return total / weight
+
+
+def test_activation_checkpointing_and_accumulation_change_nothing(launcher, alone):
+    run = launcher.run("recomputed", 1, "parallel.activation_checkpointing=true", "micro_rows=4")
+    np.testing.assert_allclose(curve(run, *NAMES), curve(alone, *NAMES), rtol=1e-5)
+
+
+def test_metrics_have_what_the_dashboard_groups(alone):
+    row = metrics(alone)[-1]
+    for name in (
+        *("step", "tokens", "train/loss", "train/lr", "train/grad_norm", "val/loss", "val/perplexity"),
+        *("perf/step_seconds", "perf/tokens_per_second", "perf/data_seconds", "perf/attention_flops_saved"),
+        *("memory/peak_gib", "data/documents_per_row", "data/trained_tokens_per_row"),
+    ):
+        assert np.isfinite(row[name]), name
+    assert 0 < row["perf/attention_flops_saved"] < 1
+    manifest = json.loads((alone / "manifest.json").read_text())
+    assert manifest["command"] == "train"
+    assert manifest["config"]["steps"] == 6

@@ -1,0 +1,140 @@
+"""Runs that end early continue as if they had not, and runs that cannot be continued say why."""
+
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from anchorctx.train.export import ExportConfig, export
+
+from .runs import metrics
+
+pytestmark = pytest.mark.distributed
+LONG = ("steps=60", "checkpoint.every=5", "validate_every=20", "checkpoint.keep_last=100")
+CURVE = ("step", "tokens", "train/loss", "train/lr", "train/grad_norm", "val/loss")
+
+
+@pytest.fixture(scope="module")
+def whole(launcher):
+    return launcher.run("whole", 2, *LONG)
+
+
+def interrupt(launcher, name, how):
+    """Start a run, and once it wrote a checkpoint end it by `how`(launcher process); returns its exit code."""
+    process = subprocess.Popen(
+        launcher.command(name, 2, *LONG), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    first = launcher.root / name / "checkpoints" / "step_00000005"
+    deadline = time.monotonic() + 120
+    while not first.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be interrupted"
+        time.sleep(0.02)
+    how(psutil.Process(process.pid))
+    return process.wait(timeout=120)
+
+
+def kill_all(launcher_process):
+    """kill -9 for the launcher and every worker, as a power cut would."""
+    for process in (*launcher_process.children(recursive=True), launcher_process):
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(launcher_process.children(recursive=True), timeout=30)
+
+
+def terminate_one_worker(launcher_process):
+    """SIGTERM to one rank only, as a scheduler may do."""
+    workers = [p for p in launcher_process.children(recursive=True) if "RANK" in p.environ()]
+    next(p for p in workers if p.environ()["RANK"] == "1").send_signal(signal.SIGTERM)
+
+
+def same_run(run, whole, tmp_path):
+    """Bit for bit: the loss curve and the exported weights."""
+    ours, theirs = ([{k: row.get(k) for k in CURVE} for row in metrics(r)] for r in (run, whole))
+    assert ours == theirs
+    weights = [
+        load_file(export(ExportConfig(run=str(r), out_dir=str(tmp_path / r.name))) / "model.safetensors")
+        for r in (run, whole)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_kill_9_and_resume_is_bit_identical(launcher, whole, tmp_path):
+    assert interrupt(launcher, "killed", kill_all) != 0
+    killed = launcher.root / "killed"
+    assert metrics(killed)[-1]["step"] < 60
+    (killed / "checkpoints" / ".step_00000099.partial").mkdir()  # as a kill in the middle of a checkpoint leaves it
+    launcher.run("killed", 2, *LONG)
+    same_run(killed, whole, tmp_path)
+
+
+def test_sigterm_on_one_rank_saves_and_ends_cleanly(launcher, whole, tmp_path):
+    assert interrupt(launcher, "terminated", terminate_one_worker) == 0
+    terminated = launcher.root / "terminated"
+    stopped_at = metrics(terminated)[-1]["step"]
+    assert stopped_at < 60
+    assert (terminated / "checkpoints" / f"step_{int(stopped_at):08d}" / "COMPLETE").exists()
+    launcher.run("terminated", 2, *LONG)
+    same_run(terminated, whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides", "sentence"),
+    [
+        (2, ("seed=5",), "written with seed=0, but this run has seed=5"),
+        (1, (), "written with processes=2, but this run has processes=1"),
+        (2, ("pattern=full",), "written with pattern=anchor, but this run has pattern=full"),
+        (2, ("checkpoint.resume=never",), "already holds a run"),
+        (2, ("checkpoint.resume=nowhere",), "nowhere is no folder"),
+        (2, ("tokens_per_step=100",), "tokens_per_step=100 must be a multiple of 128"),
+        (2, ("data.train={validation}",), "written with corpus=000000000001, but this run has corpus=000000000002"),
+    ],
+)
+def test_a_run_that_cannot_be_continued_says_why(launcher, whole, processes, overrides, sentence):
+    overrides = [override.format(validation=launcher.validation) for override in overrides]
+    before = sorted(path.name for path in whole.rglob("*"))
+    done = subprocess.run(
+        launcher.command("whole", processes, *LONG, *overrides), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert f"anchorctx train: {whole}" in done.stderr or "anchorctx train: " in done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr.split("torch.distributed")[0]
+    assert sorted(path.name for path in whole.rglob("*")) == before  # nothing half-written
+
+
+def test_a_folder_in_use_is_refused(launcher, whole):
+    import fcntl
+
+    with (whole / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = subprocess.run(launcher.command("whole", 1, *LONG), capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "is in use by a run that is still alive" in done.stderr
+
+
+def test_a_failing_rank_ends_the_job_quickly(launcher, tmp_path):
+    """Rank 1 cannot read its data: the job ends with that rank's error, it does not hang in a collective."""
+    broken = tmp_path / "sitecustomize.py"
+    broken.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import anchorctx.data.loader as loader\n"
+        "    def fail(*args, **kwargs):\n"
+        "        raise RuntimeError('rank 1 lost its disk')\n"
+        "    loader.make_batch = fail\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        launcher.command("failing", 2),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode != 0
+    assert "rank 1 lost its disk" in done.stderr
+    assert time.monotonic() - began < 90
