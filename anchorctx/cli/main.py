@@ -14,7 +14,7 @@ COMMANDS = {
     "prepare": "documents -> tokens -> packed rows, on disk",
     "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
     "export": "a run's checkpoint -> a Hugging Face folder",
-    "eval": "perplexity and retrieval of a Hugging Face folder",
+    "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",
     "plot": "pictures of runs, patterns and evaluations",
     "doctor": "what is installed, which attention backends work here, and how to get the rest",
 }
