@@ -20,7 +20,7 @@ import importlib.util
 import io
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,10 @@ class LmEval:
         for task in self.config.tasks:
             check_known("lm_eval.tasks", task, found)
         for task in self.config.tasks:
-            fetch_data(task, found, self.config.include_path)
+            needed = dict.fromkeys(s for leaf in leaves(task, found) if (s := _hub_source(found[leaf].cfg or {})))
+            if needed:
+                tasks = task_manager(self.config.include_path)
+                fetch(task, f"{', '.join(needed)} from the hub", functools.partial(tasks.load, [task]))
         self._checked = True
 
     def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
@@ -183,21 +186,17 @@ def leaves(task: str, index: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(leaf for name in names for leaf in leaves(name, index)))
 
 
-def fetch_data(task: str, index: dict[str, Any], include_path: str | None, **metadata: Any) -> None:
-    """Say what a task needs from the hub, and fetch it; UserError when that fails."""
-    sources = [path for leaf in leaves(task, index) if (path := _hub_source(index[leaf].cfg or {})) is not None]
-    if not sources:
-        return
-    named = ", ".join(dict.fromkeys(sources))
-    logger.info("%s reads %s from the hub (or its cache)", task, named)
+def fetch(task: str, named: str, read: Callable[[], Any]) -> None:
+    """Say what a task needs from the network, and `read` it; UserError when that fails."""
+    logger.info("%s reads %s, or its cache", task, named)
     try:
-        with quiet():
-            task_manager(include_path, metadata=metadata).load([task])
+        with quiet(offline=True):
+            read()
     except Exception as error:  # every loader of data fails in its own way
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{task} needs {named} from the hub, which is neither in the cache nor to be had ({reason}): evaluate once "
-            "where the hub can be reached, copy HF_HOME over, or leave the task out; of RULER, niah_single_1, "
+            f"{task} needs {named}, which is neither in the cache nor to be had ({reason}): evaluate once where the "
+            "network can be reached and copy HF_HOME over, or leave the task out; of RULER, niah_single_1, "
             "niah_multikey_2, niah_multikey_3, ruler_vt, ruler_cwe and ruler_fwe need no data"
         ) from error
 
@@ -245,11 +244,10 @@ def lm_eval_version() -> str | None:
         return None
 
 
-def ruler_module(name: str) -> Any:
-    """A module of lm-eval's RULER, imported anew: some draw from a generator of their own, which goes on where the last
-    task left it; so each task gets the data that it has in a fresh process.
-    """
-    sys.modules.pop(f"lm_eval.tasks.ruler.{name}", None)
+def ruler_module(name: str, *, anew: bool = False) -> Any:
+    """A module of lm-eval's RULER; `anew` imports it again, with what it draws from at its start."""
+    if anew:
+        sys.modules.pop(f"lm_eval.tasks.ruler.{name}", None)
     with quiet(offline=True):
         return _lm_eval(f"tasks.ruler.{name}")
 
