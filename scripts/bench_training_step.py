@@ -1,7 +1,7 @@
 """Time of whole training steps under AnchorAttention against full attention, on this machine's CPU.
 
-    python scripts/bench_training_step.py                 about 8 minutes on two cores; writes benchmarks/training_step_cpu.*
-    python scripts/bench_training_step.py --quick         seconds, to see that it works
+    python scripts/bench_training_step.py            some minutes on two cores; writes benchmarks/training_step_cpu.*
+    python scripts/bench_training_step.py --quick    seconds, to see that it works
 
 A step is forward, backward and AdamW's update of one row of T tokens, in float32, through the same model, loss and
 attention that `anchorctx train` uses. The model's width is chosen so that attention has the share of the work that it
@@ -129,8 +129,8 @@ def title(manifest: dict) -> str:
     """The machine and what ran on it, in one line."""
     config = manifest["config"]
     return (
-        f"{manifest['cpu']}, {manifest['machine']['cpus']} cores, torch {manifest['versions']['torch']}; one row of "
-        f"{config['tokens']:,} tokens, {config['layers']} layers of width {config['width']:,}, {config['rounds']} rounds"
+        f"{manifest['cpu']}, {manifest['machine']['cpus']} cores, torch {manifest['versions']['torch']}; a row of "
+        f"{config['tokens']:,} tokens, {config['layers']} layers of {config['width']:,}, {config['rounds']} rounds"
     )
 
 

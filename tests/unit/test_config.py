@@ -55,7 +55,9 @@ def test_every_command_has_its_file_and_every_choice_composes(command: str) -> N
     assert (conf_dir() / f"{command}.yaml").is_file()
 
 
-@pytest.mark.parametrize("path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_every_choice_of_a_group_composes(path: Path) -> None:
     needed = ["out_dir=x", "data.train=y", "model.path=z"]
     resolve("train", [*needed, f"{path.parent.name}={path.stem}"]).validate()
