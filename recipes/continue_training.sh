@@ -37,7 +37,7 @@ evaluate() { # folder, model, fields of its configuration
 
 pack packed "$CORPUS"
 pack packed_validation "$HELD_OUT"
-torchrun --nproc_per_node "${GPUS:-8}" -m anchorctx.cli.train --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
+torchrun --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx.cli.train --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
     data.train="$out/packed" data.validation="$out/packed_validation" model.path="$model" "$@"
 [ -d "$out/exported" ] || anchorctx export run="$out/run" out_dir="$out/exported" dtype=bfloat16
 mkdir -p "$out/eval"

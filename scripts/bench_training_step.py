@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16_384, help="row length")
     parser.add_argument("--document", type=int, default=1024, help="tokens of a document where all are equal")
     parser.add_argument("--width", type=int, default=1024, help="hidden size; heads are of 64")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of all variants, after one to warm up")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="folder written to")

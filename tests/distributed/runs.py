@@ -55,7 +55,7 @@ class Launcher:
 
     def command(self, name: str, processes: int, *overrides: str) -> list[str]:
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
             *("-m", "anchorctx.cli.train", MODEL, f"out_dir={self.root / name}"),
             *(f"data.train={self.train}", f"data.validation={self.validation}", f"tokens_per_step={LENGTH * 8}"),
             *("steps=6", "validate_every=3", "optim.lr=0.01", "optim.clip=0.3", *overrides),
