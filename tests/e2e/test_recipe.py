@@ -104,5 +104,6 @@ def test_metrics_went_to_both_places(finished: tuple[Path, subprocess.CompletedP
 
 def test_progress_was_visible(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     shown = finished[1].stderr
-    assert "documents/s" in shown and "s/step" in shown and "perplexity of after: 100%" in shown
+    assert "documents/s" in shown and "perplexity of after: 100%" in shown
+    assert "step/s" in shown or "s/step" in shown  # whichever is above 1
     assert "Traceback" not in shown
