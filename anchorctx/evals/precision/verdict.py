@@ -1,0 +1,149 @@
+"""One sentence with numbers, and a recommendation, from a study's rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anchorctx.evals.precision.config import Arithmetic
+from anchorctx.evals.precision.rows import ALL, interval_half
+from anchorctx.results import Result
+
+MOST = 0.5
+"""The first token carries the error when hiding it removes at least this share of the change ..."""
+SOME = 0.1
+"""... and a part of it from this share on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the verdict is about."""
+
+    model: str
+    shift: int
+    lengths: Sequence[int]
+
+
+def verdict(rows: Sequence[Result], question: Question) -> Result | None:
+    """The row `precision_verdict`: the share of the change that float32 rotation removes, with `sentence` and
+    `recommendation` in its context; None where bfloat16 was not studied."""
+    at = {"weights": "trained", "rows": "shift", "layer": ALL, "shift": question.shift, "length": question.lengths[-1]}
+    change = {a: find(rows, "precision_attention_change", arithmetic=a.value, first="kept", **at) for a in Arithmetic}
+    bfloat16, ours = change[Arithmetic.bfloat16], change[Arithmetic.float32_rotation]
+    if bfloat16 is None:
+        return None
+    removed, half = _removed(bfloat16, ours) if ours is not None else (0.0, None)
+    sentence = f"{question.model}: {_changes(rows, question, change, at)}; {_growth(rows, question, at)}"
+    context = {
+        "model": question.model,
+        "shift": question.shift,
+        "length": question.lengths[-1],
+        "sentence": sentence + _first_token(rows, at) + ".",
+        "recommendation": _recommendation(rows, removed, half) if ours is not None else "",
+    }
+    low, high = (None, None) if half is None else (removed - half, removed + half)
+    return Result(
+        metric="precision_verdict", value=removed, unit="1", n=bfloat16.n, low=low, high=high, context=context
+    )
+
+
+def find(rows: Sequence[Result], metric: str, /, **context: Any) -> Result | None:
+    """The row of `metric` whose context has all of `context`, or None."""
+    wanted = context.items()
+    return next((row for row in rows if row.metric == metric and wanted <= _plain(row.context).items()), None)
+
+
+def _plain(context: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in context.items() if not isinstance(value, list | dict)}
+
+
+def _removed(before: Result, after: Result) -> tuple[float, float | None]:
+    """Mean over texts of the share of the change that is gone, and half its interval."""
+    pairs = zip(before.context["values"], after.context["values"], strict=True)
+    shares = [1 - b / a if a else 0.0 for a, b in pairs]
+    return statistics.fmean(shares), interval_half(shares)
+
+
+def _changes(
+    rows: Sequence[Result], question: Question, change: dict[Arithmetic, Result | None], at: dict[str, Any]
+) -> str:
+    names = {
+        Arithmetic.bfloat16: "in bfloat16",
+        Arithmetic.float32_rotation: "with float32 rotation",
+        Arithmetic.float32: "in float32",
+    }
+    parts = [f"{percent(row.value)} {names[a]}" for a, row in change.items() if row is not None]
+    control = find(
+        rows, "precision_attention_change", arithmetic="bfloat16", first="kept", **at | {"weights": "control"}
+    )
+    beside = f" (weights drawn anew: {percent(control.value)} in bfloat16)" if control else ""
+    tokens = "token" if question.shift == 1 else "tokens"
+    return (
+        f"shifting all positions by {question.shift:,} {tokens} moves, at {question.lengths[-1]:,} tokens, "
+        f"{_listed(parts)} of each query's attention{beside}"
+    )
+
+
+def _growth(rows: Sequence[Result], question: Question, at: dict[str, Any]) -> str:
+    shortest, longest = question.lengths[0], question.lengths[-1]
+    ends = [
+        find(rows, "precision_attention_change", arithmetic="bfloat16", first="kept", **at | {"length": length})
+        for length in (shortest, longest)
+    ]
+    if shortest == longest or ends[0] is None or ends[1] is None or not ends[0].value:
+        return ""
+    factor = ends[1].value / ends[0].value
+    apart = ends[0].high is not None and ends[1].low is not None and _apart(ends[0], ends[1])
+    word = ("grows" if factor > 1 else "shrinks") if apart else "does not change measurably"
+    return f"from {shortest:,} to {longest:,} tokens the bfloat16 change {word} (x{factor:.2f}); "
+
+
+def _apart(a: Result, b: Result) -> bool:
+    """Do two intervals exclude each other?"""
+    assert None not in (a.low, a.high, b.low, b.high)
+    return a.high < b.low or b.high < a.low  # type: ignore[operator]
+
+
+def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
+    kept = find(rows, "precision_attention_change", arithmetic="bfloat16", first="kept", **at)
+    hidden = find(rows, "precision_attention_change", arithmetic="bfloat16", first="hidden", **at)
+    share = find(rows, "precision_first_share", arithmetic="bfloat16", **at)
+    attention = find(rows, "precision_first_attention", arithmetic="bfloat16", **at)
+    if kept is None or hidden is None or share is None or attention is None:
+        return "the first token's part is not known"
+    gone = 1 - hidden.value / kept.value
+    carries = (
+        "carries most of the change" if gone >= MOST else "carries a part of the change" if gone >= SOME else
+        "does not carry the change"
+    )  # fmt: skip
+    return (
+        f"the first token {carries}: it has {percent(attention.value)} of the attention and {percent(share.value)} of "
+        f"the change (50 % is the most that one token can have), and with it hidden {percent(hidden.value)} moves"
+    )
+
+
+def _recommendation(rows: Sequence[Result], removed: float, half: float | None) -> str:
+    helps = removed > (half if half is not None else 0.0)
+    spread = f" (95 %: {percent(removed - half)} to {percent(removed + half)})" if half is not None else ""
+    if not helps:
+        return f"rope_dtype=float32 does not reduce the change measurably ({percent(removed)}{spread}): either will do."
+    cost = find(rows, "precision_cost")
+    price = ""
+    if cost is not None and cost.low is not None and cost.high is not None:
+        where = f"a bfloat16 training step of {cost.context['length']:,} tokens on {cost.context['device']}"
+        span = f"{100 * (cost.low - 1):+.1f} % to {100 * (cost.high - 1):+.1f} %"
+        price = f" It makes {where} {100 * (cost.value - 1):+.1f} % slower (95 %: {span})."
+    rest = "what is left is the one rounding of queries and keys to bfloat16"
+    return f"Use rope_dtype=float32: it removes {percent(removed)}{spread} of the change; {rest}.{price}"
+
+
+def percent(share: float) -> str:
+    """A share as per cent with two significant digits, or three from 10 % on."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.2g} %"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
