@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,9 +81,10 @@ def _changes(
     )
     beside = f" (weights drawn anew: {percent(control.value)} in bfloat16)" if control else ""
     tokens = "token" if question.shift == 1 else "tokens"
+    parts[0] = parts[0].replace(" %", " % of each query's attention", 1)
     return (
-        f"shifting all positions by {question.shift:,} {tokens} moves, at {question.lengths[-1]:,} tokens, "
-        f"{_listed(parts)} of each query's attention{beside}"
+        f"at {question.lengths[-1]:,} tokens, shifting all positions by {question.shift:,} {tokens} moves "
+        f"{_listed(parts)}{beside}"
     )
 
 
@@ -95,15 +97,15 @@ def _growth(rows: Sequence[Result], question: Question, at: dict[str, Any]) -> s
     if shortest == longest or ends[0] is None or ends[1] is None or not ends[0].value:
         return ""
     factor = ends[1].value / ends[0].value
-    apart = ends[0].high is not None and ends[1].low is not None and _apart(ends[0], ends[1])
-    word = ("grows" if factor > 1 else "shrinks") if apart else "does not change measurably"
+    word = ("grows" if factor > 1 else "shrinks") if _differ(ends[0], ends[1]) else "does not grow measurably"
     return f"from {shortest:,} to {longest:,} tokens the bfloat16 change {word} (x{factor:.2f}); "
 
 
-def _apart(a: Result, b: Result) -> bool:
-    """Do two intervals exclude each other?"""
-    assert None not in (a.low, a.high, b.low, b.high)
-    return a.high < b.low or b.high < a.low  # type: ignore[operator]
+def _differ(a: Result, b: Result) -> bool:
+    """Is the difference of two independent means larger than its 95 % interval?"""
+    if a.high is None or b.high is None:
+        return False
+    return abs(a.value - b.value) > math.hypot(a.high - a.value, b.high - b.value)
 
 
 def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
@@ -133,8 +135,11 @@ def _recommendation(rows: Sequence[Result], removed: float, half: float | None) 
     price = ""
     if cost is not None and cost.low is not None and cost.high is not None:
         where = f"a bfloat16 training step of {cost.context['length']:,} tokens on {cost.context['device']}"
-        span = f"{100 * (cost.low - 1):+.1f} % to {100 * (cost.high - 1):+.1f} %"
-        price = f" It makes {where} {100 * (cost.value - 1):+.1f} % slower (95 %: {span})."
+        span = f"({100 * (cost.value - 1):+.1f} %, 95 %: {100 * (cost.low - 1):+.1f} to {100 * (cost.high - 1):+.1f} %)"
+        known = (
+            "takes longer" if cost.low > 1 else "takes less time" if cost.high < 1 else "takes no longer, measurably"
+        )
+        price = f" With it {where} {known} {span}."
     rest = "what is left is the one rounding of queries and keys to bfloat16"
     return f"Use rope_dtype=float32: it removes {percent(removed)}{spread} of the change; {rest}.{price}"
 
