@@ -78,8 +78,16 @@ def test_a_study_is_whole_deterministic_and_resumable(make_config: Make, tmp_pat
             assert row is not None and row.n == 3 and row.low is not None and row.low < row.value < row.high
     assert find(rows, "precision_attention_change", first="dropped", weights="control", arithmetic="float32")
     assert find(rows, "precision_attention_change", rows="intra_doc", layer=1, arithmetic="float32_rotation")
-    assert {"precision_first_share", "precision_first_score_change", "precision_key_change", "precision_verdict",
-            "precision_loss_change", "precision_logprob_change", "precision_offset_change"} <= {r.metric for r in rows}  # fmt: skip
+    names = {
+        "first_share",
+        "first_score_change",
+        "key_change",
+        "logprob_change",
+        "loss_change",
+        "offset_change",
+        "verdict",
+    }
+    assert {f"precision_{name}" for name in names} <= {row.metric for row in rows}
     assert "moves" in table(rows) and "Use rope_dtype=float32" in table(rows)
 
     # Stopped and started again: a unit that is missing or half-written is measured anew, others are not touched.
