@@ -27,6 +27,7 @@ SCHEMAS = {
     "eval": "anchorctx.evals.runner:EvalConfig",
     "precision": "anchorctx.evals.precision.config:PrecisionConfig",
     "plot": "anchorctx.report.render:PlotConfig",
+    "report": "anchorctx.report.page:ReportConfig",
 }
 """Each command's configuration, imported when the command runs."""
 

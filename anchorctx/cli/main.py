@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "perplexity and retrieval of a Hugging Face folder",
     "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
     "plot": "pictures of runs, patterns and evaluations",
+    "report": "runs and evaluations -> one HTML file to look at",
     "doctor": "what is installed, which attention backends work here, and how to get the rest",
 }
 

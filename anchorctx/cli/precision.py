@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from anchorctx.cli.configured import configuration
 from anchorctx.cli.main import Arguments, main
@@ -17,9 +18,13 @@ def run(arguments: Arguments) -> None:
         return
     from anchorctx.evals.precision.study import study
     from anchorctx.evals.precision.table import table
+    from anchorctx.report.precision_figure import precision_figure
+    from anchorctx.report.precision_series import Study
 
     rows = study(config)
     print(table(rows))
+    figure = precision_figure(Study(rows[-1].context["model"], rows), Path(config.out_dir) / "precision.png")
+    print(f"\ndrawn: {figure}; for a page with all figures: anchorctx report {config.out_dir}")
 
 
 if __name__ == "__main__":

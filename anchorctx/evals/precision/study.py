@@ -63,6 +63,8 @@ def study(config: PrecisionConfig) -> list[Result]:
     texts = Texts(_read(config.corpus), subject.tokenizer)
     for length in setting.lengths:
         texts.rows(length, config.texts)  # raises before anything is written
+    if config.packed:
+        texts.packed_rows(setting.lengths[-1], config.texts)
     log = StudyLog(Path(config.out_dir), config, setting)
     with tqdm(unit="tok", unit_scale=True, desc="precision", dynamic_ncols=True) as bar:
         units = list(_units(config, setting, subject, texts, bar))
@@ -172,6 +174,7 @@ def _units(config: PrecisionConfig, setting: Setting, subject: arms.Subject, tex
         yield Unit("cost", lambda: _cost_rows(config, setting, subject, texts), title="timing training steps")
     copies = config.texts * (1 + len(setting.shifts)) * (1 + setting.end_to_end)
     longest = texts.rows(setting.lengths[-1], config.texts)
+    packed = texts.packed_rows(setting.lengths[-1], config.texts) if config.packed else []
     for weights, arithmetic in arms.arms(config.control, config.arithmetics):
         context = {"model": setting.label, "weights": weights.value, "arithmetic": arithmetic.value}
         tool = _Lazy(config, setting, subject, weights, arithmetic)
@@ -182,7 +185,7 @@ def _units(config: PrecisionConfig, setting: Setting, subject: arms.Subject, tex
             yield Unit(f"{name}-{length}", measure, copies * length, title)
         yield Unit(f"{name}-dropped", partial(_with_tool, dropped_unit, tool, setting, longest, context))
         if config.packed:
-            yield Unit(f"{name}-packed", partial(_with_tool, packed_unit, tool, setting, longest, context))
+            yield Unit(f"{name}-packed", partial(_with_tool, packed_unit, tool, setting, packed, context))
 
 
 def _shift_rows(

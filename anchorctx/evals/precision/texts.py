@@ -12,6 +12,9 @@ from anchorctx.errors import UserError
 from anchorctx.evals.base import anchor_token
 from anchorctx.layout import PackedLayout
 
+DOCUMENTS_A_ROW = 8
+"""At least so many in a packed row."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
@@ -48,6 +51,34 @@ class Texts:
         spare = len(self._stream) - text * count
         starts = [i * text + (spare * i) // max(count - 1, 1) for i in range(count)]
         return [self._row(start, text) for start in starts]
+
+    def packed_rows(self, length: int, count: int) -> list[TextRow]:
+        """`count` rows of several documents, each cut at an eighth of the row so that some begin late in it.
+
+        Documents follow in order, as many rows as there are; UserError when there is not even one.
+        """
+        most, rows = max((length - 1) // DOCUMENTS_A_ROW, 1), []
+        pieces: list[np.ndarray] = []
+        for document in self._documents:
+            pieces.append(document[:most])
+            if sum(map(len, pieces)) >= length - 1:
+                rows.append(self._packed(pieces, length))
+                pieces = []
+            if len(rows) == count:
+                break
+        if not rows:
+            raise UserError(
+                f"the corpus has too few documents to pack a row of {length:,} tokens: lower lengths, name a larger "
+                "corpus, or leave the packed rows out with packed=false"
+            )
+        return rows
+
+    def _packed(self, pieces: Sequence[np.ndarray], length: int) -> TextRow:
+        ends = np.cumsum([1, *map(len, pieces)])
+        inside = ends[ends < length].tolist()
+        return TextRow(
+            np.concatenate([[self._anchor], *pieces])[:length], PackedLayout((0, *inside, length), anchor_len=1)
+        )
 
     def _row(self, start: int, text: int) -> TextRow:
         """The stream's `text` tokens from `start` behind the anchor, with the documents' ends that fall among them."""

@@ -98,7 +98,7 @@ def _growth(rows: Sequence[Result], question: Question, at: dict[str, Any]) -> s
         return ""
     factor = ends[1].value / ends[0].value
     word = ("grows" if factor > 1 else "shrinks") if _differ(ends[0], ends[1]) else "does not grow measurably"
-    return f"from {shortest:,} to {longest:,} tokens the bfloat16 change {word} (x{factor:.2f}); "
+    return f"from {shortest:,} to {longest:,} tokens the bfloat16 change {word} (×{factor:.2f}); "
 
 
 def _differ(a: Result, b: Result) -> bool:
@@ -147,7 +147,7 @@ def _recommendation(rows: Sequence[Result], removed: float, half: float | None) 
 def percent(share: float) -> str:
     """A share as per cent with two significant digits, or three from 10 % on."""
     value = 100 * share
-    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:.2g} %"
+    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:#.2g} %"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -190,6 +190,23 @@ def test_rows_of_text_are_the_corpus(folder: Path):
         texts.rows(400, 2)
 
 
+def test_packed_rows_hold_several_documents(folder: Path):
+    tokenizer = arms.open_subject(str(folder), {}, "cpu").tokenizer
+    documents = [f"value = {i}\n" * (1 + 9 * (i % 2)) for i in range(60)]
+    rows = Texts(documents, tokenizer).packed_rows(96, 3)
+    assert len(rows) == 3
+    ids = [tokenizer(document)["input_ids"][:11] for document in documents]
+    taken = 0
+    for row in rows:
+        assert row.layout.length == len(row.ids) == 96 and row.layout.num_documents >= 8
+        for start, stop in zip(row.layout.doc_offsets[1:], row.layout.doc_offsets[2:], strict=False):
+            assert row.ids[start:stop].tolist() == ids[taken][: stop - start]
+            taken += 1
+    assert len(Texts(documents, tokenizer).packed_rows(96, 500)) < 60  # as many as there are
+    with pytest.raises(UserError, match="too few documents to pack a row of 96"):
+        Texts(["short"], tokenizer).packed_rows(96, 1)
+
+
 def test_cost_is_the_ratio_of_paired_steps():
     timings = Timings([1.0, 2.0, 4.0], [1.1, 2.2, 4.4])
     assert timings.ratio() == pytest.approx((1.1, 1.1, 1.1))
@@ -241,10 +258,10 @@ def test_the_verdict_says_what_was_measured():
     closing = close(synthetic([0.010, 0.0101], [0.005, 0.0051], hidden=0.3, cost=(1.08, 1.05, 1.11)))
     assert closing.value == pytest.approx(0.4975, abs=1e-3)
     assert closing.context["sentence"] == (
-        "mine: at 4,096 tokens, shifting all positions by 16 tokens moves 1 % of each query's attention in bfloat16, "
+        "mine: at 4,096 tokens, shifting all positions by 16 tokens moves 1.0 % of each query's attention in bfloat16, "
         "0.51 % with float32 rotation and 0.00015 % in float32; from 512 to 4,096 tokens the bfloat16 change grows "
-        "(x2.00); the first token carries most of the change: it has 30 % of the attention and 40 % of the change "
-        "(50 % is the most that one token can have), and with it hidden 0.3 % moves."
+        "(×2.00); the first token carries most of the change: it has 30 % of the attention and 40 % of the change "
+        "(50 % is the most that one token can have), and with it hidden 0.30 % moves."
     )
     assert closing.context["recommendation"].startswith("Use rope_dtype=float32: it removes 50 %")
     assert closing.context["recommendation"].endswith(
@@ -266,7 +283,7 @@ def test_no_recommendation_without_an_effect():
     rows = synthetic([0.010, 0.012], [0.0102, 0.0112], 1.0, (1.1, 1.0, 1.2))
     assert "does not reduce the change measurably" in close(rows).context["recommendation"]
     rows = synthetic([0.010, 0.03], [0.005, 0.01], 1.0, (0.8, 0.7, 0.9))
-    assert "does not grow measurably (x2.00)" in close(rows).context["sentence"]
+    assert "does not grow measurably (×2.00)" in close(rows).context["sentence"]
     assert verdict([], Question("mine", 16, (4096,))) is None
 
 

@@ -1,0 +1,112 @@
+"""Every model against the first: differences with intervals, and whether chance explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from anchorctx.report.blocks import Cell, Section, Table, measured
+from anchorctx.report.collect import Material
+from anchorctx.report.series import by_model, cell
+from anchorctx.report.statistics import INTERVALS, PAIRED_T, SIGN_FLIP, Difference, difference, holm, over_cells
+from anchorctx.results import Result
+
+SKIPPED = "precision_"
+"""Metrics with a section that compares its own arms."""
+KVCOMM = "kvcomm_"
+LEVEL = 0.05
+TESTS = {
+    PAIRED_T: "Student's t over the same items in both",
+    INTERVALS: "from the two 95 % intervals as if independent, which is cautious where the items were the same",
+    SIGN_FLIP: "random signs of the differences of all cells (task, length, depth) of one metric",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One line of the table."""
+
+    metric: str
+    what: str
+    """The cell: length, task, depth."""
+    other: str
+    before: Result | None
+    after: Result | None
+    found: Difference
+
+
+def build(material: Material) -> Section | None:
+    """None when no two models have a cell in common."""
+    metrics = dict.fromkeys(row.result.metric for row in material.rows)
+    metrics = [metric for metric in metrics if not metric.startswith((SKIPPED, KVCOMM))]
+    compared = [line for metric in metrics for line in _metric(material, metric)]
+    if not compared:
+        return None
+    baseline = _baseline(material)
+    adjusted = holm([line.found.p for line in compared])
+    rows = [_row(line, p) for line, p in zip(compared, adjusted, strict=True)]
+    several = len({line.found.test for line in compared}) > 1
+    rows = [row if several else row[:-1] for row in rows]
+    head = ("measure", "model", baseline, "this model", "difference (95 %)", "p", "p, all lines", "test")[
+        : len(rows[0])
+    ]
+    differ = sum(p < LEVEL for p in adjusted)
+    used = [f"{test} ({TESTS[test]})" for test in dict.fromkeys(line.found.test for line in compared)]
+    caption = (
+        f"Against {baseline}, the first model; perplexities as ratios. Tested by {'; by '.join(used)}. "
+        f"“p, all lines” has Holm's correction for looking at {len(rows)} lines; bold is below 0.05."
+    )
+    lead = (
+        f"{differ} of {len(rows)} differences to {baseline} are larger than chance explains (5 %, all lines together)."
+    )
+    return Section("comparison", "Comparison", lead, [Table("Against the first model", head, rows, caption)])
+
+
+def _baseline(material: Material) -> str:
+    return next(row.model for row in material.rows if not row.result.metric.startswith((SKIPPED, KVCOMM)))
+
+
+def _metric(material: Material, metric: str) -> Iterator[Compared]:
+    series = by_model(material.rows, metric)
+    baseline = _baseline(material)
+    if baseline not in series:
+        return
+    before = {cell(row): row.result for row in series[baseline]}
+    for other, rows in series.items():
+        pairs = [(before[cell(row)], row.result) for row in rows if cell(row) in before]
+        if other == baseline or not pairs:
+            continue
+        if len(pairs) <= 8:
+            for a, b in pairs:
+                if (found := difference(a, b)) is not None:
+                    yield Compared(metric, _what(b), other, a, b, found)
+        whole = over_cells([(a.value, b.value) for a, b in pairs])
+        if whole is not None:
+            yield Compared(metric, f"mean of {len(pairs)} cells", other, None, None, whole)
+
+
+def _what(result: Result) -> str:
+    names = ("task", "measure", "length", "context_length", "start", "stop", "depth")
+    return ", ".join(f"{n} {result.context[n]:,}" if isinstance(result.context[n], int) else str(result.context[n])
+                     for n in names if n in result.context)  # fmt: skip
+
+
+def _row(line: Compared, adjusted: float) -> Sequence[Cell]:
+    found = line.found
+    form = "×{:.3f}" if found.is_ratio else "{:+.3f}"
+    ends = f"{form} ({form} to {form})".format(found.value, found.low, found.high)
+    measure = line.metric.replace("_", " ") + (f", {line.what}" if line.what else "")
+    return [
+        Cell(measure, measure),
+        Cell(line.other, line.other),
+        measured(line.before) if line.before else Cell("–"),
+        measured(line.after) if line.after else Cell("–"),
+        Cell(ends, found.value),
+        Cell(_probability(found.p), found.p),
+        Cell(_probability(adjusted), adjusted, strong=adjusted < LEVEL),
+        Cell(found.test, found.test),
+    ]
+
+
+def _probability(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"

@@ -1,0 +1,55 @@
+"""Rows to series, each of one manifest: a line or a table never mixes what different runs of an evaluation measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from anchorctx.errors import UserError
+from anchorctx.report.collect import Row
+
+Series = dict[str, list[Row]]
+"""Rows by model, in order of appearance."""
+OUTCOMES = ("model", "values", "loss_nats", "sentence", "recommendation")
+"""Context that is found rather than set: it does not tell two measurements apart."""
+
+
+def by_model(rows: Iterable[Row], metric: str, where: Callable[[dict[str, Any]], bool] = lambda _: True) -> Series:
+    """Rows of `metric` whose context is wanted, by model.
+
+    A cell that the same run measured twice counts once, the later one. Raises UserError when a model's rows come from
+    different manifests.
+    """
+    found: Series = {}
+    for row in rows:
+        if row.result.metric == metric and where(row.result.context):
+            found.setdefault(row.model, []).append(row)
+    for model, mine in found.items():
+        check_one_manifest(mine, f"{metric} of {model}")
+        found[model] = list({cell(row): row for row in mine}.values())
+    return found
+
+
+def check_one_manifest(rows: Sequence[Row], name: str) -> None:
+    """UserError when rows that would be one series have different manifests."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row.result.manifest, row)
+    if len(first) > 1:
+        places = " and ".join(f"{hash or 'none'} ({row.place.path / 'results.jsonl'})" for hash, row in first.items())
+        raise UserError(
+            f"{name} has rows of different manifests, {places}, which must not be one series: give one evaluation "
+            "another label=, evaluate again into a new folder, or report only one of them"
+        )
+
+
+def cell(row: Row) -> str:
+    """What was measured, apart from the model and the outcome: equal for rows that may be compared."""
+    context = {key: value for key, value in row.result.context.items() if key not in OUTCOMES}
+    return json.dumps([row.result.metric, context], sort_keys=True)
+
+
+def sorted_by(rows: Sequence[Row], key: str) -> list[Row]:
+    """In order of a number in their context."""
+    return sorted(rows, key=lambda row: row.result.context[key])
