@@ -12,8 +12,13 @@ from anchorctx.report.svg import COLORS, HEIGHT, WIDTH, Axis, Scale, number, pat
 
 LEFT, RIGHT, TOP, BOTTOM = 62, 22, 30, 42
 """Margins of a chart, in its own units."""
+CHARACTER = 8.0
+"""Width of a character where the page sets text largest, on a phone."""
 MANY_POINTS = 48
 """Lines with more points are drawn without a mark on each."""
+HEAT_STEPS, HEAT_TURN = 10, 0.65
+"""Colours of a heat map, and the part from which its text has the other colour: no step is of middling lightness, on
+which neither black nor white is legible."""
 MOST_POINTS = 400
 """Points of a line that are drawn; more would not be seen."""
 
@@ -73,7 +78,10 @@ def _frame(across: Scale, up: Scale) -> list[Markup]:
         )
         parts.append(text(LEFT - 8, y + 4, number(value, up.axis.percent), "tick", "end"))
     for value in across.ticks():
-        parts.append(text(across(value), HEIGHT - BOTTOM + 18, number(value, across.axis.percent), "tick"))
+        words = number(value, across.axis.percent)
+        over = across(value) + CHARACTER * len(words) / 2 > WIDTH
+        x, anchor = (WIDTH - 1, "end") if over else (across(value), "middle")
+        parts.append(text(x, HEIGHT - BOTTOM + 18, words, "tick", anchor))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, across.axis.label, "label"))
     parts.append(text(2, 14, up.axis.label, "label", "start"))
     return parts
@@ -133,7 +141,7 @@ def heat_map(
     high: float = 1.0,
 ) -> Chart:
     """A grid of values, each written in its cell; colours run from `low` to `high`. A missing cell stays empty."""
-    left = 12 + 6.8 * max(map(len, rows))
+    left = 14 + CHARACTER * max(map(len, rows))
     width, height = (WIDTH - left - 6) / len(columns), 32
     body = []
     for i, row in enumerate(rows):
@@ -152,6 +160,7 @@ def _cell(
     x: float, y: float, width: float, height: float, value: float, low: float, high: float, row: str, column: str
 ) -> Markup:
     part = min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0)
+    part = round(part * HEAT_STEPS) / HEAT_STEPS
     words = f"{value:.2f}" if 0 <= abs(value) <= 1 else number(value)
     return Markup('<g class="cell" style="--p:{}%"><rect x="{}" y="{}" width="{}" height="{}" rx="3"/>{}{}</g>').format(
         f"{100 * part:.0f}",
@@ -159,7 +168,7 @@ def _cell(
         f"{y + 1:.1f}",
         f"{width - 2:.1f}",
         f"{height - 2:.1f}",
-        text(x + width / 2, y + height / 2 + 4, words, "in-dark" if part > 0.55 else "in-light"),
+        text(x + width / 2, y + height / 2 + 4, words, "in-high" if part > HEAT_TURN else "in-low"),
         tooltip(f"{row}, {column}: {words}"),
     )
 
@@ -187,21 +196,21 @@ def stacked_bars(
     bars: Sequence[tuple[str, Sequence[tuple[str, float]]]], names: Sequence[str], description: str
 ) -> Chart:
     """Horizontal bars of 100 %, a row each: (name, [(part, share 0..1)]); `names` orders the parts' colours."""
-    height, body = 46, []
+    height, body = 52, []
     for i, (name, parts) in enumerate(bars):
         y, x = i * height, 6.0
-        body.append(text(6, y + 10, name, "tick", "start"))
+        body.append(text(6, y + 14, name, "tick", "start"))
         for part, share in parts:
             width = share * (WIDTH - 12)
             body.append(
                 Markup('<rect class="part" style="--c:var(--s{})" x="{}" y="{}" width="{}" height="20">{}</rect>')
                 .format(
-                    (names.index(part) + 1) % COLORS, f"{x:.1f}", y + 16, f"{max(width, 0):.1f}",
+                    (names.index(part) + 1) % COLORS, f"{x:.1f}", y + 21, f"{max(width, 0):.1f}",
                     tooltip(f"{name}, {part}: {100 * share:.2f} %"),
                 )
             )  # fmt: skip
             if width > 46:
-                body.append(text(x + width / 2, y + 30, f"{100 * share:.1f} %", "on-part"))
+                body.append(text(x + width / 2, y + 35, f"{100 * share:.1f} %", "on-part"))
             x += width
     return Chart(
         picture(body, description, len(bars) * height),

@@ -32,8 +32,8 @@ def precision_figure(study: Study, path: Path) -> Path:
     right.set_title(f"The first token, shift of {study.shift:,}")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=6)
-    figure.suptitle(study.model, x=0.01, ha="left", color="#555555")
-    figure.subplots_adjust(bottom=0.22, top=0.84, left=0.065, right=0.99, wspace=0.28)
+    figure.suptitle(study.model, x=0.065, y=0.985, ha="left", color="#555555")
+    figure.subplots_adjust(bottom=0.22, top=0.85, left=0.065, right=0.99, wspace=0.28)
     return save(figure, path, tight=False)
 
 
@@ -42,7 +42,7 @@ def _draw(axes: Any, arms: Sequence[Arm]) -> None:
         color = COLORS[arm.arithmetic]
         points = [(x, row) for x, row in zip(arm.x, arm.rows, strict=True) if row.value > 0]
         x, values = [x for x, _ in points], [row.value for _, row in points]
-        low = [max(row.low or row.value, row.value / 100) for _, row in points]
+        low = [max(row.low or row.value, row.value / 5) for _, row in points]  # a logarithm has no 0
         high = [row.high or row.value for _, row in points]
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(x, values, color=color, marker="o", markersize=3.5, linewidth=1.8,

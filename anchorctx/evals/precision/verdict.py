@@ -122,7 +122,8 @@ def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
     )  # fmt: skip
     return (
         f"the first token {carries}: it has {percent(attention.value)} of the attention and {percent(share.value)} of "
-        f"the change (50 % is the most that one token can have), and with it hidden {percent(hidden.value)} moves"
+        f"the change ({share.value * at['length']:.0f} times an average token's; no token can have more than 50 %), "
+        f"and with it hidden {percent(hidden.value)} moves"
     )
 
 

@@ -261,7 +261,7 @@ def test_the_verdict_says_what_was_measured():
         "mine: at 4,096 tokens, shifting all positions by 16 tokens moves 1.0 % of each query's attention in bfloat16, "
         "0.51 % with float32 rotation and 0.00015 % in float32; from 512 to 4,096 tokens the bfloat16 change grows "
         "(×2.00); the first token carries most of the change: it has 30 % of the attention and 40 % of the change "
-        "(50 % is the most that one token can have), and with it hidden 0.30 % moves."
+        "(1638 times an average token's; no token can have more than 50 %), and with it hidden 0.30 % moves."
     )
     assert closing.context["recommendation"].startswith("Use rope_dtype=float32: it removes 50 %")
     assert closing.context["recommendation"].endswith(
