@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from anchorctx.report.svg import COLORS, HEIGHT, WIDTH, Axis, Scale, number, path, picture, scale, text, tooltip
 
-LEFT, RIGHT, TOP, BOTTOM = 62, 22, 30, 42
+LEFT, RIGHT, TOP, BOTTOM = 68, 22, 30, 42
 """Margins of a chart, in its own units."""
 CHARACTER = 8.0
 """Width of a character where the page sets text largest, on a phone."""
