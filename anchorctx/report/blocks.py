@@ -86,4 +86,4 @@ def measured(result: Result, percent: bool = False) -> Cell:
 def _digits(value: float, percent: bool) -> str:
     if percent:
         return f"{100 * value:.1f} %"
-    return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:,.3f}" if abs(value) <= 1 else f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"

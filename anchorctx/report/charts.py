@@ -143,13 +143,14 @@ def heat_map(
     """A grid of values, each written in its cell; colours run from `low` to `high`. A missing cell stays empty."""
     left = 14 + CHARACTER * max(map(len, rows))
     width, height = (WIDTH - left - 6) / len(columns), 32
+    top = TOP if row_label else 4
     body = []
     for i, row in enumerate(rows):
-        body.append(text(left - 8, TOP + i * height + height / 2 + 4, row, "tick", "end"))
+        body.append(text(left - 8, top + i * height + height / 2 + 4, row, "tick", "end"))
         for j, column in enumerate(columns):
             if (value := cells.get((row, column))) is not None:
-                body.append(_cell(left + j * width, TOP + i * height, width, height, value, low, high, row, column))
-    bottom = TOP + len(rows) * height
+                body.append(_cell(left + j * width, top + i * height, width, height, value, low, high, row, column))
+    bottom = top + len(rows) * height
     body += [text(left + (j + 0.5) * width, bottom + 18, column, "tick") for j, column in enumerate(columns)]
     body.append(text(left + (WIDTH - left) / 2, bottom + 38, column_label, "label"))
     body.append(text(2, 14, row_label, "label", "start"))

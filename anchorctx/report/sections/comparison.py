@@ -86,9 +86,12 @@ def _metric(material: Material, metric: str) -> Iterator[Compared]:
 
 
 def _what(result: Result) -> str:
-    names = ("task", "measure", "length", "context_length", "start", "stop", "depth")
-    return ", ".join(f"{n} {result.context[n]:,}" if isinstance(result.context[n], int) else str(result.context[n])
-                     for n in names if n in result.context)  # fmt: skip
+    parts = []
+    for name in ("task", "measure", "length", "context_length", "start", "stop", "depth"):
+        value = result.context.get(name)
+        if value is not None:
+            parts.append(f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int | float) else str(value))
+    return ", ".join(parts)
 
 
 def _row(line: Compared, adjusted: float) -> Sequence[Cell]:
