@@ -42,7 +42,7 @@ def verdict(rows: Sequence[Result], question: Question) -> Result | None:
         "shift": question.shift,
         "length": question.lengths[-1],
         "sentence": sentence + _first_token(rows, at) + ".",
-        "recommendation": _recommendation(rows, removed, half) if ours is not None else "",
+        "recommendation": _recommendation(rows, removed, half, at) if ours is not None else "",
     }
     low, high = (None, None) if half is None else (removed - half, removed + half)
     return Result(
@@ -127,11 +127,12 @@ def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
     )
 
 
-def _recommendation(rows: Sequence[Result], removed: float, half: float | None) -> str:
+def _recommendation(rows: Sequence[Result], removed: float, half: float | None, at: dict[str, Any]) -> str:
     helps = removed > (half if half is not None else 0.0)
     spread = f" (95 %: {percent(removed - half)} to {percent(removed + half)})" if half is not None else ""
     if not helps:
         return f"rope_dtype=float32 does not reduce the change measurably ({percent(removed)}{spread}): either will do."
+    after = _after_all_layers(rows, at)
     cost = find(rows, "precision_cost")
     price = ""
     if cost is not None and cost.low is not None and cost.high is not None:
@@ -142,7 +143,20 @@ def _recommendation(rows: Sequence[Result], removed: float, half: float | None) 
         )
         price = f" With it {where} {known} {span}."
     rest = "what is left is the one rounding of queries and keys to bfloat16"
-    return f"Use rope_dtype=float32: it removes {percent(removed)}{spread} of the change; {rest}.{price}"
+    return f"Use rope_dtype=float32: it removes {percent(removed)}{spread} of the change; {rest}.{after}{price}"
+
+
+def _after_all_layers(rows: Sequence[Result], at: dict[str, Any]) -> str:
+    """Whether the same shows at the end of the model, where every rounding on the way adds its own."""
+    at = {key: value for key, value in at.items() if key != "layer"}
+    spoken = [find(rows, "precision_logprob_change", arithmetic=a, **at) for a in ("bfloat16", "float32_rotation")]
+    if spoken[0] is None or spoken[1] is None:
+        return ""
+    word = "differs as well" if _differ(spoken[0], spoken[1]) else "does not show it"
+    return (
+        f" The next token's log-probability {word}: it changes by {spoken[0].value:.2g} nats in bfloat16 and "
+        f"{spoken[1].value:.2g} with float32 rotation, since the rest of the model is in bfloat16 either way."
+    )
 
 
 def percent(share: float) -> str:

@@ -279,6 +279,17 @@ def test_the_first_tokens_part_is_what_hiding_it_removes(hidden: float, words: s
     assert "takes no longer, measurably" in close(rows).context["recommendation"]
 
 
+@pytest.mark.parametrize(("ours", "word"), [(0.0131, "does not show it"), (0.005, "differs as well")])
+def test_the_recommendation_says_whether_the_models_output_shows_it(ours: float, word: str):
+    rows = synthetic([0.01, 0.0101], [0.005, 0.0051], 1.0, (1.0, 0.9, 1.1))
+    at = {"weights": "trained", "rows": "shift", "shift": 16, "length": 4096}
+    for arithmetic, value in (("bfloat16", 0.013), ("float32_rotation", ours)):
+        values = [value, value * 1.01]
+        rows.append(mean_result("precision_logprob_change", values, "nats", at | {"arithmetic": arithmetic}))
+    text = close(rows).context["recommendation"]
+    assert f"log-probability {word}: it changes by 0.013 nats in bfloat16 and {ours:.2g} with" in text
+
+
 def test_no_recommendation_without_an_effect():
     rows = synthetic([0.010, 0.012], [0.0102, 0.0112], 1.0, (1.1, 1.0, 1.2))
     assert "does not reduce the change measurably" in close(rows).context["recommendation"]
