@@ -17,7 +17,9 @@ from anchorctx.results import FILE as RESULTS
 from anchorctx.results import Result, read_results
 
 METRICS = "metrics.jsonl"
-SKIPPED = ("checkpoints", "wandb", "units", "tokenizer")
+MANIFESTS = "manifests"
+"""Folder beside results.jsonl with a manifest for each evaluation of each model."""
+SKIPPED = ("checkpoints", "wandb", "units", "tokenizer", MANIFESTS)
 """Folders inside runs that hold nothing to report; hidden and unfinished (`.partial`) ones are skipped too."""
 
 
@@ -32,6 +34,8 @@ class Place:
     path: Path
     manifest: dict[str, Any]
     """Empty where there is none."""
+    more: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What else its rows may name by hash: the first run of each evaluation of each model."""
 
     @property
     def hash(self) -> str:
@@ -129,7 +133,9 @@ def _places(folder: Path, argument: str) -> Iterator[Place]:
             here = Path(path)
             inside = here.relative_to(folder).as_posix()
             manifest = _json(here / MANIFEST) if MANIFEST in files else {}
-            yield Place(argument, argument if inside == "." else inside, here, manifest)
+            files = sorted((here / MANIFESTS).glob("*.json"))
+            more = {file.stem: _json(file).get("first_measured", {}) for file in files}
+            yield Place(argument, argument if inside == "." else inside, here, manifest, more)
 
 
 def _json(path: Path) -> dict[str, Any]:

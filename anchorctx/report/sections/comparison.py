@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from anchorctx.report.blocks import Cell, Section, Table, measured
 from anchorctx.report.collect import Material
-from anchorctx.report.series import by_model, cell
+from anchorctx.report.series import KEYS, Series, by_model, comparable, place_of
 from anchorctx.report.statistics import INTERVALS, PAIRED_T, SIGN_FLIP, Difference, difference, holm, over_cells
 from anchorctx.results import Result
 
@@ -15,6 +16,8 @@ SKIPPED = "precision_"
 """Metrics with a section that compares its own arms."""
 KVCOMM = "kvcomm_"
 LEVEL = 0.05
+FEW = 8
+"""Cells of a metric that are listed one by one; of more, only all together."""
 TESTS = {
     PAIRED_T: "Student's t over the same items in both",
     INTERVALS: "from the two 95 % intervals as if independent, which is cautious where the items were the same",
@@ -39,7 +42,7 @@ def build(material: Material) -> Section | None:
     """None when no two models have a cell in common."""
     metrics = dict.fromkeys(row.result.metric for row in material.rows)
     metrics = [metric for metric in metrics if not metric.startswith((SKIPPED, KVCOMM))]
-    compared = [line for metric in metrics for line in _metric(material, metric)]
+    compared = [line for metric in metrics for series in _families(material, metric) for line in _lines(metric, series)]
     if not compared:
         return None
     baseline = _baseline(material)
@@ -66,17 +69,28 @@ def _baseline(material: Material) -> str:
     return next(row.model for row in material.rows if not row.result.metric.startswith((SKIPPED, KVCOMM)))
 
 
-def _metric(material: Material, metric: str) -> Iterator[Compared]:
-    series = by_model(material.rows, metric)
+def _families(material: Material, metric: str) -> Iterator[Series]:
+    """A metric's series with the baseline first; lm-eval's are RULER's and each other task's, measured apart."""
     baseline = _baseline(material)
-    if baseline not in series:
-        return
-    before = {cell(row): row.result for row in series[baseline]}
-    for other, rows in series.items():
-        pairs = [(before[cell(row)], row.result) for row in rows if cell(row) in before]
-        if other == baseline or not pairs:
-            continue
-        if len(pairs) <= 8:
+    wanted: list[Callable[[dict[str, Any]], bool]] = [lambda context: True]
+    if metric == "lm_eval":
+        tasks = dict.fromkeys(r.result.context["task"] for r in material.rows if r.result.metric == metric)
+        wanted = [lambda context: "length" in context]
+        wanted += [lambda c, task=task: "length" not in c and c["task"] == task for task in tasks]
+    for where in wanted:
+        series = by_model(material.rows, metric, where)
+        if baseline in series:
+            yield {baseline: series.pop(baseline)} | series
+
+
+def _lines(metric: str, series: Series) -> Iterator[Compared]:
+    """Every model against the first: cell by cell where they are few, and all cells together."""
+    (_, baseline), *others = series.items()
+    before = {place_of(row.result): row.result for row in baseline}
+    for other, rows in others:
+        found = ((before.get(place_of(row.result)), row.result) for row in rows)
+        pairs = [(a, b) for a, b in found if a is not None and comparable(a, b)]
+        if len(pairs) <= FEW:
             for a, b in pairs:
                 if (found := difference(a, b)) is not None:
                     yield Compared(metric, _what(b), other, a, b, found)
@@ -87,7 +101,7 @@ def _metric(material: Material, metric: str) -> Iterator[Compared]:
 
 def _what(result: Result) -> str:
     parts = []
-    for name in ("task", "measure", "length", "context_length", "start", "stop", "depth"):
+    for name in KEYS:
         value = result.context.get(name)
         if value is not None:
             parts.append(f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int | float) else str(value))

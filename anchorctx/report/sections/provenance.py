@@ -10,9 +10,12 @@ from anchorctx.report.collect import Material, Place
 
 def build(material: Material) -> Section | None:
     """None when no folder has a manifest."""
-    known = {place.hash for place in material.places}
-    strays = sorted({row.result.manifest for row in material.rows} - known)
-    rows = [_row(place) for place in material.places]
+    used = list(dict.fromkeys((row.result.manifest, row.place.path) for row in material.rows))
+    places = {row.place.path: row.place for row in material.rows} | {place.path: place for place in material.places}
+    known = {place.hash for place in places.values()}
+    rows = [_row(place, place.hash, place.manifest) for place in places.values() if place.manifest]
+    rows += [_row(places[p], mark, places[p].more[mark]) for mark, p in used if mark in places[p].more]
+    strays = [mark for mark, path in used if mark not in known and mark not in places[path].more]
     for stray in strays:
         lost = next(row.place for row in material.rows if row.result.manifest == stray)
         rows.append([Cell(lost.name, lost.name), Cell("?"), Cell(stray or "none"), *[Cell("–")] * 4])
@@ -25,12 +28,11 @@ def build(material: Material) -> Section | None:
     return Section("provenance", "Provenance", "What was run, and where.", [Table("Manifests", head, rows, caption)])
 
 
-def _row(place: Place) -> list[Cell]:
-    manifest = place.manifest
+def _row(place: Place, mark: str, manifest: dict[str, Any]) -> list[Cell]:
     versions, machine = manifest.get("versions", {}), manifest.get("machine", {})
     texts = [
         manifest.get("command", "–"),
-        place.hash,
+        mark,
         str(manifest.get("created", "–"))[:16].replace("T", " "),
         _code(manifest.get("code") or {}, versions),
         f"{versions.get('torch', '–')}, {versions.get('transformers', '–')}",

@@ -195,6 +195,39 @@ def test_equal_labels_in_two_folders_are_told_apart(tmp_path: Path):
         by_model(alone.rows, "perplexity")
 
 
+def test_each_evaluation_may_have_a_manifest_of_its_own(tmp_path: Path):
+    """As `anchorctx eval` writes them: a hash for each evaluation of each model, kept under manifests/."""
+    folder = make_evaluation(tmp_path / "eval", "m", 0.5)
+    facts = json.loads((folder / "manifest.json").read_text())
+    rows = list(read_results(folder / "results.jsonl"))
+    (folder / "results.jsonl").unlink()
+    (folder / "manifests").mkdir()
+    for day, model in enumerate(("m", "n")):
+        for row in rows:
+            context = row.context | {"model": model}
+            mark = f"{row.metric}-{'ruler' if 'length' in context else 'other'}-{model}"
+            append_results(folder / "results.jsonl", [dataclasses.replace(row, manifest=mark, context=context)])
+            kept = {"hash": mark, "identity": {}, "first_measured": facts | {"created": f"2026-11-2{day}T08:00"}}
+            (folder / "manifests" / f"{mark}.json").write_text(json.dumps(kept))
+    page = render_page("t", collect([str(folder)]))
+    assert "A question mark" not in page and "lm_eval-ruler-n" in page and "2026-11-21 08:00" in page
+    assert "mean of 24 cells" in page and "task mmlu" not in page and "lm eval, mmlu, acc" in page
+
+
+def test_checkpoints_and_other_text_are_compared_where_that_makes_sense(project: Path):
+    path = project / "eval" / "after" / "results.jsonl"
+    rows = list(read_results(path))
+    path.unlink()
+    for row in rows:
+        context = row.context | {"checkpoints": ["a", "b"]}
+        context |= {"tokens": 5} if row.metric == "perplexity" else {}
+        append_results(path, [dataclasses.replace(row, context=context)])
+    section = comparison.build(collect([str(project)]))
+    assert section is not None
+    compared = [line[0].text for line in section.blocks[0].rows]  # type: ignore[union-attr]
+    assert "retrieval accuracy, length 4,096" in compared and "perplexity" not in compared
+
+
 def test_of_a_cell_measured_twice_the_later_counts(project: Path):
     path = project / "eval" / "after" / "results.jsonl"
     row = next(row for row in read_results(path) if row.metric == "perplexity")
