@@ -16,7 +16,9 @@ COMMANDS = {
     "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
     "export": "a run's checkpoint -> a Hugging Face folder",
     "eval": "perplexity and retrieval of a Hugging Face folder",
+    "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
     "plot": "pictures of runs, patterns and evaluations",
+    "report": "runs and evaluations -> one HTML file to look at",
     "doctor": "what is installed, which attention backends work here, and how to get the rest",
 }
 
