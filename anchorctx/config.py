@@ -25,7 +25,9 @@ SCHEMAS = {
     "train": "anchorctx.train.config:TrainConfig",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
+    "precision": "anchorctx.evals.precision.config:PrecisionConfig",
     "plot": "anchorctx.report.render:PlotConfig",
+    "report": "anchorctx.report.page:ReportConfig",
 }
 """Each command's configuration, imported when the command runs."""
 

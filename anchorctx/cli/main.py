@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 from anchorctx.errors import UserError
@@ -15,7 +16,9 @@ COMMANDS = {
     "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
     "export": "a run's checkpoint -> a Hugging Face folder",
     "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",
+    "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
     "plot": "pictures of runs, patterns and evaluations",
+    "report": "runs and evaluations -> one HTML file to look at",
     "doctor": "what is installed, which attention backends work here, and how to get the rest",
 }
 
@@ -33,6 +36,10 @@ key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with
 
 a first run:    bash recipes/quickstart/run.sh
 """
+
+PATIENCE_S = 3.0
+"""Most mistakes meet every process alike. The others wait so long, in seconds, before they repeat what the first one
+says: torchrun ends them meanwhile, unless the mistake is theirs alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,8 @@ def _guarded(command: str, argv: list[str]) -> int:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
         importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
     except UserError as error:
+        if _rank() > 0:
+            time.sleep(PATIENCE_S)
         print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

@@ -24,8 +24,8 @@ LAYOUTS = [
 def saved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures as they were saved."""
     figures: list[Any] = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))[1])
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, *a, **k: (figures.append(figure), save(figure, *a, **k))[1])
     return figures
 
 
