@@ -16,12 +16,13 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anchorctx.data.documents import Document
+from anchorctx.data.documents import Document, Tokens
 from anchorctx.data.tokenizer import serialized
 from anchorctx.errors import UserError
 
@@ -39,15 +40,19 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
-    """One tokenised document."""
+class Encoder:
+    """A tokenizer that can be sent to another process."""
 
-    ids: np.ndarray
-    """(n,) uint32; n may be 0."""
-    source: str
-    """Where the document came from."""
-    domain: str
-    """Its domain; empty when unknown."""
+    rules: str | None
+    """The fast tokenizer as JSON; None when it is a slow one."""
+    slow: PreTrainedTokenizerBase | None
+    """The tokenizer itself where it is a slow one."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """The tokenizer's encoder."""
+        rules = serialized(tokenizer)
+        return cls(rules, tokenizer if rules is None else None)
 
 
 def default_workers() -> int:
@@ -56,13 +61,12 @@ def default_workers() -> int:
     return cpus if cpus > 16 else 1
 
 
-def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, workers: int = 1) -> Iterator[Tokens]:
+def tokenize(documents: Iterable[Document], encoder: Encoder, workers: int = 1) -> Iterator[Tokens]:
     """Yield each document's tokens, in order, no special tokens added.
 
     At most `workers` + 2 batches are read ahead. A tokenizer without a fast backend runs in one thread.
     """
-    rules = serialized(tokenizer)
-    with _executor(rules, tokenizer, workers) as (pool, encode):
+    with _executor(encoder, workers) as (pool, encode):
         pending: deque[tuple[list[Document], Future[Encoded]]] = deque()
         try:
             for batch in _batches(documents):
@@ -78,31 +82,32 @@ def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, 
 
 
 @contextmanager
-def _executor(
-    rules: str | None, tokenizer: PreTrainedTokenizerBase, workers: int
-) -> Iterator[tuple[Executor, Callable[[list[str]], Encoded]]]:
+def _executor(encoder: Encoder, workers: int) -> Iterator[tuple[Executor, Callable[[list[str]], Encoded]]]:
     """Where batches are encoded, and the function that does it."""
-    if rules is not None and workers > 1:
-        pool: Executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (rules,))
+    if encoder.rules is not None and workers > 1:
+        pool: Executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder.rules,))
         encode = _encode_in_worker
     else:
-        pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-        encode = _slow_encoder(tokenizer) if rules is None else _fast_encoder(rules)
+        pool, encode = ThreadPoolExecutor(1, thread_name_prefix="tokenize"), _encoding(encoder)
     try:
         yield pool, encode
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fast_encoder(rules: str) -> Callable[[list[str]], Encoded]:
+def _encoding(encoder: Encoder) -> Callable[[list[str]], Encoded]:
+    if encoder.rules is not None:
+        return partial(_encode, _fast(encoder.rules))
+    slow = encoder.slow
+    assert slow is not None
+    return lambda texts: _flat([slow.encode(text, add_special_tokens=False, verbose=False) for text in texts])
+
+
+@lru_cache(maxsize=2)  # a worker tokenises one part after the other
+def _fast(rules: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(rules)
-    return lambda texts: _encode(tokenizer, texts)
-
-
-def _slow_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], Encoded]:
-    return lambda texts: _flat([tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts])
+    return Tokenizer.from_str(rules)
 
 
 _worker: Tokenizer | None = None
@@ -112,9 +117,7 @@ def _start_worker(rules: str) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
-    from tokenizers import Tokenizer
-
-    _worker = Tokenizer.from_str(rules)
+    _worker = _fast(rules)
 
 
 def _encode_in_worker(texts: list[str]) -> Encoded:

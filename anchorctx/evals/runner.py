@@ -80,7 +80,7 @@ class EvalConfig:
 def evaluate(config: EvalConfig) -> list[Result]:
     """Run the evaluations in order; returns all rows, each appended to `out_dir`/results.jsonl once it is known."""
     reading = Reading(on_bad_row=config.corpus.on_bad_row)
-    texts = [document.text for document in open_source(config.corpus).documents(reading)]
+    texts = [document.text for document in open_source(config.corpus).texts(reading)]
     evaluators = [EVALUATORS[name](config, texts) for name in config.evals]
     disable_progress_bar()  # ours are enough
     model, tokenizer = load_folder(config)

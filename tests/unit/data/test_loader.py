@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from anchorctx.data.block import Row
 from anchorctx.data.loader import Batch, RowLoader, Step, make_batch, validation_batches
-from anchorctx.data.shards import PackedSet, Row, ShardWriter
+from anchorctx.data.shards import PackedSet, ShardWriter
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern, Positions
 
