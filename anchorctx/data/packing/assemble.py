@@ -80,9 +80,12 @@ def assemble(
     placed = _place(rows, shape, tags, first_row)
     dtype = next(iter(texts.values()))[0].dtype
     uniform = all(weights is None for _, weights in texts.values())
-    tokens = np.full((len(rows), shape.row_length), shape.pad_id, dtype)
-    tokens[:, : shape.anchor_len] = shape.anchor_id
-    weights = _ones(placed, shape) if uniform else np.zeros(tokens.shape, np.float16)
+    tokens = np.empty((len(rows), shape.row_length), dtype)
+    weights = np.ones(tokens.shape, np.uint8) if uniform else np.zeros(tokens.shape, np.float16)
+    tokens[:, : shape.anchor_len], weights[:, : shape.anchor_len] = shape.anchor_id, 0
+    for row in np.flatnonzero(placed.used < shape.capacity).tolist():
+        end = shape.anchor_len + int(placed.used[row])
+        tokens[row, end:], weights[row, end:] = shape.pad_id, 0
     flat_tokens, flat_weights = tokens.reshape(-1), weights.reshape(-1)
     for part, source, target, length in _runs(rows.pieces, placed):
         ids, own = texts[part]
@@ -130,15 +133,6 @@ def _runs(pieces: np.ndarray, placed: Placed) -> Iterator[tuple[int, int, int, i
     return zip(part[first].tolist(), source[first].tolist(), target[first].tolist(), lengths.tolist(), strict=True)
 
 
-def _ones(placed: Placed, shape: RowShape) -> np.ndarray:
-    """(R, T) uint8: 1 where there are pieces."""
-    weights = np.zeros((len(placed.used), shape.row_length), np.uint8)
-    weights[:, shape.anchor_len :] = 1
-    for row in np.flatnonzero(placed.used < shape.capacity).tolist():
-        weights[row, shape.anchor_len + placed.used[row] :] = 0
-    return weights
-
-
 def _narrow(weights: np.ndarray) -> np.ndarray:
     """The weights as uint8 where that loses nothing."""
     is_plain = weights.dtype == np.uint8 or not ((weights != 0) & (weights != 1)).any()
@@ -149,7 +143,10 @@ def _account(rows: Rows, shape: RowShape, placed: Placed, weights: np.ndarray, a
     source = rows.pieces["source"][placed.piece]
     content = placed.length - placed.tag
     first = ((content > 0) & (placed.tag == 0)).astype(np.int64)
-    trained = np.add.reduceat((weights > 0).reshape(-1), placed.at, dtype=np.int64)  # nothing between segments is
+    trained = content - first  # the written weights are counted too, and compared, when the set is whole
+    if weights.dtype != np.uint8:
+        is_trained = (weights > 0).reshape(-1).view(np.uint8)
+        trained = np.add.reduceat(is_trained, placed.at, dtype=np.int64)  # nothing between segments is trained
     accounting.add("trained", source, trained)
     accounting.add("first_tokens", source, first)
     accounting.add("zero_weight", source, content - first - trained)
