@@ -45,7 +45,8 @@ class PrepareConfig:
     """End each document with EOS, unless it ends so already, where the tokenizer has one; it is trained like any
     token."""
     engine: EngineName = EngineName.local
-    """local, or ray for a cluster (RAY_ADDRESS) whose machines all see out_dir and the sources. The result is the same."""
+    """local, or ray for a cluster (RAY_ADDRESS) whose machines all see out_dir and the sources; the result is the
+    same."""
     workers: int | None = None
     """Tokenising processes; 1 uses threads; null chooses by the number of processors. With engine=ray the workers of
     the cluster. The result is the same."""
