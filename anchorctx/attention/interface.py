@@ -19,7 +19,7 @@ from anchorctx.layout import PackedLayout
 
 
 def register() -> None:
-    """Add `anchor` (the best backend here) and `anchor_<backend>` to transformers' attention implementations.
+    """Add `anchor` (the best backend here) and one name a backend to transformers' attention implementations.
 
     Idempotent. Load or configure a model with `attn_implementation="anchor"` afterwards.
     """
@@ -30,8 +30,11 @@ def register() -> None:
 
 
 def implementation(backend: str = "auto") -> str:
-    """The `attn_implementation` name under which `backend` is registered."""
-    return "anchor" if backend == "auto" else f"anchor_{backend}"
+    """The `attn_implementation` name under which `backend` is registered.
+
+    transformers takes any name with `flash` in it for a kernel of its own, to be found on the hub.
+    """
+    return "anchor" if backend == "auto" else f"anchor_{backend.replace('flash_attn', 'fa')}"
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 from anchorctx.errors import UserError
@@ -34,6 +35,10 @@ key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with
 
 a first run:    bash recipes/quickstart/run.sh
 """
+
+PATIENCE_S = 3.0
+"""Most mistakes meet every process alike. The others wait so long, in seconds, before they repeat what the first one
+says: torchrun ends them meanwhile, unless the mistake is theirs alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ def _guarded(command: str, argv: list[str]) -> int:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
         importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
     except UserError as error:
+        if _rank() > 0:
+            time.sleep(PATIENCE_S)
         print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

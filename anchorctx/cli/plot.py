@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 
 from anchorctx.cli.configured import configuration
@@ -24,11 +25,18 @@ def run(arguments: Arguments) -> None:
     layout = None
     if config.packed is not None:
         packed = PackedSet.open(config.packed, verify=False)
-        if not 0 <= config.row < len(packed):
-            raise UserError(f"row={config.row} is not in the packed set, which has {len(packed)} rows: give 0 or more")
-        layout = packed.row(config.row).layout
+        row = typical_row(packed.row_documents.tolist()) if config.row is None else config.row
+        if not 0 <= row < len(packed):
+            raise UserError(f"row={row} is not in the packed set, which has {len(packed)} rows: give 0 or more")
+        layout = packed.row(row).layout
     for path in render(config, layout):
         print(f"drawn: {path}")
+
+
+def typical_row(documents: list[int]) -> int:
+    """The first row whose number of documents is nearest to the mean."""
+    mean = statistics.fmean(documents)
+    return min(range(len(documents)), key=lambda row: abs(documents[row] - mean))
 
 
 if __name__ == "__main__":

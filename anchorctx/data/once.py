@@ -6,7 +6,7 @@ import fcntl
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
     Where the file system has no locks, nobody waits: two writers then do the same work, and the first to finish wins
     (`staging`).
     """
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     with path.open("a") as file:
@@ -36,6 +37,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # whoever waits holds the file, and looks whether the set is there first
+            with suppress(OSError):  # not empty: something was made
+                for parent in made:
+                    parent.rmdir()
 
 
 @contextmanager

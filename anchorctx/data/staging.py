@@ -7,6 +7,7 @@ a living one holds a lock on its own.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -20,7 +21,7 @@ class StagedFolder:
     def __init__(self, final: Path, marker: str) -> None:
         """`final` is the name it will have; it is whole when it holds the file `marker`."""
         self._final, self._marker = final, marker
-        final.parent.mkdir(parents=True, exist_ok=True)
+        self._made = [folder for folder in final.parents if not folder.exists()]
         for abandoned in final.parent.glob(f".{final.name}.*.partial"):
             _remove_unless_locked(abandoned)
         self.folder, self._lock = _create(final)
@@ -38,18 +39,21 @@ class StagedFolder:
         return self._final
 
     def discard(self) -> None:
-        """Remove what was written and not published; may be called twice."""
+        """Remove what was written and not published, and folders made for it that are empty; may be called twice."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        with contextlib.suppress(OSError):  # not empty: something was published there
+            for folder in self._made:
+                folder.rmdir()
 
 
 def _create(final: Path) -> tuple[Path, int | None]:
     """A new hidden folder and the descriptor that locks it; None where the file system has no locks."""
     while True:
         folder = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
-        folder.mkdir()
+        folder.mkdir(parents=True)
         descriptor = _lock(folder)
         if folder.exists():  # else another writer took it for an abandoned one before it was locked
             return folder, descriptor

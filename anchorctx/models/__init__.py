@@ -1,7 +1,14 @@
 """Models: what a user says about one, its RoPE settings, and loading it."""
 
 from anchorctx.models.config import ModelConfig, ModelDtype, RopeConfig, RopeType
-from anchorctx.models.load import build_config, check_tokenizer, checkpoint_activations, load_model, save_model
+from anchorctx.models.load import (
+    build_config,
+    check_attention,
+    check_vocabulary,
+    checkpoint_activations,
+    load_model,
+    save_model,
+)
 from anchorctx.models.rope import check_length, reach
 
 __all__ = [
@@ -10,8 +17,9 @@ __all__ = [
     "RopeConfig",
     "RopeType",
     "build_config",
+    "check_attention",
     "check_length",
-    "check_tokenizer",
+    "check_vocabulary",
     "checkpoint_activations",
     "load_model",
     "reach",

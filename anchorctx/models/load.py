@@ -11,7 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anchorctx.attention.interface import implementation, register
-from anchorctx.attention.registry import BACKENDS
+from anchorctx.attention.kernels.base import Score
+from anchorctx.attention.registry import BACKENDS, choose
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.models.config import ModelConfig
@@ -55,17 +56,23 @@ def build_config(config: ModelConfig) -> PretrainedConfig:
     return hf_config
 
 
-def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
-    """UserError when the tokenizer has ids that the model's vocabulary does not; the vocabulary is never resized."""
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, torch.nn.Embedding)
-    have = embeddings.num_embeddings
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= have:
+def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
+    """UserError when ids of a tokenizer with `tokens` ids are beyond the model's vocabulary, which is never resized."""
+    have = model.config.get_text_config().vocab_size
+    if tokens > have:
         raise UserError(
-            f"the tokenizer has token id {highest}, but the model's vocabulary ends at {have - 1}: "
-            "use the model's own tokenizer, or remove the tokens that were added to it"
+            f"the tokenizer has {tokens} token ids, but the model's vocabulary ends at {have - 1}: "
+            "prepare the corpus with the model's own tokenizer, or remove the tokens that were added to it"
         )
+
+
+def check_attention(model: PreTrainedModel, attention: str, device: torch.device) -> None:
+    """BackendUnavailableError when the backend cannot serve this model's calls on `device`; before anything is run."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    choose(attention, torch.empty(1, heads, 1, dim, dtype=model.dtype, device=device), Score(dim**-0.5, None, softcap))
 
 
 def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
@@ -117,7 +124,7 @@ def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else "see its transformers configuration class for the valid ones"
             raise UserError(f"model.config.{name} is no field of {model_type}: {hint}")
-    _check_heads({"head_dim": getattr(default, "head_dim", None)} | fields)
+    _check_heads({"head_dim": _own_head_dim(default)} | fields)
     try:
         return AutoConfig.for_model(model_type, **fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -134,6 +141,12 @@ def _check_architecture(config: PretrainedConfig) -> None:
     if other:
         raise UserError(f"model type {name} has {other[0]} layers, which would mix packed documents: use another model")
     _check_heads({n: getattr(config, n, None) for n in HEAD_FIELDS})
+
+
+def _own_head_dim(config: PretrainedConfig) -> int | None:
+    """The head dimension where the architecture sets one, None where it follows from the hidden size."""
+    hidden, heads, _, dim = (getattr(config, name, None) for name in HEAD_FIELDS)
+    return None if dim and hidden and heads and dim == hidden // heads else dim
 
 
 def _check_heads(fields: dict[str, Any]) -> None:

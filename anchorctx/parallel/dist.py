@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,8 @@ def start(timeout_s: float = 1800.0) -> Ranks:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed 0.19 still calls torch's older names: nothing that a user could mend.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*deprecated", FutureWarning)
     if not torch_dist.is_initialized():
         import deepspeed
 

@@ -61,6 +61,7 @@ def retrieval_figure(results: Iterable[Result], path: Path, pretraining_length: 
     for number, model in enumerate(dict.fromkeys(str(row.context.get("model", "model")) for row in rows)):
         last = {row.context["length"]: row for row in rows if str(row.context.get("model", "model")) == model}
         _accuracy_line(axes, model, [last[length] for length in sorted(last)], number)
+    _label_ends(axes)
     if pretraining_length is not None:
         axes.axvline(pretraining_length, color="#555555", linestyle=":", linewidth=1.2)
         axes.text(pretraining_length, 0.4, " pretraining\n length", color="#555555", va="center", ha="left", fontsize=9)
@@ -126,10 +127,16 @@ def _accuracy_line(axes: Any, model: str, rows: Sequence[Result], number: int) -
     color = SERIES[number % len(SERIES)]
     axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
     axes.plot(x, y, color=color, marker=MARKERS[number % len(MARKERS)], linewidth=2, label=model)
-    for a, b in zip(x, y, strict=True):
-        below = number % 2 == 0
+
+
+def _label_ends(axes: Any, apart: float = 0.055) -> None:
+    """Each line's last value to its right, moved apart where lines end together."""
+    floor = -math.inf
+    for line in sorted(axes.get_lines(), key=lambda line: line.get_ydata()[-1]):
+        x, y = line.get_xdata()[-1], line.get_ydata()[-1]
+        floor = max(y, floor + apart)
         axes.annotate(
-            f"{b:.2f}", (a, b), (0, -14 if below else 7), textcoords="offset points", ha="center", color=color
+            f"{y:.2f}", (x, floor), (9, 0), textcoords="offset points", va="center", color=line.get_color(), fontsize=10
         )
 
 

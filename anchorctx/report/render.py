@@ -24,8 +24,8 @@ class PlotConfig:
     """results.jsonl files of evaluations: draws retrieval.png, one line a model."""
     packed: str | None = None
     """Folder of a packed set: draws pattern.png, what one of its rows may see."""
-    row: int = 0
-    """Which row of the packed set."""
+    row: int | None = None
+    """Which row of the packed set, from 0; null takes one with a typical number of documents."""
     pattern: Pattern = Pattern.anchor
     """Under which pattern: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
     pretraining_length: int | None = None

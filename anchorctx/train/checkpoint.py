@@ -12,9 +12,11 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,17 +54,28 @@ class CheckpointConfig:
             )
 
 
-def lock(out_dir: Path) -> IO[str]:
-    """Hold the run's folder until the returned file is closed or the process ends; UserError when another one does."""
+@contextmanager
+def lock(out_dir: Path) -> Iterator[None]:
+    """Hold the run's folder, made if needed; UserError when another process holds it.
+
+    A run that failed before it wrote anything leaves no folder behind.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
-    file = (out_dir / ".lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"out_dir={out_dir} is in use by a run that is still alive: wait for it, end it, or choose another out_dir"
-        ) from None
-    return file
+    path = out_dir / ".lock"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"out_dir={out_dir} is in use by a run that is still alive: "
+                "wait for it, end it, or choose another out_dir"
+            ) from None
+        try:
+            yield
+        finally:
+            if list(out_dir.iterdir()) == [path]:
+                path.unlink()
+                out_dir.rmdir()
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -95,7 +95,8 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 def _restore(model_folder: Path, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the checkpoint's weights, gathered from every rank's shards, at any ZeRO stage."""
     config = AutoConfig.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Built in its dtype rather than cast: a cast would round the rotary frequencies, which stay float32, too.
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (model_folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_folder)
     weights = {name.removeprefix(WRAPPER): tensor for name, tensor in _gather(folder).items()}
@@ -104,7 +105,7 @@ def _restore(model_folder: Path, folder: Path, dtype: torch.dtype) -> PreTrained
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise UserError(f"{folder} does not fit {model_folder}: missing {missing}, unexpected {unexpected}")
-    return model.to(dtype)
+    return model
 
 
 def _gather(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ packed set's index, so it costs no communication.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -22,7 +23,7 @@ from anchorctx.data.shards import PackedSet
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.manifest import build_manifest, write_manifest
-from anchorctx.models import check_length, checkpoint_activations, load_model
+from anchorctx.models import check_attention, check_length, check_vocabulary, checkpoint_activations, load_model
 from anchorctx.parallel import dist
 from anchorctx.parallel.loss import CausalLMLoss
 from anchorctx.train import checkpoint
@@ -41,7 +42,8 @@ def train(config: TrainConfig) -> Path:
     ranks = dist.start(config.parallel.timeout_s)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        Trainer(config, ranks).fit()
+        with checkpoint.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext():
+            Trainer(config, ranks).fit()
     finally:
         signal.signal(signal.SIGTERM, handler)
         dist.stop()
@@ -56,14 +58,13 @@ class Trainer:
         self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
         self.validation = self._open_validation()
         rows = config.rows_per_step(self.packed.row_length, ranks.world)
-        if ranks.is_main:
-            self._lock = checkpoint.lock(self.out_dir)
         self.resume_from = checkpoint.find(self.out_dir / "checkpoints", config.checkpoint.resume)
         state = self._resume_state()
         set_seed(config.seed)
         model = load_model(config.model)
         check_length(model.config, self.packed.row_length)
-        self._check_vocabulary(model)
+        check_vocabulary(model, self.packed.manifest["vocab_size"])
+        check_attention(model, config.model.attention, ranks.device)
         if config.parallel.activation_checkpointing:
             checkpoint_activations(model)
         self.meter = Meter(ModelFlops.of(model), ranks, rows)
@@ -220,14 +221,6 @@ class Trainer:
             "processes": self.ranks.world,
             "zero_stage": self.config.parallel.zero_stage,
         }
-
-    def _check_vocabulary(self, model: PreTrainedModel) -> None:
-        have, need = model.config.get_text_config().vocab_size, self.packed.manifest["vocab_size"]
-        if need > have:
-            raise UserError(
-                f"the packed set's tokenizer has {need} tokens, but the model's vocabulary has {have}: "
-                "prepare the corpus with the model's own tokenizer"
-            )
 
     def _write_run(self, model: PreTrainedModel) -> None:
         """The manifest, and what the export needs beside the weights; before the first step."""

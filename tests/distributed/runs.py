@@ -54,18 +54,33 @@ class Launcher:
         self.train = make_packed(self.root / "train", rows=24, seed=1)
         self.validation = make_packed(self.root / "validation", rows=5, seed=2)
 
-    def command(self, name: str, processes: int, *overrides: str) -> list[str]:
+    def overrides(self, name: str, *overrides: str) -> list[str]:
         return [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"),
-            *("-m", "anchorctx.cli.train", MODEL, f"out_dir={self.root / name}"),
+            *(MODEL, f"out_dir={self.root / name}"),
             *(f"data.train={self.train}", f"data.validation={self.validation}", f"tokens_per_step={LENGTH * 8}"),
             *("steps=6", "validate_every=3", "optim.lr=0.01", "optim.clip=0.3", *overrides),
         ]
+
+    def command(self, name: str, processes: int, *overrides: str) -> list[str]:
+        return [*torchrun(processes), "-m", "anchorctx.cli.train", *self.overrides(name, *overrides)]
 
     def run(self, name: str, processes: int, *overrides: str) -> Path:
         done = subprocess.run(self.command(name, processes, *overrides), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return self.root / name
+
+    def several(self, processes: int, runs: list[tuple[str, ...]]) -> list[dict]:
+        """Exit code and stderr of each run, given as (name, *overrides), all in one start of the processes."""
+        commands = json.dumps([self.overrides(*run) for run in runs])
+        command = [*torchrun(processes), str(Path(__file__).with_name("several.py")), commands]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
+        assert len(results) == len(runs), done.stderr[-3000:]
+        return results
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

@@ -23,18 +23,32 @@ def alone(launcher):
     return launcher.run("alone", 1, "micro_rows=2")
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_every_zero_stage_gives_the_curve_of_one_process(launcher, alone, stage, processes):
-    run = launcher.run(f"zero{stage}_{processes}", processes, f"parallel=zero{stage}")
+STAGES = (1, 2, 3)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def staged(request, launcher):
+    """Runs at every ZeRO stage with that many processes."""
+    processes = request.param
+    names = [f"zero{stage}_{processes}" for stage in STAGES]
+    results = launcher.several(
+        processes, [(n, f"parallel=zero{stage}") for n, stage in zip(names, STAGES, strict=True)]
+    )
+    assert [result["code"] for result in results] == [0, 0, 0], results
+    return [launcher.root / name for name in names]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_zero_stage_gives_the_curve_of_one_process(staged, alone, stage):
+    run = staged[stage - 1]
     np.testing.assert_allclose(curve(run, *NAMES), curve(alone, *NAMES), rtol=1e-5)
     assert curve(run, "train/grad_norm")[1:].max() > 0.3  # clipping was at work
     assert curve(run, "train/loss")[-1] < curve(run, "train/loss")[1] - 0.3  # and it learnt
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_exported_folder_has_the_loss_that_training_saw(launcher, stage, tmp_path):
-    run = launcher.root / f"zero{stage}_2"
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_exported_folder_has_the_loss_that_training_saw(launcher, staged, stage, tmp_path):
+    run = staged[stage - 1]
     folder = export(ExportConfig(run=str(run), out_dir=str(tmp_path / "exported")))
     config = json.loads((folder / "config.json").read_text())
     assert "attn_implementation" not in json.dumps(config)

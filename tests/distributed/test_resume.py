@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
+import anchorctx
 from anchorctx.train.export import ExportConfig, export
 
 from .runs import metrics
@@ -81,29 +83,34 @@ def test_sigterm_on_one_rank_saves_and_ends_cleanly(launcher, whole, tmp_path):
     same_run(terminated, whole, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("processes", "overrides", "sentence"),
-    [
-        (2, ("seed=5",), "written with seed=0, but this run has seed=5"),
-        (1, (), "written with processes=2, but this run has processes=1"),
-        (2, ("pattern=full",), "written with pattern=anchor, but this run has pattern=full"),
-        (2, ("checkpoint.resume=never",), "already holds a run"),
-        (2, ("checkpoint.resume=nowhere",), "nowhere is no folder"),
-        (2, ("tokens_per_step=100",), "tokens_per_step=100 must be a multiple of 128"),
-        (2, ("data.train={validation}",), "written with corpus=000000000001, but this run has corpus=000000000002"),
-    ],
-)
-def test_a_run_that_cannot_be_continued_says_why(launcher, whole, processes, overrides, sentence):
-    overrides = [override.format(validation=launcher.validation) for override in overrides]
+CANNOT = [
+    (("seed=5",), "written with seed=0, but this run has seed=5"),
+    (("pattern=full",), "written with pattern=anchor, but this run has pattern=full"),
+    (("checkpoint.resume=never",), "already holds a run"),
+    (("checkpoint.resume=nowhere",), "nowhere is no folder"),
+    (("tokens_per_step=100",), "tokens_per_step=100 must be a multiple of 128"),
+    (("data.train={validation}",), "written with corpus=000000000001, but this run has corpus=000000000002"),
+]
+
+
+def test_runs_that_cannot_be_continued_say_why(launcher, whole):
+    runs = [("whole", *LONG, *(o.format(validation=launcher.validation) for o in overrides)) for overrides, _ in CANNOT]
     before = sorted(path.name for path in whole.rglob("*"))
-    done = subprocess.run(
-        launcher.command("whole", processes, *LONG, *overrides), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode != 0
-    assert f"anchorctx train: {whole}" in done.stderr or "anchorctx train: " in done.stderr
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr.split("torch.distributed")[0]
+    for result, (_, sentence) in zip(launcher.several(2, runs), CANNOT, strict=True):
+        assert result["code"] == 2
+        (line,) = [line for line in result["stderr"].splitlines() if line.startswith("anchorctx ")]
+        assert line.startswith("anchorctx train: ") and sentence in line
+        assert "Traceback" not in result["stderr"]
     assert sorted(path.name for path in whole.rglob("*")) == before  # nothing half-written
+
+
+def test_under_torchrun_a_mistake_is_one_sentence_before_torchruns_own(launcher, whole):
+    command = launcher.command("whole", 1, *LONG)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    sentence = "written with processes=2, but this run has processes=1"
+    assert done.stderr.count("anchorctx train: ") == 1 and sentence in done.stderr
+    assert str(Path(anchorctx.__file__).parent / "cli") not in done.stderr  # no traceback of ours
 
 
 def test_a_folder_in_use_is_refused(launcher, whole):

@@ -81,3 +81,16 @@ def test_a_run_without_rounds_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "--rounds 0: at least one round" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_quick_run_of_training_steps(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("bench_training_step.py")
+    command = [sys.executable, str(script), "--quick", "--rounds", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert "time saved" in done.stdout
+    result = json.loads((tmp_path / "training_step_cpu.json").read_text())["variants"]
+    full, anchored = result["full"], result["anchor, documents of 128"]
+    assert full["saved"] == 0 and full["flops_of_full"] == 1
+    assert 0 < anchored["flops_of_full"] < 1 and anchored["documents"] == 8
+    assert anchored["saved"] == pytest.approx(1 - anchored["seconds"][0] / full["seconds"][0])
+    assert (tmp_path / "training_step_cpu.png").stat().st_size > 10_000

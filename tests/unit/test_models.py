@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
+from anchorctx.attention import BACKENDS
+from anchorctx.attention.interface import implementation
 from anchorctx.attention.rope import RopeDtype, get_rope_dtype, rotary_modules
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
@@ -18,8 +20,9 @@ from anchorctx.models import (
     RopeConfig,
     RopeType,
     build_config,
+    check_attention,
     check_length,
-    check_tokenizer,
+    check_vocabulary,
     load_model,
     reach,
     save_model,
@@ -72,8 +75,14 @@ def test_a_folder_loads_with_its_weights_vocabulary_and_dtype(folder: Path) -> N
     assert rotary_modules(half)[0].inv_freq.dtype is torch.float32
 
 
-def test_the_backend_is_the_one_asked_for(folder: Path) -> None:
-    assert load_model(ModelConfig(path=str(folder), attention="cpu")).config._attn_implementation == "anchor_cpu"
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_the_backend_is_the_one_asked_for(folder: Path, backend: str) -> None:
+    """transformers must take every name for what it is: any with `flash` in it means a kernel of the hub to it."""
+    model = load_model(ModelConfig(path=str(folder), attention=backend))
+    assert model.config._attn_implementation == implementation(backend)
+
+
+def test_a_backend_that_is_none(folder: Path) -> None:
     with pytest.raises(UserError, match="model.attention=fast is unknown: choose auto, flash_attn"):
         load_model(ModelConfig(path=str(folder), attention="fast"))
 
@@ -223,7 +232,7 @@ def test_a_hub_name_without_network_and_a_folder_without_config(
         (LLAMA | {"num_layers": 2}, "num_layers is no field of llama: did you mean num_hidden_layers"),
         ({"model_type": "gpt2"}, "gpt2 has no rotary"),
         (LLAMA | {"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
-        (LLAMA | {"hidden_size": 34}, r"not a valid llama configuration: .*\(34\) is not a multiple"),
+        (LLAMA | {"hidden_size": 34}, r"hidden_size=34 must be a multiple of num_attention_heads=4: change one"),
         (
             {"model_type": "gpt_neox", "hidden_size": 34, "num_attention_heads": 4},
             "hidden_size=34 must be a multiple of num_attention_heads=4",
@@ -264,11 +273,22 @@ def tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 def test_a_tokenizer_beyond_the_vocabulary(folder: Path, tmp_path: Path) -> None:
     model = load_model(ModelConfig(path=str(folder)))
-    check_tokenizer(model, tokenizer(96))
-    with pytest.raises(UserError, match="token id 96, but the model's vocabulary ends at 95"):
-        check_tokenizer(model, tokenizer(97))
+    check_vocabulary(model, 96)
+    with pytest.raises(UserError, match="97 token ids, but the model's vocabulary ends at 95: prepare the corpus with"):
+        check_vocabulary(model, 97)
     save_model(model, tmp_path, tokenizer(96))
     assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_backend_that_cannot_serve_the_model_is_refused_before_it_runs(folder: Path) -> None:
+    model = load_model(ModelConfig(path=str(folder)))
+    for backend in ("auto", "cpu", "reference"):
+        check_attention(model, backend, torch.device("cpu"))
+    with pytest.raises(UserError, match="'flash_attn' runs on cuda, but the tensors are on cpu: use attention=cpu"):
+        check_attention(model, "flash_attn", torch.device("cpu"))
+    gemma = ARCHITECTURES["gemma2"].build()
+    with pytest.raises(UserError, match="'cpu' cannot soft-cap scores.*use attention=reference"):
+        check_attention(gemma, "cpu", torch.device("cpu"))
 
 
 # -- export ----------------------------------------------------------------------------------------------------------

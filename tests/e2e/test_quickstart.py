@@ -1,0 +1,32 @@
+"""The quickstart from the first command to the last, and its figures against recipes/quickstart/expected.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from anchorctx.results import read_results
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "quickstart"
+
+
+@pytest.mark.slow
+def test_the_quickstart_keeps_its_claim(tmp_path: Path) -> None:
+    out = tmp_path / "quickstart"
+    command, environment = ["bash", str(RECIPE / "run.sh")], os.environ | {"OUT": str(out)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert AutoModelForCausalLM.from_pretrained(out / "exported").config.max_position_embeddings == 4096
+    for figure in json.loads((RECIPE / "expected.json").read_text())["figures"]:
+        rows = list(read_results(out / figure["file"]))
+        found = [r.value for r in rows if r.metric == figure["metric"] and r.context.get("length") == figure["length"]]
+        assert len(found) == 1 and abs(found[0] - figure["value"]) <= figure["tolerance"], (figure, found)
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "exists already" in again.stdout  # nothing is done twice
+    assert "stage 1" not in again.stderr

@@ -1,0 +1,108 @@
+"""The command line: help worth reading, exit codes, and one sentence for a user's mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from anchorctx import __version__
+from anchorctx.cli.configured import field_docs, help_text
+from anchorctx.cli.main import COMMANDS, main, parse
+from anchorctx.config import SCHEMAS, schema
+from anchorctx.errors import UserError
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["help"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {name}" in text for name in COMMANDS)
+        assert "recipes/quickstart/run.sh" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def keys_of(owner: Any) -> list[str]:
+    fields = dataclasses.fields(owner)
+    return [field.name for field in fields]
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_every_key_is_in_the_help_with_its_meaning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"anchorctx {command}" in text and "example:" in text
+    for name in keys_of(schema(command)):
+        assert f"  {name}" in text, name
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_every_key_has_a_docstring(command: str) -> None:
+    def check(owner: Any) -> None:
+        docs = field_docs(owner)
+        for field in dataclasses.fields(owner):
+            assert docs.get(field.name), f"{owner.__name__}.{field.name} has no docstring"
+            if dataclasses.is_dataclass(field.default_factory):
+                check(field.default_factory)
+
+    check(schema(command))
+
+
+def test_ready_made_choices_are_listed() -> None:
+    text = help_text("train", "x")
+    assert "parallel=zero1|zero2|zero3|zero3_offload" in text
+    assert "logging=local|wandb" in text
+
+
+def test_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--show", "optim.lr=0.5", "parallel=zero3"]) == 0
+    text = capsys.readouterr().out
+    assert "lr: 0.5" in text and "zero_stage: 3" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "unknown command 'trian': choose prepare, train"),
+        (["train", "--steps", "3"], "unknown option '--steps'"),
+        (["train", "--recipe"], "--recipe needs a file"),
+        (["train", "steps=0", "out_dir=x", "data.train=y"], "steps=0 must be at least 1"),
+        (["doctor", "x=1"], "takes no arguments"),
+        (["plot", "out_dir=x"], "nothing to draw"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"anchorctx {arguments[0]}: ") and sentence in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_parse_tells_options_from_overrides() -> None:
+    parsed = parse(["a=1", "--recipe", "r.yaml", "--show", "b.c=[1, 2]"])
+    assert (parsed.overrides, parsed.recipe, parsed.show, parsed.help) == (["a=1", "b.c=[1, 2]"], "r.yaml", True, False)
+    assert parse(["--recipe=r.yaml", "-h"]).recipe == "r.yaml"
+    with pytest.raises(UserError, match="unknown option '-x'"):
+        parse(["-x"])
+
+
+def test_doctor_calls_every_backend_that_it_says_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "cpu          works" in text and "reference    works" in text
+    assert "flash_attn   no: it runs on cuda" in text or "flash_attn   works" in text
+    assert "pip install 'anchorctx[flash]'" in text or "flash-attn  " in text

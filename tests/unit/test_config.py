@@ -1,0 +1,100 @@
+"""Configuration: recipes and groups compose, mistakes are one sentence that names the valid keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from anchorctx.config import SCHEMAS, conf_dir, resolve
+from anchorctx.errors import UserError
+from anchorctx.layout import Pattern
+from anchorctx.train.engine import deepspeed_config
+from anchorctx.train.optim import Schedule
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.parent.name for path in ROOT.glob("recipes/*/recipe_train.yaml"))
+PAPER_THETA = {65_536: 5e6, 131_072: 1e7}
+
+
+def test_the_recipes_are_there() -> None:
+    assert set(RECIPES) >= {"quickstart", "llama2_7b_64k", "llama3_8b_128k", "mistral_7b_64k", "qwen2.5_1.5b_64k"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_compose_and_agree_with_each_other(name: str) -> None:
+    train = resolve("train", [], str(ROOT / "recipes" / name / "recipe_train.yaml"))
+    prepare = resolve("prepare", [], str(ROOT / "recipes" / name / "recipe_prepare.yaml"))
+    train.validate()
+    prepare.validate()
+    assert prepare.tokenizer == train.model.path
+    assert prepare.out_dir == train.data.train
+    assert prepare.row_length == train.model.max_length
+    processes = 2 if name == "quickstart" else 8
+    assert train.rows_per_step(prepare.row_length, processes) >= processes
+    config = deepspeed_config(
+        train.parallel, train.optim, dtype=None, micro_rows=1, accumulation=1, world=processes, cuda=True
+    )
+    assert "auto" not in str(config)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "quickstart"])
+def test_gpu_recipes_have_the_papers_settings(name: str) -> None:
+    """arXiv 2411.13476, section 5.1: AdamW, decay 0.1, betas 0.9/0.95, lr 2e-5, 2000 steps of 8 rows."""
+    config = resolve("train", [], str(ROOT / "recipes" / name / "recipe_train.yaml"))
+    optim, length = config.optim, config.model.max_length
+    assert (optim.lr, optim.weight_decay, optim.betas, config.steps) == (2e-5, 0.1, [0.9, 0.95], 2000)
+    assert config.tokens_per_step == 8 * length
+    assert config.model.rope.theta == PAPER_THETA[length]
+    assert config.pattern is Pattern.anchor
+    assert optim.schedule is Schedule.constant
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_every_command_has_its_file_and_every_choice_composes(command: str) -> None:
+    assert (conf_dir() / f"{command}.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_choice_of_a_group_composes(path: Path) -> None:
+    needed = ["out_dir=x", "data.train=y", "model.path=z"]
+    resolve("train", [*needed, f"{path.parent.name}={path.stem}"]).validate()
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "sentence"),
+    [
+        ("train", ["optim.learning_rate=1"], "unknown key 'optim.learning_rate'.*valid keys in optim are lr"),
+        ("train", ["step=10"], "unknown key 'step': did you mean 'steps'.*valid keys of anchorctx train are"),
+        ("train", ["steps=many"], "steps.*many"),
+        ("train", ["pattern=anker"], "pattern.*anker.*anchor, anchor_reset"),
+        ("train", ["parallel=zero4"], "zero4"),
+        ("train", ["model.dtype=float8"], "model.dtype.*float8.*float32, bfloat16"),
+        ("train", [], "anchorctx train needs data.train and out_dir: add data.train=... out_dir=..."),
+        ("train", ["out_dir"], "out_dir"),
+        ("prepare", ["rowlength=4"], "did you mean 'row_length'"),
+        ("export", ["run=x"], "needs out_dir"),
+        ("plot", ["out_dir=x", "run=[1]"], "run"),
+    ],
+)
+def test_mistakes_are_one_sentence(command: str, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as error:
+        resolve(command, overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no file: name a recipe's .yaml"):
+        resolve("train", [], str(tmp_path / "recipe_train.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        resolve("train", [], str(tmp_path / "broken.yaml"))
+
+
+def test_overrides_win_over_the_recipe() -> None:
+    recipe = str(ROOT / "recipes" / "llama2_7b_64k" / "recipe_train.yaml")
+    config = resolve("train", ["pattern=full", "optim.lr=1e-4", "parallel=zero2", "model.config.x=1"], recipe)
+    assert (config.pattern, config.optim.lr, config.parallel.zero_stage) == (Pattern.full, 1e-4, 2)
+    assert config.model.config == {"x": 1}
