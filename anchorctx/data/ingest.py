@@ -15,6 +15,7 @@ from anchorctx.data.facts import FactTokens
 from anchorctx.data.parts import Part
 from anchorctx.data.store import TokenWriter
 from anchorctx.data.tokenize import Encoder, tokenize
+from anchorctx.errors import UserError
 from anchorctx.manifest import fingerprint
 
 STORE_VERSION = 1
@@ -38,6 +39,8 @@ class Ingest:
     """Ids are below it."""
     eos: int | None
     """Appended to documents; None appends nothing."""
+    needs_domain: bool
+    """Are documents without a domain a mistake?"""
     facts: FactTokens | None
     """Weigh the loss by planted facts; None weighs all tokens the same."""
     workers: int
@@ -82,6 +85,10 @@ class Ingest:
 
     def _is_usable(self, document: Tokens, reading: Reading) -> bool:
         ids = document.ids
+        if self.needs_domain and not document.domain:
+            raise UserError(
+                f"{document.source} has no domain, but pack.domain_tags=true: set domain or domain_field of its source"
+            )
         if not len(ids):
             sentence = f"{document.source} has a text that the tokenizer turns into no token: remove it"
             reading.bad(BadRow("no tokens", sentence))

@@ -8,6 +8,7 @@ the last run on an `engine`; an interrupted preparation finds the parts that wer
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -88,6 +89,7 @@ class Preparation:
             tokenizer_fingerprint(self.tokenizer),
             self.vocab_size,
             self.special.eos if config.append_eos else None,
+            config.pack.domain_tags,
             facts,
             config.workers or default_workers(),
         )
@@ -165,7 +167,12 @@ class Preparation:
             own = [part for part, owner in zip(parts, owners, strict=True) if owner == index]
             reading = Reading(documents=sum(part.facts["read"] for part in own))
             reading.skipped = sum((part.skipped for part in own), Counter())
-            source.check_not_empty(reading)
+            try:
+                source.check_not_empty(reading)
+            except UserError:
+                for part in own:
+                    shutil.rmtree(part.folder)
+                raise
         return Corpus(parts, owners, [source.name for source in self.sources])
 
     def tags(self, corpus: Corpus) -> tuple[Tags, list[np.ndarray]]:
@@ -179,10 +186,9 @@ class Preparation:
         for domain in corpus.domains():
             name = np.empty(0, np.uint32)
             if pack.domain_tags:
-                if not domain:
+                if not domain:  # of documents that were tokenised before without tags
                     raise UserError(
-                        "there are documents without a domain, but pack.domain_tags=true: set domain or domain_field "
-                        "of their source"
+                        "a document has no domain, but pack.domain_tags=true: set domain or domain_field of its source"
                     )
                 name = next(tokenize([Document(domain, "")], self.ingest.encoder)).ids
             numbers[domain] = tags.add(np.concatenate([np.array(bos, np.uint32), name]))

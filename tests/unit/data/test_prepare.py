@@ -291,10 +291,13 @@ def test_bad_settings(config: PrepareConfig, options: dict[str, Any], message: s
 
 def test_tags_without_domains(config: PrepareConfig) -> None:
     config.pack.domain_tags = True
-    expected = (
-        "there are documents without a domain, but pack.domain_tags=true: set domain or domain_field of their source"
-    )
-    assert sentence(config) == expected
+    expected = "corpus.jsonl:1 has no domain, but pack.domain_tags=true: set domain or domain_field of its source"
+    assert sentence(config).endswith(expected)
+    config.pack.domain_tags, config.keep_tokens = False, True
+    prepare(config)  # and now its tokens are there already
+    config.pack.domain_tags = True
+    with pytest.raises(UserError, match="a document has no domain, but pack.domain_tags=true"):
+        prepare(config)
 
 
 def test_a_text_of_no_tokens_is_a_bad_row(config: PrepareConfig, tmp_path: Path) -> None:
