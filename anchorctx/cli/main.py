@@ -15,7 +15,7 @@ COMMANDS = {
     "prepare": "documents -> tokens -> packed rows, on disk",
     "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
     "export": "a run's checkpoint -> a Hugging Face folder",
-    "eval": "perplexity and retrieval of a Hugging Face folder",
+    "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",
     "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
     "plot": "pictures of runs, patterns and evaluations",
     "report": "runs and evaluations -> one HTML file to look at",

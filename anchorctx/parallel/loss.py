@@ -117,7 +117,7 @@ class CausalLMLoss(nn.Module):
         hidden, targets, weights = hidden[trained], targets[trained], weights[trained]  # (N, D), (N,), (N,)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
-        return _through(head, self._head_loss, hidden, targets, weights)
+        return call_as(head, self._head_loss, hidden, targets, weights)
 
     def _head_loss(
         self, head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
@@ -142,16 +142,16 @@ def default_tile(vocabulary: int, hidden_size: int) -> int:
     return max(TILE_BYTES // (4 * vocabulary), hidden_size // 4, 1)
 
 
-def _through(head: nn.Module, function: Callable[..., torch.Tensor], *args: torch.Tensor) -> torch.Tensor:
-    """Call `head` with `function(head, *args)` in place of its forward: its hooks run around it."""
-    before = head.__dict__.get("forward")
-    head.forward = lambda *inputs: function(head, *inputs)
+def call_as(module: nn.Module, function: Callable[..., Any], *args: torch.Tensor) -> Any:
+    """Call `module` with `function(module, *args)` in place of its forward: its hooks run around it."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda *inputs: function(module, *inputs)
     try:
-        return head(*args)
+        return module(*args)
     finally:
-        del head.forward
+        del module.forward
         if before is not None:
-            head.forward = before
+            module.forward = before
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
