@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from anchorctx.errors import UserError
 
 SCHEMAS = {
-    "prepare": "anchorctx.data.prepare:PrepareConfig",
+    "prepare": "anchorctx.data.prepare_config:PrepareConfig",
     "train": "anchorctx.train.config:TrainConfig",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",

@@ -1,4 +1,4 @@
-"""`anchorctx COMMAND [--recipe FILE] [--show] [key=value ...]`."""
+"""`anchorctx COMMAND [--recipe FILE] [--show] [--dry-run] [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ commands:
 key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with its default and meaning
 --recipe FILE   start from a recipe's .yaml instead of the defaults; overrides still apply
 --show          print the resolved configuration and stop
+--dry-run       prepare: print what there is, and what each packing policy would make of it, and stop
 
 a first run:    bash recipes/quickstart/run.sh
 """
@@ -50,6 +51,7 @@ class Arguments:
     recipe: str | None
     show: bool
     help: bool
+    dry_run: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,22 +96,24 @@ def _guarded(command: str, argv: list[str]) -> int:
 def parse(argv: list[str]) -> Arguments:
     """Split options from overrides."""
     overrides, recipe, rest = [], None, list(argv)
-    show = wants_help = False
+    show = wants_help = dry_run = False
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
             wants_help = True
         elif word == "--show":
             show = True
+        elif word == "--dry-run":
+            dry_run = True
         elif word.split("=")[0] == "--recipe":
             recipe = word.partition("=")[2] or (rest.pop(0) if rest else None)
             if recipe is None:
                 raise UserError("--recipe needs a file: --recipe recipes/NAME/recipe_train.yaml")
         elif word.startswith("-"):
-            raise UserError(f"unknown option '{word}': options are --help, --recipe FILE and --show")
+            raise UserError(f"unknown option '{word}': options are --help, --recipe FILE, --show and --dry-run")
         else:
             overrides.append(word)
-    return Arguments(overrides, recipe, show, wants_help)
+    return Arguments(overrides, recipe, show, wants_help, dry_run)
 
 
 def _rank() -> int:

@@ -77,8 +77,10 @@ class Trainer:
             world=ranks.world,
             seed=config.seed,
             shuffle=config.data.shuffle,
+            balance=config.data.balance,
         )
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        self.loader.resume_at(self.step, self.tokens, state.get("rows"))
         self._write_run(model)
         self.engine = build_engine(
             CausalLMLoss(model),
@@ -165,7 +167,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from every rank."""
-        state = {"step": self.step, "tokens": self.tokens, "identity": self._identity()}
+        rows = self.loader.rows_before(self.step)
+        state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
 
     def _loss_sum(self, batch: Any) -> torch.Tensor:
@@ -216,8 +219,9 @@ class Trainer:
             "corpus": self.packed.fingerprint,
             "tokenizer": self.packed.manifest["tokenizer_fingerprint"],
             "pattern": self.config.pattern.value,
-            "tokens_per_step": self.config.tokens_per_step,
             "seed": self.config.seed,
+            "shuffle": self.config.data.shuffle,
+            "balance": self.config.data.balance,
             "processes": self.ranks.world,
             "zero_stage": self.config.parallel.zero_stage,
         }
