@@ -25,14 +25,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Fixed texts (str) and placeholders (Slot) in order; neighbouring fixed texts are joined, empty ones left out."""
+    """Glue and placeholders (Slot) in order. Glue is text, or a tuple of token ids where its length must be exact."""
 
-    parts: tuple[str | Slot, ...]
+    parts: tuple[str | tuple[int, ...] | Slot, ...]
 
     @classmethod
     def parse(cls, text: str) -> Template:
         """`Solve {question} with {planner}'s plan`; `{{` and `}}` are single braces."""
-        parts: list[str | Slot] = []
+        parts: list[str | tuple[int, ...] | Slot] = []
         fixed, end = "", 0
         for found in _PLACEHOLDER.finditer(text):
             fixed += text[end : found.start()]
@@ -53,6 +53,11 @@ class Template:
     def placeholders(self) -> tuple[str, ...]:
         """Names in order, repeated where they are."""
         return tuple(part.name for part in self.parts if isinstance(part, Slot))
+
+    @classmethod
+    def of(cls, template: str | Template) -> Template:
+        """Parsed where it is not yet."""
+        return cls.parse(template) if isinstance(template, str) else template
 
     def reordered(self, names: Mapping[str, str]) -> Template:
         """The same with placeholders exchanged: `names` says what stands where each name stood."""
@@ -79,7 +84,7 @@ class Agent:
 
     name: str
     """What other templates call it."""
-    template: str
+    template: str | Template
     """Its prompt: its role and instructions, with {placeholders} for the request's texts and other agents' names."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""

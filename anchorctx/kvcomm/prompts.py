@@ -69,12 +69,13 @@ class Frame:
 
     def __init__(self, agent: str, template: Template, encode: Encode, bos: int) -> None:
         self.agent, self._encode = agent, encode
-        begins_fixed = bool(template.parts) and isinstance(template.parts[0], str)
-        first = template.parts[0] if begins_fixed else ""
-        assert isinstance(first, str)
-        self._parts: list[tuple[str | None, Ids]] = [(None, (bos, *encode(first)))]
-        for part in template.parts[1 if begins_fixed else 0 :]:
-            self._parts.append((part.name, ()) if isinstance(part, Slot) else (None, encode(part)))
+        self._parts: list[tuple[str | None, Ids]] = [(None, (bos,))]
+        for part in template.parts:
+            name, ids = (part.name, ()) if isinstance(part, Slot) else (None, _tokens(part, encode))
+            if name is None and self._parts[-1][0] is None:  # BOS and a first text are one segment
+                self._parts[-1] = (None, self._parts[-1][1] + ids)
+            else:
+                self._parts.append((name, ids))
 
     def prompt(self, contents: Mapping[str, Ids]) -> Prompt:
         """The prompt with these contents."""
@@ -93,6 +94,10 @@ class Frame:
     def skeleton(self) -> Prompt:
         """The prompt with each placeholder's own name in its place: what the base KV of the glue is taken from."""
         return self.prompt({name: self._encode(name) for name, _ in self._parts if name is not None})
+
+
+def _tokens(glue: str | Ids, encode: Encode) -> Ids:
+    return encode(glue) if isinstance(glue, str) else glue
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

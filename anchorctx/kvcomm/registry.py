@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from anchorctx.errors import UserError
 from anchorctx.kvcomm.arms import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
-from anchorctx.kvcomm.controls import OtherRequest, RandomMoments, Zeroed
+from anchorctx.kvcomm.controls import DenseChunked, OtherRequest, RandomMoments, Zeroed
 from anchorctx.kvcomm.offsets import Kvcomm, MeanOffset
 
 ARMS: dict[str, Callable[[], Arm]] = {
@@ -20,8 +20,13 @@ ARMS: dict[str, Callable[[], Arm]] = {
     "anchored": Anchored,
 }
 """Ways to reuse, with their default settings."""
-CONTROLS: dict[str, Callable[[], Arm]] = {"zeroed": Zeroed, "random": RandomMoments, "other_request": OtherRequest}
-"""What an arm must beat."""
+CONTROLS: dict[str, Callable[[], Arm]] = {
+    "dense_chunked": DenseChunked,
+    "zeroed": Zeroed,
+    "random": RandomMoments,
+    "other_request": OtherRequest,
+}
+"""The numerics floor, and what an arm must beat."""
 
 
 def make_arm(name: str) -> Arm:

@@ -93,7 +93,7 @@ class Session:
         if decision is not None and decision not in self.agents:
             raise UserError(f"decision={decision!r} is no agent: choose {', '.join(self.agents)}")
         self.decision = decision
-        self.templates = {agent.name: Template.parse(agent.template) for agent in agents}
+        self.templates = {agent.name: Template.of(agent.template) for agent in agents}
         self.flops = ModelFlops.of(model)
         self.ends = _end_tokens(model, tokenizer)
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -146,12 +146,21 @@ class Request:
         self.session, self.state = session, state
         self.answers: dict[str, Answer] = {}
 
-    def run(self, name: str, *, answer: Ids | None = None, frame: Frame | None = None, keep: bool = True) -> Turn:
+    def run(
+        self,
+        name: str,
+        *,
+        answer: Ids | None = None,
+        message: str | None = None,
+        frame: Frame | None = None,
+        keep: bool = True,
+    ) -> Turn:
         """Let an agent speak, after all that it hears.
 
         Args:
             name: the agent.
             answer: tokens that it is made to say, so that arms can be compared on the same words; None lets it speak.
+            message: what it is made to pass on; None passes on what it says.
             frame: another order of its placeholders.
             keep: keep the message for others, and let the arm learn.
         """
@@ -170,7 +179,8 @@ class Request:
             ids, filled = answer, len(answer)
             logits = recite(decoder, found.buffer, prompt.length, found.logits, ids)
         said = Answer(session.decode(ids), confidence)
-        message = said.text if agent.speak is None else agent.speak(said, self._texts(prompt))
+        if message is None:
+            message = said.text if agent.speak is None else agent.speak(said, self._texts(prompt))
         began = now(decoder.device)
         if keep:
             arm.observe(scene, found.buffer, found.given)
