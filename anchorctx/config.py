@@ -25,6 +25,7 @@ SCHEMAS = {
     "train": "anchorctx.train.config:TrainConfig",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
+    "kvcomm": "anchorctx.evals.kvcomm:KvcommConfig",
     "plot": "anchorctx.report.render:PlotConfig",
 }
 """Each command's configuration, imported when the command runs."""

@@ -31,7 +31,7 @@ class Prefill:
     pairs: int
     """(query, key) pairs of attention for them."""
     reused: tuple[bool, ...]
-    """For each non-empty placeholder: did any entry of it come from elsewhere?"""
+    """For each non-empty placeholder: was any entry of it given?"""
     seconds: dict[str, float]
 
 
@@ -47,9 +47,9 @@ def prefill(scene: Scene, arm: Arm, room: int) -> Prefill:
     for placement in given:
         placement.write(decoder, buffer)
         missing[placement.start : placement.start + placement.kv.length] = False
+    reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
     missing[-1] = True
     slots = torch.nonzero(missing)[:, 0]
-    reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
     clock.append(now(decoder.device))
     ids = decoder.tensor(prompt.ids)[:, slots.to(decoder.device)]
     logits = decoder.forward(ids, buffer, _range_of(slots))[0, -1]

@@ -3,7 +3,7 @@
 What the KVCOMM paper calls an anchor is an exemplar here. A content is *shared* (approximated) when exemplars at least
 as long lie near enough to tell which of them it resembles, and *stored* (computed and observed) otherwise (equation 5):
 
-    w = softmax(-|h - h_psi| / temperature),   store if no exemplar is as long or H(w) > gamma * log |A|
+    w = softmax(-|h - h_psi| / temperature),   store if too few exemplars are as long or H(w) > gamma * log |A|
 
 h are the tokens' input embeddings, |.| is the Frobenius norm over the content's tokens, in float32.
 
@@ -32,12 +32,15 @@ NEGLIGIBLE = 2.0**-26
 
 @dataclass(frozen=True, slots=True)
 class PoolConfig:
-    """When contents are shared, and how much is kept; the defaults are the paper's."""
+    """When contents are shared, and how much is kept; gamma, V and window are the paper's."""
 
     gamma: float = 0.3
     """Share below this part of the greatest entropy, 0..1: higher shares more; 1 shares whatever is short enough."""
     temperature: float = 1.0
     """Divides the distances, in units of the embeddings' norm."""
+    min_exemplars: int = 4
+    """Store while fewer are as long. The rule alone (1) shares with a single exemplar, whose entropy is 0: every later
+    content of its length would be approximated from the first request's, and the pool would never grow."""
     max_exemplars: int = 20
     """Exemplars a placeholder, at most (V)."""
     window: int = 5
@@ -46,10 +49,15 @@ class PoolConfig:
     """Bytes of all exemplars together, at most; None is no limit."""
 
     def __post_init__(self) -> None:
-        limits = {"gamma": 0.0, "temperature": 1e-9, "max_exemplars": 1, "window": 1}
+        limits = {"gamma": 0.0, "temperature": 1e-9, "min_exemplars": 1, "max_exemplars": 1, "window": 1}
         for name, least in limits.items():
             if getattr(self, name) < least:
                 raise UserError(f"kvcomm {name}={getattr(self, name)} must be at least {least:g}")
+        if self.min_exemplars > self.max_exemplars:
+            raise UserError(
+                f"kvcomm min_exemplars={self.min_exemplars} must not exceed max_exemplars={self.max_exemplars}: "
+                "nothing would ever be shared"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +125,7 @@ class Pool:
         """Equation 5 for a content `ids` (T,): what to share it from, or None to compute and store it."""
         length = len(ids)
         found = [e for e in self._held.get(name, ()) if reader in e.offsets and len(e.ids) >= length]
-        if not found:
+        if len(found) < self.config.min_exemplars:
             return None
         content = embed(ids)
         distances = torch.stack([_distance(content, embed(e.ids[:length])) for e in found])

@@ -56,7 +56,7 @@ class Prefixes:
     """What a session encodes once, before any request: base KV of each agent's glue, and the anchor's KV."""
 
     def __init__(self, decoder: Decoder, bos: int, header: Ids = ()) -> None:
-        self._decoder, self._glue = decoder, dict[str, dict[int, Shared]]()
+        self._decoder, self._glue = decoder, dict[Frame, dict[int, Shared]]()
         self.header = (bos, *header)
         self._bos = bos
         self._anchor: KV | None = None
@@ -69,15 +69,15 @@ class Prefixes:
 
     def glue(self, frame: Frame) -> dict[int, Shared]:
         """By segment number. One run of the skeleton; a prefix stays rotated, the rest is kept un-rotated."""
-        if frame.agent not in self._glue:
+        if frame not in self._glue:
             skeleton, rope = frame.skeleton(), self._decoder.rope
             whole = self._decoder.encode(self._decoder.tensor(skeleton.ids))
             pieces = {s.number: (s, whole.cut(s.start, s.stop)) for s in skeleton.segments if s.name is None}
-            self._glue[frame.agent] = {
+            self._glue[frame] = {
                 number: Shared((rope.unrotated(kv) if s.start else kv).copy(), s.start)
                 for number, (s, kv) in pieces.items()
             }
-        return self._glue[frame.agent]
+        return self._glue[frame]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ class Turn:
     answer: Answer
     ids: Ids
     """The answer's tokens."""
-    message: str
+    message: Ids
+    """What it passed on, in tokens."""
     logits: torch.Tensor
     """(n, V) that predicted the answer's tokens when it was given; (1, V), the first ones, otherwise."""
     buffer: Buffer
@@ -151,7 +152,7 @@ class Request:
         name: str,
         *,
         answer: Ids | None = None,
-        message: str | None = None,
+        message: Ids | None = None,
         frame: Frame | None = None,
         keep: bool = True,
     ) -> Turn:
@@ -160,7 +161,7 @@ class Request:
         Args:
             name: the agent.
             answer: tokens that it is made to say, so that arms can be compared on the same words; None lets it speak.
-            message: what it is made to pass on; None passes on what it says.
+            message: tokens that it is made to pass on; None passes on what it says.
             frame: another order of its placeholders.
             keep: keep the message for others, and let the arm learn.
         """
@@ -180,11 +181,12 @@ class Request:
             logits = recite(decoder, found.buffer, prompt.length, found.logits, ids)
         said = Answer(session.decode(ids), confidence)
         if message is None:
-            message = said.text if agent.speak is None else agent.speak(said, self._texts(prompt))
+            message = ids if agent.speak is None else session.encode(agent.speak(said, self._texts(prompt)))
         began = now(decoder.device)
         if keep:
             arm.observe(scene, found.buffer, found.given)
-            self._keep(scene, found.buffer, name, ids, filled, message, said)
+            self.answers[name] = said
+            self._keep(scene, found.buffer, message, filled if message[: len(ids)] == ids else 0)
         seconds = found.seconds | {"upkeep": now(decoder.device) - began}
         return _turn(session, scene, found, seconds, said, ids, message, logits)
 
@@ -204,20 +206,18 @@ class Request:
     def _texts(self, prompt: Prompt) -> dict[str, str]:
         return {s.name: self.session.decode(s.ids) for s in prompt.placeholders if s.name is not None}
 
-    def _keep(self, scene: Scene, buffer: Buffer, name: str, ids: Ids, filled: int, message: str, said: Answer) -> None:
-        session = self.session
-        self.answers[name] = said
-        spoken = ids if message == said.text else session.encode(message)
-        if scene.prompt.length + len(spoken) > session.decoder.reach:
+    def _keep(self, scene: Scene, buffer: Buffer, message: Ids, filled: int) -> None:
+        """Make a message known to those who hear it; its first `filled` tokens have their KV in the buffer."""
+        session, name = self.session, scene.prompt.agent
+        if scene.prompt.length + len(message) > session.decoder.reach:
             raise UserError(
-                f"agent {name!r} has a prompt of {scene.prompt.length} tokens and a message of {len(spoken)}, but the "
+                f"agent {name!r} has a prompt of {scene.prompt.length} tokens and a message of {len(message)}, but the "
                 f"model reaches {session.decoder.reach}: shorten what it passes on"
             )
-        self.state.contents[name] = spoken
+        self.state.contents[name] = message
         heard = any(name in inputs for inputs in session.topology.inputs.values())
         if session.arm.shares and heard:
-            same = filled if spoken == ids else 0
-            self.state.shared[name] = keep_message(scene, buffer, spoken, same)
+            self.state.shared[name] = keep_message(scene, buffer, message, filled)
 
 
 def _turn(
@@ -227,7 +227,7 @@ def _turn(
     seconds: dict[str, float],
     answer: Answer,
     ids: Ids,
-    message: str,
+    message: Ids,
     logits: torch.Tensor,
 ) -> Turn:
     tally, length, flops = scene.tally, scene.prompt.length, session.flops

@@ -208,7 +208,11 @@ def test_layer_0_is_exact_in_every_moving_arm(decoder: Decoder) -> None:
 def test_the_sample_itself_as_only_exemplar_reproduces_dense(
     decoder: Decoder, arm_type: str, recompute_glue: bool
 ) -> None:
-    arm: Arm = Kvcomm(recompute_glue=recompute_glue) if arm_type == "kvcomm" else MeanOffset(warmup=1)
+    arm: Arm = (
+        Kvcomm(PoolConfig(min_exemplars=1), recompute_glue=recompute_glue)
+        if arm_type == "kvcomm"
+        else MeanOffset(warmup=1)
+    )
     first = scene(decoder, {"x": X, "y": Y}, number=0)
     found = prefill(first, arm, 0)
     arm.observe(first, found.buffer, found.given)
@@ -221,14 +225,14 @@ def test_the_sample_itself_as_only_exemplar_reproduces_dense(
 
 def test_a_content_that_cannot_be_shared_computes_itself_alone(decoder: Decoder) -> None:
     """y is longer than its exemplar: it and the glue behind it are computed, x stays approximated; x's KV is exact."""
-    arm = Kvcomm(PoolConfig(gamma=1.0))
+    arm = Kvcomm(PoolConfig(gamma=1.0, min_exemplars=1))
     first = scene(decoder, {"x": X, "y": Y}, Template.parse("ab{x}cd{y}ef"))
     arm.observe(first, (found := prefill(first, arm, 0)).buffer, found.given)
     second = scene(decoder, {"x": X, "y": (*Y, 4)}, Template.parse("ab{x}cd{y}ef"), number=1)
     found = prefill(second, arm, 0)
     assert found.reused == (True, False) and found.computed == len(Y) + 1 + 2
     assert max_error(found.logits, dense_logits(decoder, second.prompt.ids)[-1]) < EXACT
-    whole_agent = Kvcomm(PoolConfig(gamma=1.0), partial=False)
+    whole_agent = Kvcomm(PoolConfig(gamma=1.0, min_exemplars=1), partial=False)
     whole_agent.pool = arm.pool
     assert prefill(second, whole_agent, 0).computed == second.prompt.length - 3
 

@@ -49,8 +49,8 @@ class RetrievalTaskConfig:
 class FactVocabulary:
     """The facts' tokens, as text."""
 
-    keys: Sequence[str]
-    values: Sequence[str]
+    keys: list[str]
+    values: list[str]
     """As many as keys; value i names key i in `two_hop`."""
 
 
