@@ -47,7 +47,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, what the command says, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: the command's own or 0, 2 for a user's mistake, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")

@@ -28,7 +28,7 @@ from anchorctx.kvcomm.arms import Arm, RotateGlue
 from anchorctx.kvcomm.controls import RandomMoments
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.exemplars import PoolConfig
-from anchorctx.kvcomm.offsets import Kvcomm, MeanOffset
+from anchorctx.kvcomm.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.tasks.base import Task
 from anchorctx.kvcomm.tasks.copy import CopyTask, CopyTaskConfig
@@ -197,6 +197,7 @@ def arm_makers(config: KvcommConfig) -> dict[str, Callable[[], Arm]]:
     known |= {
         "rotate_glue": lambda: RotateGlue(s.first),
         "kvcomm": lambda: Kvcomm(pool, partial=s.partial),
+        "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
         "mean_offset": lambda: MeanOffset(s.warmup),
         "random": lambda: RandomMoments(config.seed),
     }

@@ -131,7 +131,7 @@ class Pool:
         distances = torch.stack([_distance(content, embed(e.ids[:length])) for e in found])
         weights = torch.softmax(-distances / self.config.temperature, 0).tolist()
         entropy = -sum(w * math.log(w) for w in weights if w)
-        if entropy > self.config.gamma * math.log(len(found)):
+        if self.config.gamma < 1 and entropy > self.config.gamma * math.log(len(found)):
             return None
         found[weights.index(max(weights))].uses += 1
         kept = [(e.offsets[reader], w) for e, w in zip(found, weights, strict=True) if w > NEGLIGIBLE]

@@ -8,7 +8,7 @@ contents were approximated by. Offsets are kept and added in the de-rotated fram
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -78,6 +78,17 @@ class Kvcomm(Arm):
         if glue is not None and len(glues) == len(match.offsets):  # else another text stood there: compute it
             placed.append(Placement(scene.glue(glue).kv.weighted_sum(glues, match.weights), glue.start))
         return placed
+
+
+class KvcommUngated(Kvcomm):
+    """KVCOMM without its gate: the approximation alone, for every content that enough exemplars are as long as."""
+
+    name = "kvcomm_ungated"
+    by_construction = True
+
+    def __init__(self, config: PoolConfig | None = None, *, partial: bool = True, recompute_glue: bool = False) -> None:
+        ungated = replace(config or PoolConfig(), gamma=1.0)  # no entropy exceeds its greatest value
+        super().__init__(ungated, partial=partial, recompute_glue=recompute_glue)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from anchorctx.errors import UserError
 from anchorctx.kvcomm.arms import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
 from anchorctx.kvcomm.controls import DenseChunked, OtherRequest, RandomMoments, Zeroed
-from anchorctx.kvcomm.offsets import Kvcomm, MeanOffset
+from anchorctx.kvcomm.offsets import Kvcomm, KvcommUngated, MeanOffset
 
 ARMS: dict[str, Callable[[], Arm]] = {
     "dense": Dense,
@@ -16,6 +16,7 @@ ARMS: dict[str, Callable[[], Arm]] = {
     "rotate": Rotate,
     "rotate_glue": RotateGlue,
     "kvcomm": Kvcomm,
+    "kvcomm_ungated": KvcommUngated,
     "mean_offset": MeanOffset,
     "anchored": Anchored,
 }

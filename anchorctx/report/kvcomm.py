@@ -13,7 +13,7 @@ from anchorctx.results import Result
 
 KL_FLOOR = 1e-8
 """Where bars of a logarithmic KL axis begin, in nats: float32's rounding."""
-ERROR_ARMS = ("naive", "rotate", "rotate_glue", "kvcomm", "mean_offset", "anchored")
+ERROR_ARMS = ("naive", "rotate", "rotate_glue", "kvcomm_ungated", "mean_offset", "anchored")
 
 
 def find(rows: Sequence[Result], metric: str, **context: Any) -> Result | None:
