@@ -26,6 +26,7 @@ SCHEMAS = {
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
     "precision": "anchorctx.evals.precision.config:PrecisionConfig",
+    "kvcomm": "anchorctx.evals.kvcomm:KvcommConfig",
     "plot": "anchorctx.report.render:PlotConfig",
     "report": "anchorctx.report.page:ReportConfig",
 }

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "a run's checkpoint -> a Hugging Face folder",
     "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",
     "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
+    "kvcomm": "how well agents that run a checkpoint reuse each other's KV caches",
     "plot": "pictures of runs, patterns and evaluations",
     "report": "runs and evaluations -> one HTML file to look at",
     "doctor": "what is installed, which attention backends work here, and how to get the rest",
@@ -55,7 +56,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: the command's own or 0, 2 for a user's mistake, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")
@@ -76,7 +77,7 @@ def _guarded(command: str, argv: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
-        importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
+        code = importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
     except UserError as error:
         if _rank() > 0:
             time.sleep(PATIENCE_S)
@@ -90,7 +91,7 @@ def _guarded(command: str, argv: list[str]) -> int:
             raise
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
-    return 0
+    return code or 0
 
 
 def parse(argv: list[str]) -> Arguments:
