@@ -16,14 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.data.documents import Reading
 from anchorctx.data.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactTokens, lines_of
-from anchorctx.data.sources import SourceConfig, SourceFormat, open_source
-from anchorctx.data.stdlib import Split, StdlibConfig
+from anchorctx.data.sources import SourceConfig, open_source
 from anchorctx.errors import UserError
+from anchorctx.evals.config import EvalConfig, EvalDtype, embedded
 from anchorctx.evals.kvcomm_gate import GateConfig, Verdict, judge
 from anchorctx.evals.kvcomm_measures import context_error
 from anchorctx.evals.kvcomm_rows import record_rows, variation_rows
 from anchorctx.evals.kvcomm_trial import Lab, Trial
-from anchorctx.evals.runner import EvalConfig, EvalDtype, load_folder
+from anchorctx.evals.subject import load_one
 from anchorctx.kvcomm.arms import Arm, RotateGlue
 from anchorctx.kvcomm.controls import RandomMoments
 from anchorctx.kvcomm.decoder import Decoder
@@ -56,10 +56,6 @@ class TaskName(StrEnum):
     """Multiple choice."""
     humaneval = "humaneval"
     """Programs that must pass tests; needs allow_code_execution."""
-
-
-def _embedded() -> SourceConfig:
-    return SourceConfig(format=SourceFormat.stdlib, stdlib=StdlibConfig(split=Split.validation))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -130,7 +126,7 @@ class KvcommConfig:
     """humaneval: what a program may use."""
     gate: GateConfig = field(default_factory=GateConfig)
     """Bounds on one arm; beyond them the command exits with 1."""
-    corpus: SourceConfig = field(default_factory=_embedded)
+    corpus: SourceConfig = field(default_factory=embedded)
     """Held-out text for the retrieval task's documents: any source that `prepare` takes."""
     seed: int = 0
     """Seed of problems, orders and noise."""
@@ -154,7 +150,7 @@ def evaluate_reuse(config: KvcommConfig) -> Outcome:
     arms = arm_makers(config)
     disable_progress_bar()  # ours are enough
     texts = [document.text for document in _few(config)]
-    model, tokenizer = load_folder(
+    subject = load_one(
         EvalConfig(
             model=config.model,
             out_dir=config.out_dir,
@@ -163,6 +159,7 @@ def evaluate_reuse(config: KvcommConfig) -> Outcome:
             device=config.device,
         )
     )
+    model, tokenizer = subject.model, subject.tokenizer
     lab = Lab(model, tokenizer, Decoder(model), arms, config.decision_dense, config.compare_tokens, config.seed)
     lines = _lines(texts, tokenizer)
     tasks = [_task(name, config, model, tokenizer, lines) for name in config.tasks]
@@ -234,7 +231,7 @@ def _task(
 
 
 def _few(config: KvcommConfig) -> Iterator[Any]:
-    documents = open_source(config.corpus).documents(Reading(on_bad_row=config.corpus.on_bad_row))
+    documents = open_source(config.corpus).texts(Reading(on_bad_row=config.corpus.on_bad_row))
     return (document for document, _ in zip(documents, range(CORPUS_TEXTS), strict=False))
 
 

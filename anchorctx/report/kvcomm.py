@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorctx.report.plots import BLUE, MARKERS, ORANGE, SERIES, SKY, _figure, _matplotlib, _save, _styled
+from anchorctx.report.plots import BLUE, MARKERS, ORANGE, SERIES, SKY, load_matplotlib, new_figure, save, styled
 from anchorctx.results import Result
 
 KL_FLOOR = 1e-8
@@ -42,13 +42,13 @@ def draw_reuse(rows: Sequence[Result], folder: Path) -> list[Path]:
     return drawn + [error_figure(rows, task, folder / f"kvcomm_{task}_cache.png") for task in tasks[:1]]
 
 
-@_styled
+@styled
 def reuse_figure(rows: Sequence[Result], task: str, path: Path) -> Path:
     """Divergence, accuracy by kind, time to first token and kept bytes of every arm."""
     own = [r for r in rows if r.context.get("task") == task]
     arms = _distinct(own, "arm")
     scored = find(own, "kvcomm_accuracy") is not None
-    figure, axes = _figure(15 if scored else 11.5, 0.9 + 0.34 * len(arms), columns=4 if scored else 3)
+    figure, axes = new_figure(15 if scored else 11.5, 0.9 + 0.34 * len(arms), columns=4 if scored else 3)
     panels = list(axes)
     _bars(panels[0], arms, [_value(own, "kvcomm_kl", arm, tokens="all") for arm in arms], BLUE)
     panels[0].set_xscale("log")
@@ -70,14 +70,14 @@ def reuse_figure(rows: Sequence[Result], task: str, path: Path) -> Path:
         panel.set_yticks(range(len(arms)), [])
     figure.suptitle(_title(own, task), x=0.01, ha="left", fontsize=10)
     figure.set_layout_engine("constrained")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-@_styled
+@styled
 def error_figure(rows: Sequence[Result], task: str, path: Path) -> Path:
     """By layer: the relative error of each arm's keys and values, and what context and place change of a document's."""
     variation = find(rows, "kvcomm_variation") is not None
-    figure, axes = _figure(13 if variation else 9, 3.8, columns=3 if variation else 2)
+    figure, axes = new_figure(13 if variation else 9, 3.8, columns=3 if variation else 2)
     arms = [arm for arm in ERROR_ARMS if find(rows, "kvcomm_kv_error", task=task, arm=arm)]
     for panel, part in zip(axes, ("key", "value"), strict=False):
         for number, arm in enumerate(arms):
@@ -97,7 +97,7 @@ def error_figure(rows: Sequence[Result], task: str, path: Path) -> Path:
         axes[2].set_ylim(bottom=0)
         axes[2].legend(fontsize=8)
     figure.set_layout_engine("constrained")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _line(axes: Any, rows: Sequence[Result], label: str, number: int) -> None:
@@ -105,7 +105,7 @@ def _line(axes: Any, rows: Sequence[Result], label: str, number: int) -> None:
     color, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
     axes.plot(layers, [r.value for r in rows], color=color, marker=marker, label=label)
     axes.set_xticks(sorted(layers))
-    axes.xaxis.set_major_locator(_matplotlib().ticker.MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(load_matplotlib().ticker.MaxNLocator(integer=True))
 
 
 def _bars(axes: Any, arms: Sequence[str], values: Sequence[float], color: str) -> None:
