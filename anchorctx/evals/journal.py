@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-import anchorctx
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Unit
 from anchorctx.manifest import build_manifest, fingerprint, write_json
@@ -72,7 +71,7 @@ class Journal:
 
 def code_fingerprint() -> str:
     """Over the sources that evaluations run: the same for a checkout and an installed wheel, edited or not."""
-    return _code_fingerprint(Path(anchorctx.__file__).parent)
+    return _code_fingerprint(Path(__file__).parents[1])
 
 
 @functools.cache
