@@ -25,7 +25,10 @@ SCHEMAS = {
     "train": "anchorctx.train.config:TrainConfig",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
+    "precision": "anchorctx.evals.precision.config:PrecisionConfig",
+    "kvcomm": "anchorctx.evals.kvcomm:KvcommConfig",
     "plot": "anchorctx.report.render:PlotConfig",
+    "report": "anchorctx.report.page:ReportConfig",
 }
 """Each command's configuration, imported when the command runs."""
 

@@ -51,7 +51,15 @@ def _keys(owner: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def field_docs(owner: type) -> dict[str, str]:
-    """The docstring line under each field of a dataclass, from its source."""
+    """The docstring line under each field of a dataclass and of those it derives from, from their sources."""
+    docs: dict[str, str] = {}
+    for part in reversed(owner.__mro__):
+        if dataclasses.is_dataclass(part):
+            docs |= _own_field_docs(part)
+    return docs
+
+
+def _own_field_docs(owner: type) -> dict[str, str]:
     tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     docs = {}

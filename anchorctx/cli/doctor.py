@@ -22,6 +22,7 @@ OPTIONAL = {
     "matplotlib": ("draws pictures", "anchorctx[plots]"),
     "wandb": ("logs to Weights & Biases", "anchorctx[wandb]"),
     "flash-attn": ("the flash_attn backend on CUDA", "anchorctx[flash]"),
+    "lm-eval": ("RULER and other tasks", "anchorctx[eval]"),
     "liger-kernel": ("fused loss on CUDA", "anchorctx[liger]"),
 }
 

@@ -1,23 +1,59 @@
-"""`anchorctx eval`: what a Hugging Face folder is worth."""
+"""`anchorctx eval`, also `torchrun --nproc_per_node N -m anchorctx.cli.eval`: what Hugging Face folders are worth."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 
 from anchorctx.cli.configured import configuration
 from anchorctx.cli.main import Arguments, main
+from anchorctx.results import Result
 
-EXAMPLE = "anchorctx eval model=exported out_dir=results 'evals=[perplexity]'"
+EXAMPLE = """\
+anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
+anchorctx eval 'model=[base,exported]' out_dir=results 'evals=[ruler]' 'ruler.lengths=[8192,32768]' ruler.limit=50
+torchrun --nproc_per_node 8 -m anchorctx.cli.eval model=exported out_dir=results \\
+    'evals=[lm_eval]' 'lm_eval.tasks=[mmlu,hellaswag]' lm_eval.batch_size=8"""
+HIDDEN = ("model", "tokens", "loss_nats", "documents", "facts", "rows", "style", "distractors", "checkpoints", "asked")
+"""What of a row's context says how a number came about rather than which it is."""
 
 
 def run(arguments: Arguments) -> None:
-    """Evaluate a model and write `results.jsonl`."""
+    """Evaluate models, write `results.jsonl` and print what it says of them."""
     config = configuration("eval", arguments, EXAMPLE)
     if config is None:
         return
     from anchorctx.evals.runner import evaluate
+    from anchorctx.evals.share import is_first
 
-    evaluate(config)
+    rows = evaluate(config)
+    if is_first():
+        print("\n".join(table(rows)))
+        print(f"\nwritten to {config.out_dir}/results.jsonl")
+
+
+def table(rows: Sequence[Result]) -> Iterator[str]:
+    """A line for every number, a column for every model; each with half its 95 % interval."""
+    models = list(dict.fromkeys(str(row.context["model"]) for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(_what(row), {})[str(row.context["model"])] = _cell(row)
+    first = max(map(len, cells), default=0)
+    widths = [max([len(model), *(len(line.get(model, "")) for line in cells.values())]) for model in models]
+    yield "  ".join([" " * first, *(f"{model:>{width}}" for model, width in zip(models, widths, strict=True))])
+    for what, line in cells.items():
+        yield "  ".join([f"{what:<{first}}", *(f"{line.get(m, ''):>{w}}" for m, w in zip(models, widths, strict=True))])
+
+
+def _what(row: Result) -> str:
+    where = [str(value) for key, value in row.context.items() if key not in HIDDEN]
+    return " ".join([row.metric, *where]) + ("" if row.unit == "1" else f" ({row.unit})")
+
+
+def _cell(row: Result) -> str:
+    if row.low is None or row.high is None:
+        return f"{row.value:.4g}"
+    return f"{row.value:.4g} ± {(row.high - row.low) / 2:.2g}"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,11 @@ COMMANDS = {
     "prepare": "documents -> tokens -> packed rows, on disk",
     "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
     "export": "a run's checkpoint -> a Hugging Face folder",
-    "eval": "perplexity and retrieval of a Hugging Face folder",
+    "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",
+    "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
+    "kvcomm": "how well agents that run a checkpoint reuse each other's KV caches",
     "plot": "pictures of runs, patterns and evaluations",
+    "report": "runs and evaluations -> one HTML file to look at",
     "doctor": "what is installed, which attention backends work here, and how to get the rest",
 }
 
@@ -53,7 +56,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: the command's own or 0, 2 for a user's mistake, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")
@@ -74,7 +77,7 @@ def _guarded(command: str, argv: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
-        importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
+        code = importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
     except UserError as error:
         if _rank() > 0:
             time.sleep(PATIENCE_S)
@@ -88,7 +91,7 @@ def _guarded(command: str, argv: list[str]) -> int:
             raise
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
-    return 0
+    return code or 0
 
 
 def parse(argv: list[str]) -> Arguments:

@@ -1,16 +1,32 @@
-"""What an evaluation is: it takes a model and yields results, and says how far it has come."""
+"""What an evaluation is: it takes a model and yields results, piece by piece, and says how far it has come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from anchorctx.errors import UserError
 from anchorctx.results import Result
 
 Progress = Callable[[int, int], None]
-"""Called with (tokens done since the last call, tokens in all)."""
+"""Called with (what was done since the last call, all there is of it in this unit), in what the evaluator `counts`."""
+Unit = dict[str, Any]
+"""What of a result's `context` names one piece of an evaluation, such as `{"length": 4096}`; `{}` is all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model under evaluation, ready to be read by."""
+
+    model: PreTrainedModel
+    """In evaluation mode, on its device(s)."""
+    tokenizer: PreTrainedTokenizerBase
+    root: torch.nn.Module | None = None
+    """While a model trains: the engine's module, whose call its hooks (ZeRO-3's gathering) hang on."""
 
 
 class Evaluator(Protocol):
@@ -18,20 +34,35 @@ class Evaluator(Protocol):
 
     name: str
     """As in `evals=[...]`."""
+    counts: str
+    """What its progress counts: `tok` or `req`."""
 
     def longest(self) -> int:
-        """Longest input, in tokens, that the evaluation gives to a model."""
+        """Longest input, in tokens, that the evaluation gives to a model; 0 when it keeps to the model's own limit."""
         ...
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[Result]:
-        """Evaluate; yields rows without manifest, which the runner fills in."""
+    def settings(self) -> dict[str, Any]:
+        """JSON of everything that its numbers depend on, beside the model, the documents, the seed and its units."""
+        ...
+
+    def units(self) -> list[Unit]:
+        """The pieces that are run, written and remembered one by one; a piece's numbers do not depend on the others."""
+        ...
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError when it cannot be done with this tokenizer; called before anything starts."""
+        ...
+
+    def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
+        """Evaluate one unit; yields rows without manifest, which the runner fills in, with `unit` in their context.
+
+        Under several processes each calls it, and all yield the same rows.
+        """
         ...
 
 
 def anchor_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that stands in front of every document: BOS, else EOS; UserError when there is neither."""
-    from anchorctx.errors import UserError
-
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token

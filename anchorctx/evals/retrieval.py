@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.facts import NUM_KEYS, FactRows, FactTokens, fact_rows, lines_of
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, anchor_token
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
+from anchorctx.evals.forward import score
+from anchorctx.evals.share import spread
 from anchorctx.results import Result, wilson_interval
 
 
@@ -39,9 +41,11 @@ class Retrieval:
     """See the module; `texts` are held-out documents, `seed` places the facts."""
 
     name = "retrieval"
+    counts = "tok"
 
     def __init__(self, config: RetrievalConfig, texts: Sequence[str], seed: int) -> None:
-        self.config, self._texts, self._seed = config, texts, seed
+        self.config, self._seed = config, seed
+        self._stream = TokenStream(texts)
         shortest = 1 + 2 * config.facts * config.mentions
         if min(config.lengths, default=0) < shortest:
             raise UserError(
@@ -58,23 +62,32 @@ class Retrieval:
         """See Evaluator."""
         return max(self.config.lengths)
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[Result]:
-        """A row for each length, `retrieval_accuracy`, with the Wilson interval over the queries."""
+    def settings(self) -> dict[str, Any]:
+        """See Evaluator."""
+        return {name: getattr(self.config, name) for name in ("rows", "facts", "mentions")}
+
+    def units(self) -> list[Unit]:
+        """See Evaluator."""
+        return [{"length": length} for length in self.config.lengths]
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """See Evaluator."""
+        FactTokens.of(tokenizer)
+        anchor_token(tokenizer)
+
+    def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
+        """The row `retrieval_accuracy` of one length, with the Wilson interval over the queries."""
+        tokenizer, length = subject.tokenizer, unit["length"]
         tokens, bos = FactTokens.of(tokenizer), anchor_token(tokenizer)
-        stream, line_start = text_stream(self._texts, tokenizer)
-        total = self.config.rows * sum(self.config.lengths)
-        for length in self.config.lengths:
-            rng = np.random.default_rng([self._seed, length])
-            hits = n = 0
-            for rows in self._batches(rng, tokens, bos, stream, line_start, length):
-                right = answered(model, rows)
-                hits, n = hits + int(right.sum()), n + len(right)
-                progress(rows.ids.size, total)
-            low, high = wilson_interval(hits, n)
-            context = {"length": length, "facts": self.config.facts, "rows": self.config.rows}
-            yield Result(
-                metric="retrieval_accuracy", value=hits / n, unit="1", n=n, low=low, high=high, context=context
-            )
+        stream, line_start = self._stream(tokenizer)
+        rng = np.random.default_rng([self._seed, length])
+        rows = list(self._batches(rng, tokens, bos, stream, line_start, length))
+        found = spread(rows, lambda row: answered(subject, row), [row.ids.size for row in rows], progress)
+        right = np.concatenate(found)
+        hits, n = int(right.sum()), len(right)
+        low, high = wilson_interval(hits, n)
+        context = unit | {"facts": self.config.facts, "rows": self.config.rows}
+        yield Result(metric="retrieval_accuracy", value=hits / n, unit="1", n=n, low=low, high=high, context=context)
 
     def _batches(
         self,
@@ -98,6 +111,20 @@ class Retrieval:
             yield fact_rows(rng, tokens, bos, stream[at], line_start[at], facts=config.facts, mentions=config.mentions)
 
 
+class TokenStream:
+    """`text_stream` of some texts, remembered for the tokenizer that asked last."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+        self._last: tuple[PreTrainedTokenizerBase, tuple[np.ndarray, np.ndarray]] | None = None
+
+    def __call__(self, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+        """See `text_stream`."""
+        if self._last is None or self._last[0] is not tokenizer:
+            self._last = tokenizer, text_stream(self._texts, tokenizer)
+        return self._last[1]
+
+
 def text_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """All texts as one stream of token ids (N,), and which tokens begin a line (N,) bool."""
     lines = [line for text in texts for line in lines_of(text)]
@@ -109,11 +136,6 @@ def text_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tup
     return stream, line_start
 
 
-@torch.inference_mode()
-def answered(model: PreTrainedModel, rows: FactRows) -> np.ndarray:
+def answered(subject: Subject, rows: FactRows) -> np.ndarray:
     """For every query of `rows`, in order: is its value the model's argmax over the vocabulary? (queries,) bool."""
-    ids = torch.from_numpy(rows.ids).to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits  # (B, T, V)
-    queries, answers = np.nonzero(rows.answers)
-    guesses = logits[queries, answers - 1].argmax(-1).cpu().numpy()
-    return guesses == rows.ids[queries, answers]
+    return score(subject, rows.ids, rows.answers).hit

@@ -1,148 +1,239 @@
-"""`evaluate`: load a Hugging Face folder fresh, run evaluations on it, and write `results.jsonl`."""
+"""`evaluate`: run evaluations on models and write `results.jsonl`; what it holds already is not measured again.
+
+Everything that can be refused is refused before the first weight is loaded. Under torchrun (or accelerate launch) each
+process loads every model and takes its share of the batches; the first one writes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
+import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.data.documents import Reading
-from anchorctx.data.sources import SourceConfig, SourceFormat, open_source
-from anchorctx.data.stdlib import Split, StdlibConfig
+from anchorctx.data.sources import SourceConfig, open_source
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Evaluator
-from anchorctx.evals.perplexity import Perplexity, PerplexityConfig
-from anchorctx.evals.retrieval import Retrieval, RetrievalConfig
-from anchorctx.manifest import build_manifest, write_manifest
-from anchorctx.results import FILE, Result, append_results
+from anchorctx.evals.attention import attention_name
+from anchorctx.evals.average import average
+from anchorctx.evals.base import Evaluator, Subject, Unit
+from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
+from anchorctx.evals.context import ContextPerplexity
+from anchorctx.evals.harness import LmEval, lm_eval_version
+from anchorctx.evals.journal import Journal, code_fingerprint, run_facts
+from anchorctx.evals.needle import NeedleMap
+from anchorctx.evals.perplexity import Perplexity
+from anchorctx.evals.retrieval import Retrieval
+from anchorctx.evals.ruler import Ruler
+from anchorctx.evals.share import is_first, place, same_everywhere
+from anchorctx.evals.subject import check_reach, device_of, identity, load, models_of, read_config, read_tokenizer
+from anchorctx.manifest import write_manifest
+from anchorctx.parallel import dist
+from anchorctx.results import Result
+
+__all__ = ["EVALUATORS", "EvalConfig", "EvalDtype", "EvalName", "EvaluatedModel", "evaluate"]
+logger = logging.getLogger(__name__)
 
 
-class EvalName(StrEnum):
-    """The evaluations."""
+class Corpus(Sequence[str]):
+    """The texts of the held-out documents, read when they are first asked for."""
 
-    perplexity = "perplexity"
-    """Perplexity of held-out documents, each alone behind the anchor."""
-    retrieval = "retrieval"
-    """Retrieval accuracy of planted facts against context length."""
+    def __init__(self, config: SourceConfig) -> None:
+        self._source, self._on_bad_row = open_source(config), config.on_bad_row
+        self.identity = self._source.identity
+        self._texts: list[str] | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        """All texts, in the source's order."""
+        if self._texts is None:
+            reading = Reading(on_bad_row=self._on_bad_row)
+            self._texts = [document.text for document in self._source.texts(reading)]
+        return self._texts
 
-class EvalDtype(StrEnum):
-    """Precision of the weights and activations."""
+    def __getitem__(self, index: Any) -> Any:
+        return self.texts[index]
 
-    auto = "auto"
-    """As saved on a GPU; float32 on a CPU."""
-    float32 = "float32"
-    """Full precision."""
-    bfloat16 = "bfloat16"
-    """Half the memory."""
-
-
-def _embedded() -> SourceConfig:
-    return SourceConfig(format=SourceFormat.stdlib, stdlib=StdlibConfig(split=Split.validation))
-
-
-@dataclass(kw_only=True, slots=True)
-class EvalConfig:
-    """What `anchorctx eval` does."""
-
-    model: str
-    """Hugging Face folder (or hub name) with weights and tokenizer."""
-    out_dir: str
-    """Folder for results.jsonl (appended to) and manifest.json."""
-    evals: list[EvalName] = field(default_factory=lambda: [EvalName.perplexity])
-    """Evaluations to run: perplexity, retrieval."""
-    label: str | None = None
-    """Name of the model in the results; null takes the folder's name."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
-    corpus: SourceConfig = field(default_factory=_embedded)
-    """Held-out documents: any source that `prepare` takes; the embedded corpus' validation files by default."""
-    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
-    """Settings of the perplexity evaluation."""
-    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
-    """Settings of the retrieval evaluation."""
-    seed: int = 0
-    """Seed of whatever an evaluation draws."""
-    dtype: EvalDtype = EvalDtype.auto
-    """Precision: auto, float32 or bfloat16."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
-
-
-def evaluate(config: EvalConfig) -> list[Result]:
-    """Run the evaluations in order; returns all rows, each appended to `out_dir`/results.jsonl once it is known."""
-    reading = Reading(on_bad_row=config.corpus.on_bad_row)
-    texts = [document.text for document in open_source(config.corpus).texts(reading)]
-    evaluators = [EVALUATORS[name](config, texts) for name in config.evals]
-    disable_progress_bar()  # ours are enough
-    model, tokenizer = load_folder(config)
-    for evaluator in evaluators:
-        check_reach(model, config.model, evaluator)
-    manifest = build_manifest("eval", dataclasses.asdict(config))
-    stamp = {"manifest": write_manifest(Path(config.out_dir), manifest)}
-    label = {"model": config.label or Path(config.model).name}
-    results = []
-    for evaluator in evaluators:
-        with tqdm(unit="tok", unit_scale=True, desc=f"{evaluator.name} of {label['model']}") as bar:
-
-            def advance(done: int, total: int, bar: Any = bar) -> None:
-                bar.total = total
-                bar.update(done)
-
-            for row in evaluator.run(model, tokenizer, advance):
-                row = dataclasses.replace(row, **stamp, context=label | row.context)
-                append_results(Path(config.out_dir) / FILE, [row])
-                results.append(row)
-    return results
-
-
-def load_folder(config: EvalConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer as any user of transformers would; UserError when the folder is no model."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype.value
-    if config.dtype is EvalDtype.auto and device == "cpu":
-        dtype = "float32"
-    folder = Path(config.model)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={config.model} has no config.json, so it is no Hugging Face model: name an exported folder "
-            "(a DeepSpeed checkpoint becomes one with anchorctx export)"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-        hf_config = AutoConfig.from_pretrained(config.model, **config.config)
-        model = AutoModelForCausalLM.from_pretrained(config.model, config=hf_config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model={config.model} cannot be loaded ({reason}): name a folder with a model and tokenizer"
-        ) from error
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), tokenizer
-
-
-def check_reach(model: PreTrainedModel, name: str, evaluator: Evaluator) -> None:
-    """Raise UserError when an evaluation gives the model more tokens than its positions reach."""
-    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if reach is not None and evaluator.longest() > reach:
-        raise UserError(
-            f"{evaluator.name} asks for {evaluator.longest()} tokens, but {name} has max_position_embeddings={reach}: "
-            "lower the length, or read past it with config='{max_position_embeddings: ...}'"
-        )
+    def __len__(self) -> int:
+        return len(self.texts)
 
 
 EVALUATORS: dict[EvalName, Callable[[EvalConfig, Sequence[str]], Evaluator]] = {
     EvalName.perplexity: lambda config, texts: Perplexity(config.perplexity, texts),
+    EvalName.perplexity_by_context: lambda config, texts: ContextPerplexity(config.context, texts),
     EvalName.retrieval: lambda config, texts: Retrieval(config.retrieval, texts, config.seed),
+    EvalName.needle: lambda config, texts: NeedleMap(config.needle, texts, config.seed),
+    EvalName.ruler: lambda config, texts: Ruler(config.ruler),
+    EvalName.lm_eval: lambda config, texts: LmEval(config.lm_eval),
 }
 """How each evaluation is made from the configuration and the held-out texts."""
+BY_LM_EVAL = (EvalName.ruler, EvalName.lm_eval)
+"""Evaluations whose documents and seeds are lm-eval's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One model under one evaluation."""
+
+    model: EvaluatedModel
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    evaluator: Evaluator
+    identity: dict[str, Any]
+    """JSON of everything that the numbers depend on."""
+
+
+def evaluate(config: EvalConfig) -> list[Result]:
+    """Run the evaluations on every model, in order; returns their rows, those measured earlier included."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized()
+    if several:
+        dist.start()
+    try:
+        return _evaluate(config)
+    finally:
+        if several:
+            dist.stop()
+
+
+def _evaluate(config: EvalConfig) -> list[Result]:
+    disable_progress_bar()  # ours are enough
+    models = models_of(config)
+    tasks = plan(config, models)
+    with contextlib.closing(Journal(Path(config.out_dir))) if is_first() else contextlib.nullcontext() as journal:
+        wanted = [(task, unit) for task in tasks for unit in task.evaluator.units()]
+        rows = _known(wanted, journal)
+        pending = [i for i, known in enumerate(rows) if not known]
+        if len(pending) < len(wanted):
+            logger.info("%d of %d pieces are in %s already", len(wanted) - len(pending), len(wanted), config.out_dir)
+        facts = run_facts(dataclasses.asdict(config))
+        if journal is not None and pending:
+            write_manifest(Path(config.out_dir), facts)
+        _measure(config, wanted, pending, rows, journal, facts)
+        found = [row for part in rows for row in part]
+        return found if journal is None else found + average(found, models, journal)
+
+
+def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Task]:
+    """Every model under every evaluation; UserError for whatever can be refused without loading weights."""
+    if not config.evals:
+        raise UserError(f"evals=[] asks for nothing: choose from {', '.join(EvalName)}")
+    corpus = Corpus(config.corpus)
+    evaluators = {name: EVALUATORS[name](config, corpus) for name in dict.fromkeys(config.evals)}
+    tasks = []
+    for model in models:
+        hf_config, tokenizer = read_config(model), read_tokenizer(model)
+        who = identity(model, hf_config)
+        for name, evaluator in evaluators.items():
+            check_reach(model, hf_config, evaluator)
+            evaluator.check(tokenizer)
+            what = {"evaluation": name.value, "model": who, "settings": evaluator.settings(), **_conditions(config)}
+            if name in BY_LM_EVAL:
+                what["versions"] |= {"lm_eval": lm_eval_version()}
+            else:
+                what |= {"seed": config.seed, "corpus": corpus.identity}
+            tasks.append(Task(model, hf_config, tokenizer, evaluator, what))
+    return tasks
+
+
+def _conditions(config: EvalConfig) -> dict[str, Any]:
+    """What the numbers depend on beside the model and the evaluation; batch sizes and processes are not among it."""
+    device = device_of(config)
+    attention_name(config.attention, config.rope_dtype)  # refuses what does not go together
+    return {
+        "dtype": config.dtype.value,
+        "rope_dtype": config.rope_dtype.value,
+        "attention": config.attention,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "code": code_fingerprint(),
+    }
+
+
+def _known(wanted: Sequence[tuple[Task, Unit]], journal: Journal | None) -> list[list[Result]]:
+    """For each piece the rows that are there already, the same on every process."""
+    rows: list[list[Result]] = []
+    if journal is not None:
+        for task, unit in wanted:
+            rows.append(journal.find(journal.key(task.identity), str(task.model.label), unit))
+    return same_everywhere(rows)
+
+
+def _measure(
+    config: EvalConfig,
+    wanted: Sequence[tuple[Task, Unit]],
+    pending: Sequence[int],
+    rows: list[list[Result]],
+    journal: Journal | None,
+    facts: dict[str, Any],
+) -> None:
+    """Fill in the rows of the pending pieces, each written as soon as it is known; a model is loaded once."""
+    subject, loaded, bar = None, None, None
+    for i in pending:
+        task, unit = wanted[i]
+        if subject is None or loaded is not task.model:
+            subject = None  # its memory is needed
+            subject, loaded = load(task.model, task.config, task.tokenizer, config), task.model
+        if bar is None or bar.task is not task:
+            if bar is not None:
+                bar.close()
+            bar = Bar(task, [wanted[j][1] for j in pending if wanted[j][0] is task])
+        bar.start(unit)
+        rows[i] = _stamped(task, subject, unit, bar, journal, facts)
+        if journal is not None:
+            journal.add(rows[i])
+    if bar is not None:
+        bar.close()
+
+
+def _stamped(
+    task: Task, subject: Subject, unit: Unit, bar: Bar, journal: Journal | None, facts: dict[str, Any]
+) -> list[Result]:
+    """The rows of one piece, with the manifest and the model's label."""
+    manifest = "" if journal is None else journal.open(task.identity, facts)
+    found = task.evaluator.run(subject, unit, bar.advance)
+    return [dataclasses.replace(r, manifest=manifest, context={"model": task.model.label} | r.context) for r in found]
+
+
+class Bar:
+    """Tokens (or requests) done of one model under one evaluation, with rate and time left, on the first process only.
+
+    A piece's total is known once it runs; those of later pieces are estimated from their lengths.
+    """
+
+    def __init__(self, task: Task, units: Sequence[Unit]) -> None:
+        self.task, self._lengths = task, sum(map(_length, units))
+        self._tokens = self._done = self._current = self._total = 0
+        desc = f"{task.evaluator.name} of {task.model.label}"
+        self._bar = tqdm(
+            unit=task.evaluator.counts, unit_scale=True, desc=desc, dynamic_ncols=True, disable=place()[0] > 0
+        )
+
+    def start(self, unit: Unit) -> None:
+        """The piece before, if any, is done, and this one begins."""
+        self._tokens, self._done = self._tokens + self._total, self._done + self._current
+        self._current, self._total = _length(unit), 0
+
+    def advance(self, done: int, total: int) -> None:
+        """Progress of the evaluator within the piece."""
+        self._total = total
+        self._bar.total = round((self._tokens + total) * self._lengths / (self._done + self._current))
+        self._bar.update(done)
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen."""
+        self._bar.close()
+
+
+def _length(unit: Unit) -> int:
+    return int(unit.get("length") or unit.get("context_length") or 1)

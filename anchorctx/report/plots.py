@@ -37,18 +37,18 @@ STYLE = {
 Drawing = TypeVar("Drawing", bound=Callable[..., Path])
 
 
-def _styled(draw: Drawing) -> Drawing:
+def styled(draw: Drawing) -> Drawing:
     """Draw with STYLE, and leave matplotlib's own settings as they were."""
 
     @functools.wraps(draw)
-    def styled(*args: Any, **kwargs: Any) -> Path:
-        with _matplotlib().rc_context(STYLE):
+    def drawing(*args: Any, **kwargs: Any) -> Path:
+        with load_matplotlib().rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return cast(Drawing, styled)
+    return cast(Drawing, drawing)
 
 
-@_styled
+@styled
 def retrieval_figure(results: Iterable[Result], path: Path, pretraining_length: int | None = None) -> Path:
     """Draw `retrieval_accuracy` rows against their `length`, one line a `model`, with 95 % intervals.
 
@@ -57,7 +57,7 @@ def retrieval_figure(results: Iterable[Result], path: Path, pretraining_length: 
     rows = [result for result in results if result.metric == "retrieval_accuracy"]
     if not rows:
         raise UserError(f"no retrieval_accuracy rows to draw {path} from: run anchorctx eval with evals=[retrieval]")
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     for number, model in enumerate(dict.fromkeys(str(row.context.get("model", "model")) for row in rows)):
         last = {row.context["length"]: row for row in rows if str(row.context.get("model", "model")) == model}
         _accuracy_line(axes, model, [last[length] for length in sorted(last)], number)
@@ -73,16 +73,16 @@ def retrieval_figure(results: Iterable[Result], path: Path, pretraining_length: 
     axes.margins(x=0.06)
     axes.set_title("Retrieval of planted facts")
     axes.legend(loc="lower center")
-    return _save(figure, path)
+    return save(figure, path)
 
 
-@_styled
+@styled
 def loss_figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """Draw `train/loss` and `val/loss` (nats a token) against `tokens` from rows of metrics.jsonl; returns `path`.
 
     A validation set with another loss weighting has another scale than training; both are what the run logged.
     """
-    figure, axes = _figure(7, 4.2)
+    figure, axes = new_figure(7, 4.2)
     drawn = False
     for key, label, color in (("train/loss", "training", SKY), ("val/loss", "validation (held out)", ORANGE)):
         points = [(row["tokens"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
@@ -98,17 +98,17 @@ def loss_figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             axes.plot(x, y, color=BLUE if is_training else color, linewidth=2, marker="o", markersize=4, label=label)
     if not drawn:
         raise UserError(f"no train/loss or val/loss to draw {path} from: give the rows of a run's metrics.jsonl")
-    axes.xaxis.set_major_formatter(_matplotlib().ticker.EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(load_matplotlib().ticker.EngFormatter(sep=""))
     axes.set(xlabel="trained tokens", ylabel="loss (nats a token)")
     axes.set_title("Training and validation loss")
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
-@_styled
+@styled
 def pattern_figure(layout: PackedLayout, path: Path) -> Path:
     """Draw which keys each token of one packed row attends to, with a close-up of a document boundary."""
-    figure, (whole, close) = _figure(11, 5.4, columns=2)
+    figure, (whole, close) = new_figure(11, 5.4, columns=2)
     tokens = layout.length
     share = layout.attention_pairs() / (tokens * (tokens + 1) / 2)
     _draw_whole(whole, layout)
@@ -117,7 +117,7 @@ def pattern_figure(layout: PackedLayout, path: Path) -> Path:
     _draw_close(close, layout)
     figure.legend(handles=_pattern_legend(layout), loc="lower center", ncols=4)
     figure.subplots_adjust(bottom=0.19, top=0.88, left=0.07, right=0.98, wspace=0.18)
-    return _save(figure, path, tight=False)
+    return save(figure, path, tight=False)
 
 
 def _accuracy_line(axes: Any, model: str, rows: Sequence[Result], number: int) -> None:
@@ -147,7 +147,7 @@ def _smoothed(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")
 
 
-def _band(layout: PackedLayout) -> float:
+def band_width(layout: PackedLayout) -> float:
     """Width of the anchor's band, in tokens: its own, or else what can just be seen."""
     return max(layout.anchor_len, layout.length / 80)
 
@@ -158,7 +158,7 @@ def _draw_whole(axes: Any, layout: PackedLayout) -> None:
     axes.fill([0, 0, tokens], [0, tokens, tokens], color=GREY, linewidth=0)
     offsets = layout.doc_offsets
     ids = layout.doc_ids or tuple(range(len(offsets) - 1))
-    order = _ranks(layout, ids)
+    order = ranks(layout, ids)
     spans = list(zip(ids, offsets, offsets[1:], strict=False))
     for i, (doc, start, stop) in enumerate(spans):
         color = (BLUE, SKY)[order[doc] % 2]
@@ -167,25 +167,25 @@ def _draw_whole(axes: Any, layout: PackedLayout) -> None:
             if other == doc:
                 axes.fill([a, b, b, a], [start, start, stop, stop], color=color, linewidth=0)
     if anchor:
-        width = _band(layout)
+        width = band_width(layout)
         axes.fill([0, width, width, 0], [0, width, tokens, tokens], color=ORANGE, linewidth=0)
     axes.set(xlim=(-tokens / 200, tokens), ylim=(tokens, 0), aspect="equal")
     axes.set(xlabel="key position (tokens)", ylabel="query position (tokens)")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_matplotlib().ticker.StrMethodFormatter("{x:,.0f}"))
+        axis.set_major_formatter(load_matplotlib().ticker.StrMethodFormatter("{x:,.0f}"))
     axes.grid(False)
 
 
 def _draw_close(axes: Any, layout: PackedLayout, reach: int = 10) -> None:
     """Single tokens around the boundary between the first two documents, beside the row's first keys."""
-    boundary = _first_boundary(layout)
+    boundary = first_boundary(layout)
     near = np.arange(max(boundary - reach, 0), min(boundary + reach, layout.length))
     first = np.arange(min(layout.anchor_len + 3, int(near[0])))
     keys = np.concatenate([first, near])
     colors = _cells(layout, near, keys)
     gap = 1.5 if len(first) and first[-1] + 1 < near[0] else 0.0
     left = np.arange(len(keys)) + np.where(np.arange(len(keys)) >= len(first), gap, 0.0)
-    patches = _matplotlib().patches
+    patches = load_matplotlib().patches
     for row in range(len(near)):
         for column in range(len(keys)):
             axes.add_patch(patches.Rectangle((left[column], row), 0.94, 0.94, color=colors[row][column], linewidth=0))
@@ -204,13 +204,13 @@ def _draw_close(axes: Any, layout: PackedLayout, reach: int = 10) -> None:
     axes.grid(False)
 
 
-def _ranks(layout: PackedLayout, ids: Sequence[int]) -> dict[int, int]:
+def ranks(layout: PackedLayout, ids: Sequence[int]) -> dict[int, int]:
     """Number of each document in order of appearance, from 0; the anchor, which is none, comes before."""
     first = -1 if layout.anchor_len else 0
     return {doc: rank for rank, doc in enumerate(dict.fromkeys(ids), first)}
 
 
-def _first_boundary(layout: PackedLayout) -> int:
+def first_boundary(layout: PackedLayout) -> int:
     """Where the first document ends and another follows; the middle of the row when there is but one."""
     inner = [offset for offset in layout.doc_offsets[1:-1] if offset > layout.anchor_len]
     return inner[0] if inner else layout.length // 2
@@ -219,7 +219,7 @@ def _first_boundary(layout: PackedLayout) -> int:
 def _cells(layout: PackedLayout, queries: np.ndarray, keys: np.ndarray) -> list[list[str]]:
     """Colour of every (query, key) pair."""
     docs = layout.token_docs()
-    rank = _ranks(layout, docs.tolist())
+    rank = ranks(layout, docs.tolist())
     causal = keys[None, :] <= queries[:, None]
     anchor = causal & (keys < layout.anchor_len)[None, :]
     same = causal & (docs[queries][:, None] == docs[keys][None, :])
@@ -234,33 +234,34 @@ def _cells(layout: PackedLayout, queries: np.ndarray, keys: np.ndarray) -> list[
 
 
 def _pattern_legend(layout: PackedLayout) -> list[Any]:
-    patches = _matplotlib().patches
+    patches = load_matplotlib().patches
     handles = [patches.Patch(color=BLUE, label="document")]
     if layout.num_documents > 1:
         handles.append(patches.Patch(color=SKY, label="next document (colours alternate)"))
         handles.append(patches.Patch(color=GREY, label="left out: other documents"))
     if layout.anchor_len:
         size = f"{layout.anchor_len} token{'s' if layout.anchor_len > 1 else ''}"
-        wider = ", drawn wider on the left" if _band(layout) > layout.anchor_len else ""
+        wider = ", drawn wider on the left" if band_width(layout) > layout.anchor_len else ""
         handles.insert(0, patches.Patch(color=ORANGE, label=f"anchor ({size}{wider})"))
     return handles
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     """A figure that no display ever sees (Agg), in inches, and its axes."""
-    mpl = _matplotlib()
+    mpl = load_matplotlib()
     figure = mpl.figure.Figure(figsize=(width, height), dpi=150)
     mpl.backends.backend_agg.FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns)
 
 
-def _save(figure: Any, path: Path, tight: bool = True) -> Path:
+def save(figure: Any, path: Path, tight: bool = True) -> Path:
+    """Write the figure, with its folder if needed; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight" if tight else None)
     return path
 
 
-def _matplotlib() -> Any:
+def load_matplotlib() -> Any:
     """The matplotlib package with the parts that are used; UserError when it is not installed."""
     try:
         import matplotlib

@@ -163,6 +163,7 @@ def _prune(root: Path, config: CheckpointConfig) -> None:
     for folder in complete(root)[: -config.keep_last]:
         step = int(folder.name.removeprefix("step_"))
         if not (config.keep_every and step % config.keep_every == 0):
+            (folder / MARKER).unlink()  # first, so that a kill in between leaves nothing that looks complete
             shutil.rmtree(folder)
 
 

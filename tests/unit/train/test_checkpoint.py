@@ -72,6 +72,21 @@ def test_older_ones_stay_until_the_new_one_is_complete(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2] and not list(tmp_path.glob(".*"))
 
 
+def test_a_kill_while_an_older_one_is_removed_leaves_none_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, keep_last=1)
+
+    def killed(folder: Path, **_: Any) -> None:
+        if folder.name == "step_00000001":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, keep_last=1)
+    assert steps(tmp_path) == [2]
+
+
 def test_resuming_takes_the_newest_complete_one_and_says_what_it_ignores(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

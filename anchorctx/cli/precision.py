@@ -1,0 +1,31 @@
+"""`anchorctx precision`: does bfloat16 break RoPE on a checkpoint, and does float32 rotation mend it?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from anchorctx.cli.configured import configuration
+from anchorctx.cli.main import Arguments, main
+
+EXAMPLE = "anchorctx precision model=exported out_dir=precision 'lengths=[1024, 4096, 16384]'"
+
+
+def run(arguments: Arguments) -> None:
+    """Study a model; prints a table and the verdict, and writes results.jsonl and precision.png."""
+    config = configuration("precision", arguments, EXAMPLE)
+    if config is None:
+        return
+    from anchorctx.evals.precision.study import study
+    from anchorctx.evals.precision.table import table
+    from anchorctx.report.precision_figure import precision_figure
+    from anchorctx.report.precision_series import Study
+
+    rows = study(config)
+    print(table(rows))
+    figure = precision_figure(Study(rows[-1].context["model"], rows), Path(config.out_dir) / "precision.png")
+    print(f"\ndrawn: {figure}; for a page with all figures: anchorctx report {config.out_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(["precision", *sys.argv[1:]]))

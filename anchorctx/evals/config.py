@@ -1,0 +1,123 @@
+"""What `anchorctx eval` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from anchorctx.attention.rope import RopeDtype
+from anchorctx.data.sources import SourceConfig, SourceFormat
+from anchorctx.data.stdlib import Split, StdlibConfig
+from anchorctx.evals.context import ContextConfig
+from anchorctx.evals.harness import LmEvalConfig
+from anchorctx.evals.needle import NeedleConfig
+from anchorctx.evals.perplexity import PerplexityConfig
+from anchorctx.evals.retrieval import RetrievalConfig
+from anchorctx.evals.ruler import RulerConfig
+from anchorctx.models import RopeConfig
+
+
+class EvalName(StrEnum):
+    """The evaluations."""
+
+    perplexity = "perplexity"
+    """Perplexity of held-out documents, each alone behind the anchor, also by position."""
+    perplexity_by_context = "perplexity_by_context"
+    """Perplexity of the same tokens against how much of their document is seen."""
+    retrieval = "retrieval"
+    """Retrieval accuracy of planted facts against context length."""
+    needle = "needle"
+    """Accuracy and log-likelihood of a needle, by context length and depth."""
+    ruler = "ruler"
+    """RULER by lm-eval, at a list of lengths."""
+    lm_eval = "lm_eval"
+    """Any tasks of lm-eval: LongBench, InfiniteBench, MMLU, HellaSwag ..."""
+
+
+class EvalDtype(StrEnum):
+    """Precision of the weights and activations."""
+
+    auto = "auto"
+    """As saved on a GPU; float32 on a CPU."""
+    float32 = "float32"
+    """Full precision."""
+    bfloat16 = "bfloat16"
+    """Half the memory."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluatedModel:
+    """One model, and how it is to be read."""
+
+    path: str = "???"
+    """Hugging Face folder (or hub name) with weights and tokenizer."""
+    label: str | None = None
+    """Name of the model in the results; null takes the folder's name, with as much of its path as tells it apart."""
+    average: str | None = None
+    """Results of all models with the same word here are also averaged, under this word as label: give the checkpoints
+    of one run, since RULER swings from one to the next."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Changes to the rotary position embeddings."""
+    max_length: int | None = None
+    """New maximum length in tokens, together with rope.theta or rope.type and rope.factor."""
+
+
+def embedded() -> SourceConfig:
+    """The validation files of the embedded corpus."""
+    return SourceConfig(format=SourceFormat.stdlib, stdlib=StdlibConfig(split=Split.validation))
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What `anchorctx eval` does."""
+
+    out_dir: str
+    """Folder for results.jsonl (appended to) and the manifests; what it holds already is not measured again."""
+    model: Any = None
+    """Hugging Face folder (or hub name) with weights and tokenizer, or several: model=[runs/a,runs/b]."""
+    models: list[EvaluatedModel] = field(default_factory=list)
+    """Instead of model, where each needs settings of its own: [{path: runs/a, label: before}, {path: runs/b}]; keys as
+    in label, average, config, rope and max_length below."""
+    evals: list[EvalName] = field(default_factory=lambda: [EvalName.perplexity])
+    """Evaluations to run: perplexity, perplexity_by_context, retrieval, needle, ruler, lm_eval."""
+    label: str | None = None
+    """Name of the model in the results; null takes the folder's name."""
+    average: str | None = None
+    """Also average the results of all models (checkpoints of one run), under this word as label."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Changes to the rotary position embeddings of `model`."""
+    max_length: int | None = None
+    """New maximum length of `model` in tokens, together with rope.theta or rope.type and rope.factor."""
+    rope_dtype: RopeDtype = RopeDtype.bfloat16
+    """Rotate queries and keys in float32, as training does by default, or in the activations' dtype (bfloat16), as the
+    folder will run in plain transformers."""
+    attention: str = "auto"
+    """auto (transformers' choice), a name of transformers' own such as sdpa, or ours for prompts: anchor, anchor_cpu,
+    anchor_torch_varlen, anchor_flash_attn, anchor_flex, anchor_reference."""
+    corpus: SourceConfig = field(default_factory=embedded)
+    """Held-out documents: any source that `prepare` takes; the embedded corpus' validation files by default."""
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    """Settings of the perplexity evaluation."""
+    context: ContextConfig = field(default_factory=ContextConfig)
+    """Settings of perplexity_by_context."""
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    """Settings of the retrieval evaluation."""
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    """Settings of the needle map."""
+    ruler: RulerConfig = field(default_factory=RulerConfig)
+    """Settings of RULER."""
+    lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
+    """Settings of lm-eval."""
+    seed: int = 0
+    """Seed of whatever an evaluation draws; lm-eval keeps its own."""
+    dtype: EvalDtype = EvalDtype.auto
+    """Precision: auto, float32 or bfloat16."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
+    device_map: str | None = None
+    """auto, balanced or sequential: spread a model that is larger than a card over all of them (by accelerate)."""

@@ -1,0 +1,126 @@
+"""What a folder of results holds already, so that it is not measured again.
+
+Every evaluation of a model has a manifest of its own, whose hash covers exactly what its numbers depend on: the model's
+files, the evaluation's settings, the documents, the seed, precision, device kind, library versions and our own code.
+The rows carry that hash. A unit whose rows are there under the hash of today is done; after any change of
+substance the hash differs and everything is measured anew, beside the old rows. `manifests/<hash>.json` keeps what
+was hashed, with when and where it was first measured.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from anchorctx.errors import UserError
+from anchorctx.evals.base import Unit
+from anchorctx.manifest import build_manifest, fingerprint, write_json
+from anchorctx.results import FILE, Result, append_results, read_results
+
+MANIFESTS = "manifests"
+CODE = ("evals", "models", "attention", "data", "parallel", "layout.py")
+"""What of the package an evaluation's numbers can depend on."""
+
+
+class Journal:
+    """The results of one folder, which only one process at a time may write."""
+
+    def __init__(self, out_dir: Path) -> None:
+        self.path = out_dir / FILE
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(out_dir)
+        try:
+            _mend(self.path)
+            self.rows = list(read_results(self.path)) if self.path.exists() else []
+        except BaseException:
+            self.close()
+            raise
+
+    def find(self, manifest: str, label: str, unit: Unit) -> list[Result]:
+        """The rows of a unit that was measured before; [] when it was not."""
+        return [row for row in self.rows if row.manifest == manifest and _is_of(row, label, unit)]
+
+    @staticmethod
+    def key(identity: dict[str, Any]) -> str:
+        """The manifest's hash."""
+        return fingerprint(identity)
+
+    def open(self, identity: dict[str, Any], facts: dict[str, Any]) -> str:
+        """Keep the manifest of what is measured next, once; returns its hash, which covers `identity` alone."""
+        key = self.key(identity)
+        path = self.path.parent / MANIFESTS / f"{key}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"hash": key, "identity": identity, "first_measured": facts})
+        return key
+
+    def close(self) -> None:
+        """Let others write."""
+        self._lock.close()
+
+    def add(self, rows: list[Result]) -> None:
+        """Append a unit's rows; they are on disk, all together, on return."""
+        append_results(self.path, rows)
+        self.rows += rows
+
+
+def code_fingerprint() -> str:
+    """Over the sources that evaluations run: the same for a checkout and an installed wheel, edited or not."""
+    return _code_fingerprint(Path(__file__).parents[1])
+
+
+@functools.cache
+def _code_fingerprint(package: Path) -> str:
+    digest = hashlib.sha256()
+    for part in CODE:
+        for path in [package / part] if part.endswith(".py") else sorted((package / part).rglob("*.py")):
+            digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def run_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """When, where and by which command something was measured."""
+    return build_manifest("eval", config)
+
+
+def _is_of(row: Result, label: str, unit: Unit) -> bool:
+    return all(row.context.get(key) == value for key, value in {"model": label, **unit}.items())
+
+
+def _mend(path: Path) -> None:
+    """Cut off a line that a crash left unfinished, with the rows of its manifest before it: they may be of its unit."""
+    text = path.read_bytes() if path.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole == text:
+        return
+    lines = whole.splitlines(keepends=True)
+    torn = [_manifest(line) for line in lines[-1:]]
+    while lines and _manifest(lines[-1]) in torn:
+        lines.pop()
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(b"".join(lines))
+    os.replace(beside, path)
+
+
+def _manifest(line: bytes) -> Any:
+    try:
+        return json.loads(line).get("manifest")
+    except (ValueError, AttributeError):
+        return None
+
+
+def _lock(out_dir: Path) -> IO[str]:
+    file = (out_dir / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"out_dir={out_dir} is being written by another evaluation: wait for it, or choose another out_dir"
+        ) from None
+    return file

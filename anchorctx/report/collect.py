@@ -1,0 +1,191 @@
+"""What the folders given to `anchorctx report` hold: training runs, evaluations, packed sets, and their manifests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout
+from anchorctx.manifest import FILE as MANIFEST
+from anchorctx.manifest import manifest_hash
+from anchorctx.results import FILE as RESULTS
+from anchorctx.results import Result, read_results
+
+METRICS = "metrics.jsonl"
+MANIFESTS = "manifests"
+"""Folder beside results.jsonl with a manifest for each evaluation of each model."""
+SKIPPED = ("checkpoints", "wandb", "units", "tokenizer", MANIFESTS)
+"""Folders inside runs that hold nothing to report; hidden and unfinished (`.partial`) ones are skipped too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder that something was found in."""
+
+    argument: str
+    """Short name of the command line's folder that it lies in."""
+    name: str
+    """Where it lies in there; `argument` where it is that folder itself."""
+    path: Path
+    manifest: dict[str, Any]
+    """Empty where there is none."""
+    more: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What else its rows may name by hash: the first run of each evaluation of each model."""
+
+    @property
+    def hash(self) -> str:
+        """The manifest's."""
+        return manifest_hash(self.manifest) if self.manifest else ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRun:
+    """A training run's metrics."""
+
+    place: Place
+    rows: list[dict[str, Any]]
+    """Lines of metrics.jsonl."""
+    label: str
+
+    def column(self, key: str) -> tuple[list[float], list[float]]:
+        """(trained tokens, value) of every row that has a finite `key`."""
+        points = [(row["tokens"], row[key]) for row in self.rows if _finite(row.get(key)) and "tokens" in row]
+        return [x for x, _ in points], [y for _, y in points]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A result and where it was found."""
+
+    result: Result
+    place: Place
+    model: str
+    """Its model's name in this report."""
+
+
+@dataclass(slots=True)
+class Material:
+    """Everything that a report is made from."""
+
+    runs: list[TrainRun] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    packed: list[Place] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    """Every folder that has a manifest, in order."""
+    layouts: dict[Path, PackedLayout] = field(default_factory=dict)
+    """A row of each packed set that is at hand, the pattern applied."""
+    pretraining_length: int | None = None
+    """Tokens; marked in charts where given."""
+
+    def color(self, model: str) -> int:
+        """The number of a model's colour, the same in all charts."""
+        return list(dict.fromkeys(row.model for row in self.rows)).index(model)
+
+
+def collect(folders: Sequence[str]) -> Material:
+    """Read what lies in `folders`, oldest first in each.
+
+    Raises UserError when one is missing, unreadable or holds nothing to report.
+    """
+    if not folders:
+        raise UserError("anchorctx report needs at least one folder: anchorctx report runs/mine out=report.html")
+    material = Material()
+    names = _short_names([Path(folder) for folder in folders])
+    found: list[tuple[Result, Place]] = []
+    for folder, name in zip(folders, names, strict=True):
+        before = len(material.runs) + len(found) + len(material.packed)
+        for place in sorted(_places(Path(folder), name), key=lambda place: str(place.manifest.get("created", ""))):
+            found += _take(place, material)
+        if len(material.runs) + len(found) + len(material.packed) == before:
+            raise UserError(
+                f"{folder} holds no {METRICS}, {RESULTS} or packed set: name the out_dir of a training run, of an "
+                "evaluation or of anchorctx prepare, or a folder that contains some"
+            )
+    material.rows = _named(found)
+    return material
+
+
+def _take(place: Place, material: Material) -> list[tuple[Result, Place]]:
+    """Sort what one folder holds into the material; returns its result rows."""
+    if place.manifest:
+        material.places.append(place)
+    if place.manifest.get("command") == "prepare" and "accounting" in place.manifest:
+        material.packed.append(place)
+    if (path := place.path / METRICS).is_file():
+        label = place.name if place.name == place.argument else f"{place.argument}/{place.name}"
+        material.runs.append(TrainRun(place, _metrics(path), label))
+    if (path := place.path / RESULTS).is_file():
+        return [(row, place) for row in read_results(path)]
+    return []
+
+
+def _places(folder: Path, argument: str) -> Iterator[Place]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: name the out_dir of a training run or of an evaluation")
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED and not f.startswith(".") and ".partial" not in f)
+        if MANIFEST in files or METRICS in files or RESULTS in files:
+            here = Path(path)
+            inside = here.relative_to(folder).as_posix()
+            manifest = _json(here / MANIFEST) if MANIFEST in files else {}
+            files = sorted((here / MANIFESTS).glob("*.json"))
+            more = {file.stem: _json(file).get("first_measured", {}) for file in files}
+            yield Place(argument, argument if inside == "." else inside, here, manifest, more)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}): remove it, or leave its folder out") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is no manifest, it holds a {type(value).__name__}: leave its folder out")
+    return value
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of metrics; a run that is being written may end in half a line, which is left out."""
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break
+            raise UserError(f"{path}:{number} is no row of metrics ({error}): delete the line") from None
+        rows.append(row)
+    return rows
+
+
+def _named(found: Sequence[tuple[Result, Place]]) -> list[Row]:
+    """Rows with their models' names.
+
+    Where several folders of the command line measured the same of one name, each has its own behind it.
+    """
+    users: dict[tuple[str, str], set[str]] = {}
+    named = [(result, place, str(result.context.get("model", place.name))) for result, place in found]
+    for result, place, model in named:
+        users.setdefault((result.metric, model), set()).add(place.argument)
+    shared = {model for (_, model), arguments in users.items() if len(arguments) > 1}
+    return [Row(r, place, f"{model} · {place.argument}" if model in shared else model) for r, place, model in named]
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """As few of each path's last parts as tell all apart."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{[str(path) for path in paths]} names a folder twice: name each once")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < float("inf")

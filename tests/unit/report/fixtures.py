@@ -1,0 +1,147 @@
+"""Folders as training, evaluation and the precision study leave them, with made-up but likely numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchorctx.data.shards import Row, ShardWriter
+from anchorctx.layout import PackedLayout
+from anchorctx.manifest import write_manifest
+from anchorctx.results import Result, append_results, wilson_interval
+
+LENGTHS = (4096, 8192, 16384, 32768)
+TASKS = ("niah_multikey_2", "niah_multikey_3", "niah_single_1", "ruler_cwe", "ruler_fwe", "ruler_vt")
+ARITHMETICS = {"bfloat16": 6e-3, "float32_rotation": 3.9e-3, "float32": 5e-6}
+
+
+def manifest(command: str, created: str = "2026-11-20T10:00:00+00:00", **facts: Any) -> dict[str, Any]:
+    return {
+        "command": command,
+        "created": created,
+        "code": {"revision": "0123456789abcdef", "dirty": False},
+        "versions": {"anchorctx": "0.1.0", "torch": "2.13.0", "transformers": "5.24.0"},
+        "machine": {"devices": ["NVIDIA H100"]},
+        **facts,
+    }
+
+
+def make_run(folder: Path, steps: int = 120, pattern: str = "anchor", seed: int = 0) -> Path:
+    """A training run's metrics and manifest."""
+    rng = np.random.default_rng(seed)
+    write_manifest(folder, manifest("train", config={"pattern": pattern, "seed": seed}))
+    lines = [{"step": 0, "tokens": 0, "val/loss": 2.31, "memory/peak_gib": 0.0}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "tokens": 500_000 * step, "train/loss": 2.2 + 0.3 / step + 0.03 * rng.standard_normal()}
+        row |= {"train/lr": 2e-5 * min(step / 10, 1), "train/grad_norm": 0.4 + 0.1 * rng.random()}
+        row |= {"perf/tokens_per_second": 9000 + 300 * rng.random(), "perf/step_seconds": 55.0, "perf/mfu": 0.41}
+        row |= {"perf/attention_flops_saved": 0.8 + 0.1 * rng.random(), "memory/peak_gib": 61.5}
+        lines.append(row | ({"val/loss": 2.3 - 0.001 * step} if step % 30 == 0 else {}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def make_packed(folder: Path, rows: int = 3) -> Path:
+    """A packed set of two sources, with its account and mixture."""
+    layout = PackedLayout((0, 1, 40, 100, 128), anchor_len=1)
+    account = {"document_tokens": 400, "eos_tokens": 10, "trained": 360, "first_tokens": 9, "zero_weight": 5}
+    account |= {"anchor": rows, "tags": 0, "padding": 128 * rows - 377, "rows": rows, "pieces": 9}
+    account |= {"dropped": {"too short": 36}}
+    realised = {
+        "web": {"tokens": 300, "share": 0.8, "passes": 1.0},
+        "books": {"tokens": 74, "share": 0.2, "passes": 2.1},
+    }
+    facts = {"fingerprint": folder.name, "row_length": 128, "documents": 9, "trained_tokens": 360}
+    facts |= {"document_lengths": {"16": 3, "32": 5, "64": 1}, "anchor_id": 1, "pad_id": 0, "vocab_size": 50}
+    facts |= {"accounting": account}
+    facts |= {"mixture": {"by": "domain", "wanted": {"web": 0.75, "books": 0.25}, "realised": realised}}
+    with ShardWriter(folder, 128, 50, 1) as writer:
+        for _ in range(rows):
+            writer.add(Row(np.ones(128, np.int64), np.ones(128, np.float32), layout), 3)
+        return writer.close(manifest("prepare", **facts))
+
+
+def make_evaluation(folder: Path, model: str, skill: float, created: str = "2026-11-21T10:00:00+00:00") -> Path:
+    """Results of every evaluator for one model; the better the higher `skill` (0..1)."""
+    mark = write_manifest(folder, manifest("eval", created, config={"model": model, "out_dir": str(folder)}))
+    append_results(folder / "results.jsonl", (_stamped(row, mark) for row in evaluation_rows(model, skill)))
+    return folder
+
+
+def evaluation_rows(model: str, skill: float) -> Iterator[Result]:
+    def row(metric: str, value: float, half: float | None, n: int, **context: Any) -> Result:
+        ends = (None, None) if half is None else (value - half, value + half)
+        return Result(metric=metric, value=value, unit="1", n=n, low=ends[0], high=ends[1],
+                      context={"model": model} | context)  # fmt: skip
+
+    yield row("perplexity", 12 - 3 * skill, 0.8, 200, documents=200, tokens=700_000, loss_nats=math.log(12 - 3 * skill))
+    for start, stop in ((0, 1024), (1024, 4096), (4096, 16384), (16384, 32768)):
+        yield row("perplexity_by_position", 12 - 3 * skill - stop / 20_000 * skill, 0.5, 200, start=start, stop=stop)
+    for length in LENGTHS:
+        yield row("perplexity_by_context", 11.5 - 3 * skill - length / 20_000 * skill, 0.4, 200, context_length=length)
+        fade = length / LENGTHS[-1] * (1 - skill)
+        hits = round(256 * (1 - fade))
+        low, high = wilson_interval(hits, 256)
+        yield Result(metric="retrieval_accuracy", value=hits / 256, unit="1", n=256, low=low, high=high,
+                     context={"model": model, "length": length})  # fmt: skip
+        for number, task in enumerate(TASKS):
+            value = max(1 - fade - 0.05 * number, 0)
+            yield row("lm_eval", value, 0.03, 100, task=task, length=length, measure="score")
+        for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+            found = 1 - fade * (1 - abs(depth - 0.5))
+            yield row("needle_accuracy", found, 0.05, 16, length=length, depth=depth)
+            yield row("needle_logprob", 3 * (found - 1), 0.2, 16, length=length, depth=depth)
+    yield row("lm_eval", 0.44 + 0.02 * skill, 0.004, 0, task="mmlu", measure="acc")
+
+
+def make_precision(folder: Path, model: str) -> Path:
+    """A precision study's rows."""
+    mark = write_manifest(folder, manifest("precision", "2026-11-23T10:00:00+00:00", config={"model": model}))
+    append_results(folder / "results.jsonl", (_stamped(row, mark) for row in precision_rows(model)))
+    return folder
+
+
+def precision_rows(model: str) -> Iterator[Result]:
+    def row(metric: str, value: float, **context: Any) -> Result:
+        values = [value * f for f in (0.9, 1.0, 1.1)]
+        return Result(metric=f"precision_{metric}", value=value, unit="1", n=3, low=0.8 * value, high=1.2 * value,
+                      context={"model": model, "values": values} | context)  # fmt: skip
+
+    for weights, size in (("trained", 1.0), ("control", 0.01)):
+        for arithmetic, change in ARITHMETICS.items():
+            at = {"weights": weights, "arithmetic": arithmetic, "rows": "shift", "layer": "all"}
+            for length in LENGTHS:
+                grown = size * change * (length / 4096) ** 0.4
+                for shift in (1, 16, 4096, 131072):
+                    here = at | {"length": length, "shift": shift}
+                    for layer in ("all", 0, 16, 31):
+                        yield row("attention_change", grown * shift**0.05, **here | {"layer": layer}, first="kept")
+                    yield row("attention_change", 0.6 * grown * shift**0.05, **here, first="hidden")
+                    yield row("first_score_change", 3 * grown, **here)
+                    yield row("first_share", 0.31, **here)
+                    yield row("first_attention", 0.42, **here)
+            here = at | {"length": LENGTHS[-1], "shift": 16}
+            yield row("attention_change", 0.7 * grown, **here, first="dropped")
+            for start, stop in ((0, 1), (1, 2), (2, 4), (4, 64), (64, 32768)):
+                yield row("key_change", grown / (stop * 30), **here, key_start=start, key_stop=stop)
+            packed = {"weights": weights, "arithmetic": arithmetic, "rows": "intra_doc", "length": LENGTHS[-1]}
+            yield row("attention_change", grown, **packed, layer="all", first="kept")
+            for start in range(0, 32768, 8192):
+                yield row(
+                    "offset_change", grown * (1 + start / 1e5), **packed, layer="all", start=start, stop=start + 8192
+                )
+            yield row("logprob_change", 2 * grown, weights=weights, arithmetic=arithmetic, rows="shift",
+                      length=LENGTHS[-1], shift=16)  # fmt: skip
+    context = {"model": model, "sentence": f"{model}: what was found.", "recommendation": "Use rope_dtype=float32."}
+    yield Result(metric="precision_verdict", value=0.35, unit="1", n=3, low=0.3, high=0.4, context=context)
+
+
+def _stamped(row: Result, mark: str) -> Result:
+    from dataclasses import replace
+
+    return replace(row, manifest=mark)

@@ -1,0 +1,347 @@
+"""From folders to the page: what is found, what is refused, what is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anchorctx.cli.main import main
+from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.report.charts import heat_map, stacked_bars
+from anchorctx.report.collect import collect
+from anchorctx.report.page import render_page
+from anchorctx.report.sections import comparison, data, pattern, precision, retrieval, ruler, training
+from anchorctx.report.series import by_model
+from anchorctx.report.svg import Axis, number, scale
+from anchorctx.results import append_results, read_results
+
+from .fixtures import LENGTHS, TASKS, make_evaluation, make_packed, make_precision, make_run
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """One project with everything."""
+    root = tmp_path / "mine"
+    make_run(root / "run")
+    make_packed(root / "packed" / "abc123")
+    make_evaluation(root / "eval" / "z_before", "before", 0.2)
+    make_evaluation(root / "eval" / "after", "after", 0.9, "2026-11-22T10:00:00+00:00")
+    make_precision(root / "precision", "after")
+    return root
+
+
+class Check(html.parser.HTMLParser):
+    """Every element is closed in order, ids are unique, and nothing is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.ids += [values["id"] or ""] if "id" in values else []
+        self.links += [value or "" for name, value in attrs if name in ("href", "src", "srcset", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+def test_a_page_has_every_section_and_needs_no_network(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    out = tmp_path / "deep" / "report.html"
+    assert main(["report", str(project), f"out={out}", "pretraining_length=4096"]) == 0
+    assert f"report: {out}" in capsys.readouterr().out
+    page = out.read_text()
+    check = Check()
+    check.feed(page)
+    assert check.open == [] and len(set(check.ids)) == len(check.ids)
+    assert [link for link in check.links if not link.startswith("#")] == ["data:,"]
+    assert not re.search(r"https?://|@import|url\(", page)
+    sections = ("retrieval", "perplexity", "ruler", "lm-eval", "needle", "comparison", "precision", "training", "speed",
+                "data", "pattern", "provenance")  # fmt: skip
+    assert [i for i in check.ids if i != "theme"] == list(sections)
+    assert [link[1:] for link in check.links if link.startswith("#")] == list(sections)
+    assert "after: what was found." in page and "pretraining length" in page
+    first = page
+    assert main(["report", str(project), f"out={out}", "pretraining_length=4096"]) == 0
+    assert out.read_text() == first  # the same folders, the same file
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+
+
+def test_each_kind_of_folder_makes_a_page_alone(tmp_path: Path):
+    made = {
+        "training": make_run(tmp_path / "run", steps=3),
+        "data": make_packed(tmp_path / "set" / "fff").parent,
+        "ruler": make_evaluation(tmp_path / "eval", "m", 0.5),
+        "precision": make_precision(tmp_path / "precision", "m"),
+    }
+    for section, folder in made.items():
+        page = render_page("alone", collect([str(folder)]))
+        assert f'<section id="{section}">' in page and '<section id="provenance">' in page
+
+
+def test_charts_and_tables_hold_the_rows(project: Path):
+    material = collect([str(project)])
+    section = retrieval.build(material)
+    assert section is not None
+    figure, table = section.blocks
+    assert figure.chart.legend == [("before", 0, "line"), ("after", 1, "line")]  # type: ignore[union-attr]  # oldest first
+    assert figure.chart.svg.count("<circle") == 2 * len(LENGTHS)  # type: ignore[union-attr]
+    assert [cell.text for cell in table.rows[1]][0] == "after"  # type: ignore[union-attr]
+    found = {row.result.context["length"]: row.result for row in material.rows
+             if row.model == "after" and row.result.metric == "retrieval_accuracy"}  # fmt: skip
+    for length, cell in zip(LENGTHS, table.rows[1][1:], strict=True):  # type: ignore[union-attr]
+        assert cell.sort == found[length].value and f"{found[length].value:.3f} (" in cell.text
+
+    scores = ruler.build(material)
+    assert scores is not None and len(scores.blocks) == 4
+    average = scores.blocks[-1].rows[-1]  # type: ignore[union-attr]
+    means = [sum(r.result.value for r in material.rows if r.model == "after" and r.result.context.get("task") in TASKS
+                 and r.result.context.get("length") == n) / len(TASKS) for n in LENGTHS]  # fmt: skip
+    assert [cell.sort for cell in average[2:]] == pytest.approx(means)
+    partial = [row for row in material.rows if row.result.context.get("task") != "ruler_vt" or row.model == "before"]
+    material.rows = partial
+    again = ruler.build(material)
+    assert again is not None and [cell.text for cell in again.blocks[-1].rows[-1]][2:] == ["–"] * 4  # type: ignore[union-attr]
+
+
+def test_data_shows_the_account_and_the_mixture(project: Path):
+    section = data.build(collect([str(project)]))
+    assert section is not None
+    account, mixture = section.blocks[2:]
+    assert [cell.sort for cell in account.rows[0]] == ["packed", 9, 410, 36, 3, 128, 360, 7]  # type: ignore[union-attr]
+    assert "too short: 36 tokens" in account.caption  # type: ignore[union-attr]
+    assert [cell.text for cell in mixture.rows[1]] == ["books", "74", "25.0 %", "20.0 %", "2.10"]  # type: ignore[union-attr]
+
+
+def test_the_data_of_a_run_without_its_packed_set(tmp_path: Path):
+    make_packed(tmp_path / "packed" / "abc")
+    manifest = json.loads((tmp_path / "packed" / "abc" / "manifest.json").read_text())
+    run = make_run(tmp_path / "run", steps=3)
+    (run / "manifest.json").write_text(json.dumps({"command": "train", "config": {}, "data": manifest}))
+    section = data.build(collect([str(run)]))
+    assert section is not None and "run's rows: 3 rows of 128 tokens" in section.lead
+
+
+def test_the_pattern_is_the_layouts(project: Path):
+    material = collect([str(project)])
+    layout = PackedLayout((0, 1, 40, 100, 128), anchor_len=1)
+    material.layouts = {project / "packed" / "abc123": Pattern.anchor.apply(layout)}
+    section = pattern.build(material)
+    assert section is not None and "3 documents" in section.lead
+    whole, close = (figure.chart.svg for figure in section.blocks)  # type: ignore[union-attr]
+    assert whole.count("<polygon") == 1 + 4 + 1  # causal, anchor and documents, anchor's band
+    index = range(31, 49)
+    keys = [0, 1, 2, 3, *index]
+    allowed = layout.allowed_array()
+    assert close.count('class="anchor"') == sum(bool(allowed[q, 0]) for q in index)
+    assert close.count('class="doc') == sum(bool(allowed[q, k]) for q in index for k in keys if k > 0)
+    assert close.count('class="left-out"') == sum(not allowed[q, k] for q in index for k in keys if k <= q)
+
+
+# -- manifests -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_different_manifests_are_no_series(project: Path):
+    path = project / "eval" / "after" / "results.jsonl"
+    row = next(row for row in read_results(path) if row.metric == "retrieval_accuracy")
+    append_results(path, [dataclasses.replace(row, manifest="0123456789ab")])
+    with pytest.raises(
+        UserError, match=r"retrieval_accuracy of after has rows of different manifests.*0123456789ab.*label="
+    ):
+        render_page("t", collect([str(project)]))
+    (project / "eval" / "after" / "results.jsonl").write_text("")
+    append_results(path, [dataclasses.replace(row, manifest="0123456789ab")])
+    page = render_page("t", collect([str(project)]))  # one manifest again, though it is not at hand
+    assert "0123456789ab" in page and "A question mark" in page
+
+
+def test_a_study_does_not_mix_manifests(project: Path):
+    path = project / "precision" / "results.jsonl"
+    row = next(iter(read_results(path)))
+    append_results(path, [dataclasses.replace(row, manifest="0123456789ab")])
+    with pytest.raises(UserError, match="the precision study of after has rows of different manifests"):
+        precision.build(collect([str(project)]))
+
+
+def test_equal_labels_in_two_folders_are_told_apart(tmp_path: Path):
+    for name, skill in (("one", 0.2), ("two", 0.8)):
+        make_evaluation(tmp_path / name / "eval", "exported", skill)
+    material = collect([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert list(by_model(material.rows, "perplexity")) == ["exported · one", "exported · two"]
+    section = comparison.build(material)
+    assert section is not None and "exported · one" in section.lead
+    alone = collect([str(tmp_path)])  # one folder: the same label twice is a mistake
+    with pytest.raises(UserError, match="different manifests"):
+        by_model(alone.rows, "perplexity")
+
+
+def test_each_evaluation_may_have_a_manifest_of_its_own(tmp_path: Path):
+    """As `anchorctx eval` writes them: a hash for each evaluation of each model, kept under manifests/."""
+    folder = make_evaluation(tmp_path / "eval", "m", 0.5)
+    facts = json.loads((folder / "manifest.json").read_text())
+    rows = list(read_results(folder / "results.jsonl"))
+    (folder / "results.jsonl").unlink()
+    (folder / "manifests").mkdir()
+    for day, model in enumerate(("m", "n")):
+        for row in rows:
+            context = row.context | {"model": model}
+            mark = f"{row.metric}-{'ruler' if 'length' in context else 'other'}-{model}"
+            append_results(folder / "results.jsonl", [dataclasses.replace(row, manifest=mark, context=context)])
+            kept = {"hash": mark, "identity": {}, "first_measured": facts | {"created": f"2026-11-2{day}T08:00"}}
+            (folder / "manifests" / f"{mark}.json").write_text(json.dumps(kept))
+    page = render_page("t", collect([str(folder)]))
+    assert "A question mark" not in page and "lm_eval-ruler-n" in page and "2026-11-21 08:00" in page
+    assert "mean of 24 cells" in page and "task mmlu" not in page and "lm eval, mmlu, acc" in page
+
+
+def test_checkpoints_and_other_text_are_compared_where_that_makes_sense(project: Path):
+    path = project / "eval" / "after" / "results.jsonl"
+    rows = list(read_results(path))
+    path.unlink()
+    for row in rows:
+        context = row.context | {"checkpoints": ["a", "b"]}
+        context |= {"tokens": 5} if row.metric == "perplexity" else {}
+        append_results(path, [dataclasses.replace(row, context=context)])
+    section = comparison.build(collect([str(project)]))
+    assert section is not None
+    compared = [line[0].text for line in section.blocks[0].rows]  # type: ignore[union-attr]
+    assert "retrieval accuracy, length 4,096" in compared and "perplexity" not in compared
+
+
+def test_of_a_cell_measured_twice_the_later_counts(project: Path):
+    path = project / "eval" / "after" / "results.jsonl"
+    row = next(row for row in read_results(path) if row.metric == "perplexity")
+    append_results(path, [dataclasses.replace(row, value=1.5)])
+    (found,) = by_model(collect([str(project)]).rows, "perplexity")["after"]
+    assert found.result.value == 1.5
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "needs at least one folder"),
+        (["{root}/nothing"], "is no folder"),
+        (["{root}/empty"], "holds no metrics.jsonl, results.jsonl or packed set"),
+        (["{root}/mine", "{root}/mine"], "names a folder twice"),
+        (["{root}/mine", "runs=[a]"], "given twice"),
+        (["{root}/mine", "out={root}/empty"], "is a folder: name a file"),
+        (["{root}/mine", "row=99"], "row=99 is not in the packed set, which has 3 rows"),
+        (["{root}/mine", "pattern=star"], "pattern=star is unknown: choose full"),
+        (["{root}/mine", "outt=x"], "did you mean 'out'"),
+    ],
+)
+def test_mistakes_are_one_sentence(project: Path, words: list[str], message: str, capsys: pytest.CaptureFixture):
+    root = project.parent
+    (root / "empty").mkdir()
+    before = sorted(path for path in root.rglob("*"))
+    given = [word.format(root=root) for word in words]
+    if not any(word.startswith("out=") for word in given):
+        given.append(f"out={root / 'report.html'}")
+    assert main(["report", *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "Traceback" not in error
+    assert sorted(path for path in root.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run/metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 2}\n', r"metrics.jsonl:2 is no row of metrics"),
+        ("run/metrics.jsonl", "[1]\n", r"metrics.jsonl:1 is no row"),
+        ("run/manifest.json", "{", "manifest.json is no JSON"),
+        ("run/manifest.json", "[]", "is no manifest, it holds a list"),
+        ("eval/after/results.jsonl", "nonsense\n", r"results.jsonl:1 is no result row"),
+    ],
+)
+def test_unreadable_files_are_named(project: Path, file: str, content: str, message: str):
+    (project / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        collect([str(project)])
+
+
+def test_a_run_that_is_being_written_ends_in_half_a_line(project: Path):
+    path = project / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 121, "tok')
+    (run,) = collect([str(project)]).runs
+    assert run.rows[-1]["step"] == 120
+
+
+def test_names_are_escaped(tmp_path: Path):
+    make_evaluation(tmp_path / "eval", "<script>alert(1)</script> & co", 0.5)
+    page = render_page("<b>", collect([str(tmp_path)]))
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in page
+    assert "<title>&lt;b&gt;" in page
+
+
+def test_infinite_values_are_left_out(tmp_path: Path):
+    run = make_run(tmp_path / "run", steps=4)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tokens": 9, "train/loss": NaN}\n{"step": 6, "tokens": 10, "train/loss": Infinity}\n')
+    section = training.build(collect([str(run)]))
+    assert section is not None and "nan" not in section.blocks[0].chart.svg  # type: ignore[union-attr]
+
+
+# -- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0, "0"), (4096, "4,096"), (0.93214, "0.932"), (1.2e-5, "1.2e-5"), (1e-7, "1e-7"), (7.96e5, "796,000"),
+     (1.2e6, "1.2M"), (3e9, "3B"), (0.0005, "0.0005")],
+)  # fmt: skip
+def test_numbers_are_short(value: float, words: str):
+    assert number(value) == words
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [(Axis("x"), [3.0, 3.0]), (Axis("x"), [-1.0, 250.0]), (Axis("x", log=10), [1e-9, 3e-2]),
+     (Axis("x", log=2, ticks=[512, 4096]), [512, 4096]), (Axis("x", log=10), [5.0]), (Axis("x", log=10), [0.0, 0.0])],
+)  # fmt: skip
+def test_scales_hold_all_values_and_have_ticks(axis: Axis, values: list[float]):
+    made = scale(axis, values, 10.0, 200.0)
+    assert all(10 - 1e-6 <= made(v) <= 200 + 1e-6 for v in values if v > 0 or not axis.log)
+    ticks = made.ticks()
+    assert 1 <= len(ticks) <= 8 and all(10 - 1e-6 <= made(t) <= 200 + 1e-6 for t in ticks)
+
+
+def test_heat_maps_leave_missing_cells_empty():
+    chart = heat_map({("a", "1"): 0.2, ("b", "2"): 1.0}, ["a", "b"], ["1", "2"], "d", row_label="r", column_label="c")
+    assert re.findall(r"--p:(\d+)%", chart.svg) == ["20", "100"]
+
+
+def test_stacked_bars_fill_their_width():
+    chart = stacked_bars([("set", [("a", 0.75), ("b", 0.25)])], ["a", "b"], "d")
+    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="20"', chart.svg)]
+    assert widths[0] == pytest.approx(3 * widths[1], rel=1e-3)
+
+
+def test_importing_the_report_imports_neither_torch_nor_matplotlib():
+    code = (
+        "import sys, anchorctx.report.page, anchorctx.report.collect; print({'torch', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
