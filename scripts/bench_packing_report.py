@@ -42,9 +42,10 @@ def _speed(found: list[dict[str, Any]]) -> str:
         cells = [f"{length:,}", way, f"{own / 1e6:,.1f} M", *(versus if way in TRL_OF else ["", "", ""])]
         rows.append([*cells, f"{row['rows']:,}"])
     head = ["T", "way", "tokens/s", "over trl's", "over the token loop", "over the list loop", "rows"]
+    millions = found[0]["tokens"] / 1e6
     intro = (
-        f"## Speed\n\n{found[0]['tokens'] / 1e6:.0f} M tokens in documents of log-normal lengths, in memory, one thread. Ours "
-        "makes ids, loss weights, boundaries and the account; trl and the list loop make ids; the token loop makes ids, "
+        f"## Speed\n\n{millions:.0f} M tokens in documents of log-normal lengths, in memory, one thread. Ours makes "
+        "ids, loss weights, boundaries and the account; trl and the list loop make ids; the token loop makes ids, "
         "labels and document numbers."
     )
     return f"{intro}\n\n{_table(head, rows)}"
@@ -83,10 +84,13 @@ def _balance(found: list[dict[str, Any]]) -> str:
 
 def _tokenise(found: dict[str, Any]) -> str:
     alone, ours = (found["tokens_per_second"][name] for name in ("alone", "ours"))
+    millions, megabytes = found["tokens"] / 1e6, found["megabytes"]
     return (
-        f"## Tokenising\n\nThe standard library, {found['tokens'] / 1e6:.1f} M tokens, {found['cores']} cores: `tokenizers` "
-        f"alone {alone / 1e6:.2f} M tokens/s, the first stage of `prepare` (reading, tokenising, hashing, writing) "
-        f"{ours / 1e6:.2f} M tokens/s, {found['ratio']:.0%}."
+        f"## Tokenising\n\nA .jsonl file of {megabytes:.0f} MB (the standard library), {millions:.1f} M tokens, "
+        f"{found['cores']} cores: `tokenizers` alone, texts in memory, {alone / 1e6:.2f} M tokens/s; the first stage "
+        "of `prepare` (processes started, file read and parsed, tokenised, hashed, written) "
+        f"{ours / 1e6:.2f} M tokens/s: {found['ratio']:.0%} "
+        f"({found['ratios'][0]:.0%} to {found['ratios'][-1]:.0%} by round)."
     )
 
 

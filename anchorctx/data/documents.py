@@ -88,12 +88,13 @@ def check_text(text: Any, where: str, what: str) -> None:
         sentence = f"{where} has a lone surrogate in {what}, which is no valid Unicode: mend the row"
         raise BadRow("invalid UTF-8", sentence) from None
     if size > MAX_DOCUMENT_BYTES:
-        raise BadRow("too long", too_long(where, f"a text of {size:,} bytes as {what}"))
+        raise BadRow("too long", too_long(where, f"a text as {what}"))
 
 
 def too_long(where: str, what: str) -> str:
     """The sentence about a line or a text that nothing should be as long as."""
-    return f"{where} has {what}, more than the {MAX_DOCUMENT_BYTES:,} that a document may have: split it"
+    limit = f"{MAX_DOCUMENT_BYTES:,} bytes, the most that a document may have"
+    return f"{where} has {what} of more than {limit}: split it"
 
 
 def wrong_type(reason: str, where: str, value: Any, field_name: str | None, wanted: str) -> NoReturn:

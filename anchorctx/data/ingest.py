@@ -14,7 +14,7 @@ from anchorctx.data.documents import BadRow, Document, OnBadRow, Reading, Tokens
 from anchorctx.data.facts import FactTokens
 from anchorctx.data.parts import Part
 from anchorctx.data.store import TokenWriter
-from anchorctx.data.tokenize import Encoder, tokenize
+from anchorctx.data.tokenize import Encoder, default_workers, tokenize
 from anchorctx.errors import UserError
 from anchorctx.manifest import fingerprint
 
@@ -43,8 +43,8 @@ class Ingest:
     """Are documents without a domain a mistake?"""
     facts: FactTokens | None
     """Weigh the loss by planted facts; None weighs all tokens the same."""
-    workers: int
-    """Tokenising processes; 1 uses threads."""
+    workers: int | None
+    """Tokenising processes; 1 uses threads, None chooses by the part's size."""
 
     def folder(self, part: Part, on_bad_row: OnBadRow) -> Path:
         """Where the part's tokens are, or will be: named by everything that decides them."""
@@ -81,7 +81,8 @@ class Ingest:
             yield first
             yield from documents  # type: ignore[misc]  # a part holds one kind
         elif first is not None:
-            yield from tokenize(_chained(first, documents), self.encoder, self.workers)
+            workers = self.workers or default_workers(part.size)
+            yield from tokenize(_chained(first, documents), self.encoder, workers)
 
     def _is_usable(self, document: Tokens, reading: Reading) -> bool:
         ids = document.ids

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from anchorctx.data.facts import FactTokens
 from anchorctx.data.ingest import Ingest, Progress
 from anchorctx.data.mixture import MixtureBy
 from anchorctx.data.once import in_use, remove_unused, sole_writer
-from anchorctx.data.packing.assemble import RowShape, assemble
+from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
 from anchorctx.data.packing.config import Policy
 from anchorctx.data.packing.pieces import Rows
 from anchorctx.data.packing.tags import Tags
@@ -38,7 +39,7 @@ from anchorctx.data.progress import ReadingBar
 from anchorctx.data.shards import PackedSet, ShardFiles, ShardWriter, rows_per_shard, write_shard
 from anchorctx.data.sources import open_sources
 from anchorctx.data.store import TokenPart
-from anchorctx.data.tokenize import Encoder, default_workers, tokenize
+from anchorctx.data.tokenize import Encoder, tokenize
 from anchorctx.data.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
 from anchorctx.manifest import FILE, build_manifest, fingerprint
@@ -91,7 +92,7 @@ class Preparation:
             self.special.eos if config.append_eos else None,
             config.pack.domain_tags,
             facts,
-            config.workers or default_workers(),
+            config.workers,
         )
         self.shape = RowShape(
             config.row_length,
@@ -268,12 +269,19 @@ class Making:
     names: tuple[str, ...]
 
 
+_workspace = Workspace()
+"""This process's, from shard to shard."""
+
+
 def write_rows(making: Making, item: tuple[int, Rows]) -> tuple[ShardFiles, Accounting]:
     """The third stage of one shard: its number and planned rows, to files and what is in them."""
     number, rows = item
     counted = Accounting(making.names)
-    texts = {part: making.parts[part].text() for part in np.unique(rows.pieces["part"]).tolist()}
-    block = assemble(rows, making.shape, making.tags, texts, counted, number * making.rows_per_shard)
+    with ExitStack() as files:
+        parts = np.unique(rows.pieces["part"]).tolist()
+        texts = {part: files.enter_context(making.parts[part].text()) for part in parts}
+        first = number * making.rows_per_shard
+        block = assemble(rows, making.shape, making.tags, texts, counted, first, _workspace)
     return write_shard(making.folder, number, block), counted
 
 

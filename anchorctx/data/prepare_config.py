@@ -48,8 +48,8 @@ class PrepareConfig:
     """local, or ray for a cluster (RAY_ADDRESS) whose machines all see out_dir and the sources; the result is the
     same."""
     workers: int | None = None
-    """Tokenising processes; 1 uses threads; null chooses by the number of processors. With engine=ray the workers of
-    the cluster. The result is the same."""
+    """Tokenising processes; 1 uses threads; null chooses by the size of the corpus and the number of processors. With
+    engine=ray the workers of the cluster. The result is the same."""
     keep_tokens: bool = False
     """Keep the token ids beside the packed sets, in out_dir/.tokens, to pack them again another way in seconds; false
     removes them when the set is whole."""

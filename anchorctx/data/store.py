@@ -13,7 +13,10 @@ finds the parts that were whole.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 
 @dataclass(frozen=True, slots=True)
 class TokenPart:
-    """A part that was tokenised, opened; its arrays are read when they are asked for."""
+    """A part that was tokenised; its arrays are read when they are asked for."""
 
     folder: Path
     facts: dict[str, Any]
@@ -75,15 +78,49 @@ class TokenPart:
         """Rows left out, by reason."""
         return Counter(self.facts["skipped"])
 
-    def text(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """The tokens and loss weights, mapped anew: what was read of an earlier map leaves the memory with it."""
-        count = self.facts["tokens"]
-        if not count:
-            return np.empty(0, self.facts["dtype"]), None
-        tokens = np.memmap(self.folder / "tokens.bin", self.facts["dtype"], "r", shape=(count,))
-        if not self.facts["weights"]:
-            return tokens, None
-        return tokens, np.memmap(self.folder / "weights.bin", np.float16, "r", shape=(count,))
+    @contextmanager
+    def text(self) -> Iterator[FileText]:
+        """The tokens and loss weights, open for reading."""
+        with ExitStack() as files:
+            tokens = files.enter_context((self.folder / "tokens.bin").open("rb")).fileno()
+            weights = None
+            if self.facts["weights"]:
+                weights = files.enter_context((self.folder / "weights.bin").open("rb")).fileno()
+            yield FileText(np.dtype(self.facts["dtype"]), tokens, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class FileText:
+    """Tokens in files: read where they are needed, not mapped, so that what was read leaves the memory at once."""
+
+    dtype: np.dtype
+    tokens: int
+    """Descriptor of the open file."""
+    weights: int | None
+
+    @property
+    def has_weights(self) -> bool:
+        """Are there loss weights?"""
+        return self.weights is not None
+
+    def read_tokens(self, start: int, into: np.ndarray) -> None:
+        """Read tokens."""
+        _read(self.tokens, start, into)
+
+    def read_weights(self, start: int, into: np.ndarray) -> None:
+        """Read loss weights."""
+        assert self.weights is not None
+        _read(self.weights, start, into)
+
+
+def _read(file: int, start: int, into: np.ndarray) -> None:
+    """Fill `into`, contiguous, from its `start`-th element on."""
+    left, at = into.view(np.uint8).data, start * into.itemsize
+    while count := os.preadv(file, [left], at):
+        if count == len(left):
+            return
+        left, at = left[count:], at + count
+    raise UserError("a file of tokens was cut short while it was read: prepare again")
 
 
 class TokenWriter:

@@ -1,8 +1,8 @@
 """Texts to token ids, in parallel; the order and the ids are the same whatever the number of workers.
 
-With one worker the tokenizers library's own threads use all processors, on two batches at a time. Some 3 % of their
-work, the ids' way through Python integers, holds the interpreter lock, so they cannot be more than some 30 times as
-fast as one; with more workers each is a process that returns numpy arrays. benchmarks/packing.md has the rates.
+With one worker the tokenizers library's own threads use all processors, on two batches at a time; the ids' way through
+Python integers holds the interpreter lock meanwhile, and that costs a tenth of the speed. With more workers each is a
+process that returns numpy arrays, and nothing waits. benchmarks/packing.md has the rates.
 Workers import `tokenizers` and numpy, neither transformers nor torch.
 """
 
@@ -37,6 +37,8 @@ of batches, when few long texts are left, and little memory."""
 BATCH_DOCUMENTS = 4096
 """Documents sent at once, at most."""
 
+PROCESSES_FROM_BYTES = 2**25
+"""Bytes of text from which processes are worth their start."""
 ENCODING_THREADS = 2
 """Batches that the tokenizers library's threads work on at the same time, so that none of them is idle when only one
 long text of a batch is left."""
@@ -61,10 +63,14 @@ class Encoder:
         return cls(rules, tokenizer if rules is None else None)
 
 
-def default_workers() -> int:
-    """1, that is threads, on up to 16 processors; above, one process for each processor that we may use."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cpus if cpus > 16 else 1
+def default_workers(size: int | None) -> int:
+    """For so many bytes of text: 1, that is threads, where they are few, else a process for each processor we may use.
+
+    Starting processes takes as long as threads need for some megabytes. None is an unknown size, taken for a large one.
+    """
+    if size is not None and size < PROCESSES_FROM_BYTES:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tokenize(documents: Iterable[Document], encoder: Encoder, workers: int = 1) -> Iterator[Tokens]:

@@ -14,6 +14,7 @@ from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import make_pieces
 from anchorctx.data.packing.tags import Tags
+from anchorctx.data.packing.text import ArrayText
 from anchorctx.data.plan import shards_of
 from anchorctx.layout import Pattern
 
@@ -86,7 +87,7 @@ class Case:
         cut = int(self.starts[half])
         ids = np.arange(1, self.lengths.sum() + 1, dtype=np.uint32)
         texts = {
-            part: (ids[span], None if self.weights is None else self.weights[span])
+            part: ArrayText(ids[span], None if self.weights is None else self.weights[span])
             for part, span in enumerate((slice(0, cut), slice(cut, None)))
         }
         part = (np.arange(len(self.lengths)) >= half).astype(int)

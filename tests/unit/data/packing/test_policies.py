@@ -16,6 +16,7 @@ from anchorctx.data.packing.interleave import scatter
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import Rows, make_pieces
 from anchorctx.data.packing.tags import Tags
+from anchorctx.data.packing.text import ArrayText
 from anchorctx.data.store import stored_weights
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern, Positions
@@ -47,7 +48,7 @@ def pack(
     packer = Packer(PackConfig(**options), shape.capacity, tags.longest, accounting)
     rows = Rows.joined([*packer.add(documents), *packer.finish()])
     ids = np.arange(1, sizes.sum() + 1, dtype=np.uint16)
-    block = assemble(rows, shape, tags, {0: (ids, weights)}, accounting)
+    block = assemble(rows, shape, tags, {0: ArrayText(ids, weights)}, accounting)
     accounting.check(shape.row_length)
     return block, accounting
 
@@ -136,7 +137,7 @@ def test_weights_that_float16_cannot_hold_are_refused(weight: float) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     rows = Rows(make_pieces(np.array([9])), np.array([1]))
     with pytest.raises(ValueError, match="pieces of 9 tokens do not fit into a row's 8"):
-        assemble(rows, SHAPE, Tags(), {0: (np.arange(9, dtype=np.uint16), None)}, Accounting(["a"]))
+        assemble(rows, SHAPE, Tags(), {0: ArrayText(np.arange(9, dtype=np.uint16))}, Accounting(["a"]))
 
 
 @pytest.mark.parametrize(
