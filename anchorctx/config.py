@@ -22,7 +22,7 @@ from anchorctx.errors import UserError
 
 SCHEMAS = {
     "prepare": "anchorctx.data.prepare_config:PrepareConfig",
-    "train": "anchorctx.train.config:TrainConfig",
+    "train": "anchorctx.cli.train:TrainCommand",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
     "precision": "anchorctx.evals.precision.config:PrecisionConfig",

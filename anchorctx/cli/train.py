@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 
 from anchorctx.cli.configured import configuration
 from anchorctx.cli.main import Arguments, main
+from anchorctx.evals.live import LiveConfig, LiveEvals
+from anchorctx.train.config import TrainConfig
 
 EXAMPLE = """\
 torchrun --nproc_per_node 8 -m anchorctx.cli.train --recipe recipes/llama3_8b_128k/recipe_train.yaml \\
     out_dir=runs/mine data.train=packed logging=wandb"""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainCommand(TrainConfig):
+    """A training run, and what is measured of its model on the way: the two know nothing of each other."""
+
+    live: LiveConfig = field(default_factory=LiveConfig)
+    """Evaluations of the model while it trains."""
 
 
 def run(arguments: Arguments) -> None:
@@ -19,7 +30,7 @@ def run(arguments: Arguments) -> None:
         return
     from anchorctx.train.loop import train
 
-    train(config)
+    train(config, [LiveEvals(config.live)] if config.live.every else [])
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from enum import StrEnum
 from typing import Any
 
 from anchorctx.attention.rope import RopeDtype
-from anchorctx.data.sources import SourceConfig, SourceFormat
-from anchorctx.data.stdlib import Split, StdlibConfig
+from anchorctx.data.sources import SourceConfig
 from anchorctx.evals.context import ContextConfig
+from anchorctx.evals.corpus import embedded
 from anchorctx.evals.harness import LmEvalConfig
 from anchorctx.evals.needle import NeedleConfig
 from anchorctx.evals.perplexity import PerplexityConfig
@@ -63,11 +63,6 @@ class EvaluatedModel:
     """Changes to the rotary position embeddings."""
     max_length: int | None = None
     """New maximum length in tokens, together with rope.theta or rope.type and rope.factor."""
-
-
-def embedded() -> SourceConfig:
-    """The validation files of the embedded corpus."""
-    return SourceConfig(format=SourceFormat.stdlib, stdlib=StdlibConfig(split=Split.validation))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -22,14 +22,13 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from anchorctx.data.documents import Reading
-from anchorctx.data.sources import SourceConfig, open_source
 from anchorctx.errors import UserError
 from anchorctx.evals.attention import attention_name
 from anchorctx.evals.average import average
 from anchorctx.evals.base import Evaluator, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
 from anchorctx.evals.context import ContextPerplexity
+from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.harness import LmEval, lm_eval_version
 from anchorctx.evals.journal import Journal, code_fingerprint, run_facts
 from anchorctx.evals.needle import NeedleMap
@@ -44,29 +43,6 @@ from anchorctx.results import Result
 
 __all__ = ["EVALUATORS", "EvalConfig", "EvalDtype", "EvalName", "EvaluatedModel", "evaluate"]
 logger = logging.getLogger(__name__)
-
-
-class Corpus(Sequence[str]):
-    """The texts of the held-out documents, read when they are first asked for."""
-
-    def __init__(self, config: SourceConfig) -> None:
-        self._source, self._on_bad_row = open_source(config), config.on_bad_row
-        self.identity = self._source.identity
-        self._texts: list[str] | None = None
-
-    @property
-    def texts(self) -> list[str]:
-        """All texts, in the source's order."""
-        if self._texts is None:
-            reading = Reading(on_bad_row=self._on_bad_row)
-            self._texts = [document.text for document in self._source.texts(reading)]
-        return self._texts
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.texts[index]
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 EVALUATORS: dict[EvalName, Callable[[EvalConfig, Sequence[str]], Evaluator]] = {

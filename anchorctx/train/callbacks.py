@@ -1,7 +1,7 @@
 """Where a run's numbers go: `metrics.jsonl` always, a progress bar, and Weights & Biases when asked.
 
-Names are grouped the way W&B draws them (train/, val/, perf/, memory/, data/), with `tokens`, the tokens trained so
-far, as the x axis of all.
+Names are grouped the way W&B draws them (train/, val/, eval/, perf/, memory/, data/), with `tokens`, the tokens trained
+so far, as the x axis of all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
 
@@ -53,6 +55,24 @@ class Callback(Protocol):
 
     def close(self) -> None:
         """The run ends."""
+        ...
+
+
+class Probe(Protocol):
+    """Measures the live model every so many steps; unlike a `Callback`, on every process."""
+
+    every: int
+    """Steps between measurements, which are also made before the first step and after the last; 0 is never."""
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError when the model cannot be measured so; called before anything is written."""
+        ...
+
+    def measure(self, root: torch.nn.Module, model: PreTrainedModel, tokenizer: Any) -> dict[str, float]:
+        """Metrics of `model`, in evaluation mode, the same on every process.
+
+        `root` is the engine's module, of which `model` is a part. The engine gathers parameters around its call.
+        """
         ...
 
 
@@ -116,7 +136,7 @@ class Wandb:
             config=settings,
         )
         self._run.define_metric("tokens")
-        for group in ("train", "val", "perf", "memory", "data"):
+        for group in ("train", "val", "eval", "perf", "memory", "data"):
             self._run.define_metric(f"{group}/*", step_metric="tokens")
 
     def log(self, row: dict[str, float]) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Share, share
 from anchorctx.train import checkpoint
 from anchorctx.train.build import accumulation, build_model, build_module
-from anchorctx.train.callbacks import Callback, JsonlMetrics, ProgressBar, Wandb, WandbMode
+from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb, WandbMode
 from anchorctx.train.config import TrainConfig
 from anchorctx.train.engine import build_engine, set_lr
 from anchorctx.train.meter import Meter
@@ -38,14 +39,17 @@ MODEL = "model"
 """Folder of a run that holds the model's configuration and tokenizer, for the export."""
 
 
-def train(config: TrainConfig) -> Path:
-    """Run (or resume) a training run in this process, one of those that torchrun started; returns `out_dir`."""
+def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
+    """Run (or resume) a training run in this process, one of those that torchrun started; returns `out_dir`.
+
+    `probes` measure the live model on the way.
+    """
     config.validate()
     ranks = dist.start(config.parallel.timeout_s)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with checkpoint.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext():
-            Trainer(config, ranks).fit()
+            Trainer(config, ranks, probes).fit()
     finally:
         signal.signal(signal.SIGTERM, handler)
         ulysses.release()
@@ -56,7 +60,8 @@ def train(config: TrainConfig) -> Path:
 class Trainer:
     """One run: its model, data and place in both."""
 
-    def __init__(self, config: TrainConfig, ranks: dist.Ranks) -> None:
+    def __init__(self, config: TrainConfig, ranks: dist.Ranks, probes: Sequence[Probe] = ()) -> None:
+        self.probes = [probe for probe in probes if probe.every]
         self.config, self.ranks, self.out_dir = config, ranks, Path(config.out_dir)
         self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
         self.validation = self._open_validation()
@@ -69,6 +74,13 @@ class Trainer:
         check_length(model.config, self.packed.row_length)
         check_vocabulary(model, self.packed.manifest["vocab_size"])
         check_attention(model, config.model.attention, ranks.device)
+        for probe in self.probes:
+            probe.check(model, self.packed.tokenizer())
+        if self.probes and self.mesh.sequence > 1:
+            raise UserError(
+                f"live evaluations cannot run with parallel.sequence_parallel={self.mesh.sequence}, which spreads "
+                "each row over processes: set live.every=0 and evaluate exported checkpoints"
+            )
         self.meter = Meter(ModelFlops.of(model), ranks, rows)
         self.loader = RowLoader(
             self.packed,
@@ -103,13 +115,14 @@ class Trainer:
         """Train to the last step, with validation, metrics and checkpoints on the way."""
         signal.signal(signal.SIGTERM, self._stop_soon)
         if self.step == 0:
-            self._report(self.validate())
+            self._report(self.validate() | self.probe(always=True))
         while self.step < self.config.steps and not self.stopping:
             row = self.train_step()
             last = self.step == self.config.steps
             if last or self._due(self.config.validate_every):
                 row |= self.validate()
-            if last or self._due(self.config.logging.every) or "val/loss" in row:
+            row |= (probed := self.probe(always=last))
+            if last or self._due(self.config.logging.every) or "val/loss" in row or probed:
                 self._report(row)
             if last or self.stopping or self._due(self.config.checkpoint.every):
                 self.save()
@@ -169,6 +182,17 @@ class Trainer:
         self.engine.train()
         loss, weight = dist.total(sums, ranks.device)
         return {"val/loss": loss / weight, "val/perplexity": math.exp(min(loss / weight, 700.0))}
+
+    def probe(self, *, always: bool) -> dict[str, float]:
+        """What the probes that are due (or all, `always`) measure of the live model."""
+        found: dict[str, float] = {}
+        root = self.engine.module
+        for probe in self.probes:
+            if always or self._due(probe.every):
+                self.engine.eval()
+                found |= probe.measure(root, root.model, self.packed.tokenizer())
+                self.engine.train()
+        return found
 
     def save(self) -> None:
         """Write a checkpoint from every rank."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from anchorctx.data.block import Row
@@ -26,9 +26,9 @@ def make_packed(folder: Path, rows: int, seed: int) -> Path:
     """A packed set of random rows that can be learnt (every other token follows from the one before)."""
     rng = np.random.default_rng(seed)
     vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), bos_token="t1", eos_token="t2"
-    )
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="t1", eos_token="t2")
     writer = ShardWriter(folder, LENGTH, VOCABULARY, 1)
     for _ in range(rows):
         ids = rng.integers(3, VOCABULARY, LENGTH)

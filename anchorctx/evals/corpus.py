@@ -1,0 +1,38 @@
+"""The held-out documents that evaluations read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anchorctx.data.documents import Reading
+from anchorctx.data.sources import SourceConfig, SourceFormat, open_source
+from anchorctx.data.stdlib import Split, StdlibConfig
+
+
+def embedded() -> SourceConfig:
+    """The validation files of the embedded corpus."""
+    return SourceConfig(format=SourceFormat.stdlib, stdlib=StdlibConfig(split=Split.validation))
+
+
+class Corpus(Sequence[str]):
+    """The texts of a source's documents, read when they are first asked for."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._source, self._on_bad_row = open_source(config), config.on_bad_row
+        self.identity = self._source.identity
+        self._texts: list[str] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts, in the source's order."""
+        if self._texts is None:
+            reading = Reading(on_bad_row=self._on_bad_row)
+            self._texts = [document.text for document in self._source.texts(reading)]
+        return self._texts
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.texts[index]
+
+    def __len__(self) -> int:
+        return len(self.texts)

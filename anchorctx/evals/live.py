@@ -1,0 +1,114 @@
+"""Cheap evaluations of a model while it trains: the same evaluators, on the weights of the moment.
+
+They follow `train.callbacks.Probe` without either side importing the other; the command line puts them together. The
+model attends by layouts and may be spread over processes (ZeRO-3): `forward.score` gives it the layout of one document
+a row and calls it through the engine's module, whose hooks gather one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anchorctx.data.sources import SourceConfig
+from anchorctx.errors import UserError
+from anchorctx.evals.base import Evaluator, Subject
+from anchorctx.evals.context import ContextConfig, ContextPerplexity
+from anchorctx.evals.corpus import Corpus, embedded
+from anchorctx.evals.needle import NeedleConfig, NeedleMap
+from anchorctx.evals.perplexity import Perplexity, PerplexityConfig
+from anchorctx.evals.retrieval import Retrieval, RetrievalConfig
+from anchorctx.models import reach
+from anchorctx.results import Result
+
+
+class LiveName(StrEnum):
+    """Evaluations that only read, which a model can do while it trains."""
+
+    perplexity = "perplexity"
+    """Of held-out documents, each alone behind the anchor."""
+    perplexity_by_context = "perplexity_by_context"
+    """Of the same tokens against how much is seen."""
+    retrieval = "retrieval"
+    """Of planted facts."""
+    needle = "needle"
+    """By length and depth."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LiveConfig:
+    """What is measured of the live model, and how often; the defaults are small."""
+
+    every: int = 0
+    """Steps between measurements, which are also made before the first step and after the last; 0 is never."""
+    evals: list[LiveName] = field(default_factory=lambda: [LiveName.perplexity])
+    """perplexity, perplexity_by_context, retrieval, needle: into metrics and W&B as eval/..."""
+    corpus: SourceConfig = field(default_factory=embedded)
+    """Held-out documents; the embedded corpus' validation files by default."""
+    perplexity: PerplexityConfig = field(default_factory=lambda: PerplexityConfig(documents=16, max_length=2048))
+    """Settings of the perplexity evaluation."""
+    context: ContextConfig = field(default_factory=lambda: ContextConfig(lengths=[512, 2048], documents=8))
+    """Settings of perplexity_by_context."""
+    retrieval: RetrievalConfig = field(default_factory=lambda: RetrievalConfig(lengths=[512, 2048], rows=8))
+    """Settings of the retrieval evaluation."""
+    needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(lengths=[512, 2048], rows=4))
+    """Settings of the needle map."""
+    seed: int = 0
+    """Seed of whatever an evaluation draws: the same at every step."""
+
+
+class LiveEvals:
+    """A probe of the training loop; see the module."""
+
+    def __init__(self, config: LiveConfig) -> None:
+        self.every = config.every
+        if config.every < 0 or not config.evals:
+            raise UserError(
+                f"live.every={config.every} must be at least 0 (never), and live.evals={config.evals} not be empty"
+            )
+        texts = Corpus(config.corpus)
+        made = {
+            LiveName.perplexity: lambda: Perplexity(config.perplexity, texts),
+            LiveName.perplexity_by_context: lambda: ContextPerplexity(config.context, texts),
+            LiveName.retrieval: lambda: Retrieval(config.retrieval, texts, config.seed),
+            LiveName.needle: lambda: NeedleMap(config.needle, texts, config.seed),
+        }
+        self._evaluators: list[Evaluator] = [made[name]() for name in dict.fromkeys(config.evals)]
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError for lengths that the model does not reach, and whatever else an evaluation refuses."""
+        limit = reach(model.config)
+        for evaluator in self._evaluators:
+            if evaluator.longest() > limit:
+                raise UserError(
+                    f"live.evals={evaluator.name} asks for {evaluator.longest()} tokens, but the model reaches "
+                    f"{limit}: lower the lengths under live, or raise model.max_length"
+                )
+            evaluator.check(tokenizer)
+
+    def measure(self, root: torch.nn.Module, model: PreTrainedModel, tokenizer: Any) -> dict[str, float]:
+        """Metrics named eval/..., the same on every process."""
+        subject = Subject(model, tokenizer, root)
+        return {
+            name: row.value
+            for evaluator in self._evaluators
+            for unit in evaluator.units()
+            for row in evaluator.run(subject, unit, _ignore)
+            for name in _names(row)
+        }
+
+
+def _names(row: Result) -> Iterator[str]:
+    """`eval/retrieval_accuracy_4096`; none for perplexity by position, which would be a dozen curves."""
+    if "start" not in row.context:
+        where = [str(row.context[key]) for key in ("length", "context_length", "depth") if key in row.context]
+        yield "_".join([f"eval/{row.metric}", *where])
+
+
+def _ignore(done: int, total: int) -> None:
+    """The training's own bar is on the screen."""
