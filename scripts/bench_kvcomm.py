@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.arms import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.exemplars import PoolConfig
@@ -119,7 +120,9 @@ def build_model(settings: Settings) -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation(grouped.register())
+    return model
 
 
 def arms(settings: Settings) -> dict[str, Callable[[], Arm]]:
