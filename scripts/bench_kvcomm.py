@@ -8,9 +8,10 @@ turns. The paper (arXiv 2510.12872: Llama-3.1-8B, one H100) reports 7.8x for the
   offsets    one pass over the exemplars' offsets, which `kvcomm` cannot avoid
 
 Both are measured here. On a CPU, other than on a GPU, recomputed tokens are not free (20 cost two and a half times what
-one does), so `rotate_glue` recomputes one token of each content here; `--first` changes that. All hidden work (base KV of texts, matching, keeping messages, upkeep of the pool) is in every
-figure; encoding the fixed prefixes once a session is not, for any arm. `kvcomm` is timed without its gate
-(kvcomm_ungated), whose verdict depends on texts, and random ones resemble nothing.
+one does), so `rotate_glue` recomputes one token of each content here; `--first` changes that. All hidden work (base KV
+of texts, matching, keeping messages, upkeep of the pool) is in every figure; encoding the fixed prefixes once a session
+is not, for any arm. `kvcomm` is timed without its gate (kvcomm_ungated), whose verdict depends on texts, and random
+ones resemble nothing.
 
 A second part looks for the crossover: two agents with short prefixes share a text of growing length.
 Writes a JSON file and a picture.
@@ -246,7 +247,10 @@ def measure_crossover(settings: Settings, decoder: Decoder) -> dict:
                 found[name].append(sum(turn.ttft for turn in ask(own, team, number)))
         for name in chosen:
             medians[name].append(statistics.median(found[name][1:]))
-    wins = {name: crossover_length(settings.lengths, medians["dense"], medians[name]) for name in chosen[1:]}
+    wins = {
+        base: {name: crossover_length(settings.lengths, medians[base], medians[name]) for name in chosen[2:]}
+        for base in chosen[:2]
+    }
     return {"lengths": list(settings.lengths), "seconds": medians, "crossover_tokens": wins}
 
 
@@ -288,7 +292,9 @@ def report(settings: Settings, result: dict, crossover: dict) -> str:
     for name, extra in (("rotate_glue", 0.0), ("kvcomm_ungated", once)):
         limit = 2 * floor + extra
         lines.append(f"{name}: {1e3 * rows[name]['last']:.1f} ms, limit {limit:.1f} ms (twice the floor + the pass)")
-    lines += ["", "crossover: " + ", ".join(f"{k} from {v} tokens" for k, v in crossover["crossover_tokens"].items())]
+    for base, wins in crossover["crossover_tokens"].items():
+        found = (f"{name} {'never' if n is None else f'from {n} tokens on'}" for name, n in wins.items())
+        lines.append(f"faster than {base}: {', '.join(found)}")
     return "\n".join(lines)
 
 

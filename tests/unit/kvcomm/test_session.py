@@ -143,7 +143,8 @@ def test_mean_offset_and_recomputed_glue_cut_the_pool_tenfold(make: Any) -> None
     """At V = 20; with the formula: 20 exemplars of text and glue against one mean of text."""
     pool = PoolConfig(min_exemplars=20)
     kept = {}
-    for name, arm in {"kvcomm": Kvcomm(pool), "mean": MeanOffset(30), "bare": Kvcomm(pool, recompute_glue=True)}.items():
+    arms = {"kvcomm": Kvcomm(pool), "mean": MeanOffset(30), "bare": Kvcomm(pool, recompute_glue=True)}
+    for name, arm in arms.items():
         session = make(arm)
         for number in range(22):
             session.ask({"doc": " ".join(f"w{3 + (number * 5 + i) % 90}" for i in range(8)), "q": "w20 w21"})

@@ -154,7 +154,9 @@ def jsonl(path: Path, rows: list[Any]) -> str:
 
 
 def test_gsm8k_and_mmlu_read_local_files(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "g.jsonl", [{"question": f"q{i}", "answer": f"1 + {i}\n#### {1 + i},000"} for i in range(3)])
+    path = jsonl(
+        tmp_path / "g.jsonl", [{"question": f"q{i}", "answer": f"1 + {i}\n#### {1 + i},000"} for i in range(3)]
+    )
     task = Gsm8k(QuestionTaskConfig(path=path, problems=2), 3, "full")
     (team,) = task.teams()
     assert [p.expected for p in team.problems] == [1000, 2000] and team.agents[-1].name == "decision"
