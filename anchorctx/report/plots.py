@@ -239,12 +239,12 @@ def _pattern_legend(layout: PackedLayout) -> list[Any]:
     return handles
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """A figure that no display ever sees (Agg), in inches, and its axes."""
     mpl = _matplotlib()
     figure = mpl.figure.Figure(figsize=(width, height), dpi=150)
     mpl.backends.backend_agg.FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def _save(figure: Any, path: Path, tight: bool = True) -> Path:
