@@ -1,4 +1,4 @@
-"""`anchorctx kvcomm`: how well agents reuse each other's KV caches on a checkpoint; exits 1 when the gate fails."""
+"""`anchorctx kvcomm`: how well agents that run a checkpoint reuse each other's KV caches; exits 1 if the gate fails."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from anchorctx.data.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactT
 from anchorctx.data.sources import SourceConfig, open_source
 from anchorctx.errors import UserError
 from anchorctx.evals.config import EvalConfig, EvalDtype, embedded
-from anchorctx.evals.kvcomm_gate import GateConfig, Verdict, judge
+from anchorctx.evals.kvcomm_gate import GateConfig, Verdict, check_gate, judge
 from anchorctx.evals.kvcomm_measures import context_error
 from anchorctx.evals.kvcomm_rows import record_rows, variation_rows
 from anchorctx.evals.kvcomm_trial import Lab, Trial
@@ -163,7 +163,8 @@ def evaluate_reuse(config: KvcommConfig) -> Outcome:
     lab = Lab(model, tokenizer, Decoder(model), arms, config.decision_dense, config.compare_tokens, config.seed)
     lines = _lines(texts, tokenizer)
     tasks = [_task(name, config, model, tokenizer, lines) for name in config.tasks]
-    teams = {task.name: task.teams() for task in tasks}  # read before anything is written
+    # Everything is read and checked before anything is written.
+    trials = {task.name: [Trial(lab, task, team) for team in task.teams()] for task in tasks}
     stamp = write_manifest(Path(config.out_dir), build_manifest("kvcomm", dataclasses.asdict(config)))
     context = {"model": config.label or Path(config.model).name}
     found: list[Result] = []
@@ -174,11 +175,10 @@ def evaluate_reuse(config: KvcommConfig) -> Outcome:
         found.extend(stamped)
 
     for task in tasks:
-        trials = [Trial(lab, task, team) for team in teams[task.name]]
-        work = [(trial, p) for trial, team in zip(trials, teams[task.name], strict=True) for p in team.problems]
+        work = [(trial, problem) for trial in trials[task.name] for problem in trial.team.problems]
         for trial, problem in tqdm(work, desc=f"{task.name}, {len(arms)} arms", unit="problem"):
             trial.run(problem)
-        keep(record_rows(task.name, [record for trial in trials for record in trial.records.values()]))
+        keep(record_rows(task.name, [record for trial in trials[task.name] for record in trial.records.values()]))
     keep(_variation(lab, lines))
     return Outcome(found, judge(found, config.gate))
 
@@ -201,6 +201,7 @@ def arm_makers(config: KvcommConfig) -> dict[str, Callable[[], Arm]]:
     for name, least in (("first", 0), ("warmup", 1)):
         if getattr(s, name) < least:
             raise UserError(f"settings.{name}={getattr(s, name)} must be at least {least}")
+    check_gate(config.gate)
     if config.compare_tokens < 1:
         raise UserError(f"compare_tokens={config.compare_tokens} must be at least 1")
     if config.gate.arm is not None and config.gate.arm not in config.arms:

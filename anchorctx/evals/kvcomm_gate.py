@@ -30,14 +30,18 @@ class Verdict:
     """One line a task."""
 
 
+def check_gate(gate: GateConfig) -> None:
+    """UserError for bounds that are none."""
+    if gate.max_kl < 0 or not 0 <= gate.min_agreement <= 1:
+        raise UserError(
+            f"gate.max_kl={gate.max_kl} must be at least 0, and gate.min_agreement={gate.min_agreement} from 0 to 1"
+        )
+
+
 def judge(rows: Sequence[Result], gate: GateConfig) -> Verdict | None:
     """Compare the arm's rows over all tokens of every task with the bounds; None without a gate."""
     if gate.arm is None:
         return None
-    if gate.max_kl < 0 or not 0 <= gate.min_agreement <= 1:
-        raise UserError(
-            f"gate.max_kl={gate.max_kl} must be at least 0 and gate.min_agreement={gate.min_agreement} 0 to 1"
-        )
     lines, passed = [], True
     for task in dict.fromkeys(row.context["task"] for row in rows if row.metric == "kvcomm_kl"):
         kl, agreement = (_value(rows, metric, gate.arm, task) for metric in ("kvcomm_kl", "kvcomm_agreement"))

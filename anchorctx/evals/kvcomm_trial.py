@@ -65,11 +65,13 @@ class Trial:
     """One team, all arms; `run` takes the problems one by one."""
 
     def __init__(self, lab: Lab, task: Task, team: Team) -> None:
-        self._lab, self._task, self._team = lab, task, team
+        self._lab, self._task, self.team = lab, task, team
         self._dense = self._session("dense", lab.arms["dense"], None)
         self._compared = {name: self._session(name, make, None) for name, make in lab.arms.items()}
         decision = team.decision if lab.decision_dense else None
         self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
+        for problem in team.problems:
+            self._dense.check(problem.texts)
         self.records = {n: Record(n, team.kind, s.arm.by_construction) for n, s in self._compared.items()}
         self._rng = np.random.default_rng([lab.seed, *team.kind.encode()])
         self._orders: dict[tuple[str, ...], Frame] = {}
@@ -78,20 +80,20 @@ class Trial:
         """One problem through every arm."""
         said = self._dense.start(problem.texts)
         script = problem.script or {}
-        dense = {name: said.run(name, answer=script.get(name)) for name in self._team.topology.order}
+        dense = {name: said.run(name, answer=script.get(name)) for name in self.team.topology.order}
         shuffled = self._shuffled()
         other: Ids | None = None
-        if shuffled is not None and self._team.decision is not None:
-            other = said.run(self._team.decision, frame=shuffled, keep=False).ids[: self._lab.compare_tokens]
+        if shuffled is not None and self.team.decision is not None:
+            other = said.run(self.team.decision, frame=shuffled, keep=False).ids[: self._lab.compare_tokens]
         truth = self._compare("dense", problem, dense, None, shuffled, other)
         for name in self._compared:
             if name != "dense":
                 self._compare(name, problem, dense, truth, shuffled, other)
-        if self._team.decision is not None:
+        if self.team.decision is not None:
             self._answer(problem, dense)
 
     def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
-        lab, team = self._lab, self._team
+        lab, team = self._lab, self.team
         session = Session(
             lab.model,
             lab.tokenizer,
@@ -121,11 +123,11 @@ class Trial:
             # What is passed on is whole, even where only its beginning is compared.
             turns[agent] = request.run(agent, answer=model.ids[: self._lab.compare_tokens], message=model.message)
         for agent, turn in turns.items():
-            self._note(record, turn, (truth or turns)[agent], final=agent == self._team.decision)
+            self._note(record, turn, (truth or turns)[agent], final=agent == self.team.decision)
         record.ttft.append({agent: turn.ttft for agent, turn in turns.items()})
         record.kept_bytes = max(record.kept_bytes, session.arm.nbytes)
-        if other is not None and self._team.decision is not None:
-            turn = request.run(self._team.decision, answer=other, frame=shuffled, keep=False)
+        if other is not None and self.team.decision is not None:
+            turn = request.run(self.team.decision, answer=other, frame=shuffled, keep=False)
             record.judged[True].append(_says(turn, other))
         return turns
 
@@ -143,7 +145,7 @@ class Trial:
 
     def _answer(self, problem: Problem, dense: dict[str, Turn]) -> None:
         """The free run, and dense's own."""
-        decision = self._team.decision
+        decision = self.team.decision
         assert decision is not None
         self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
         for name, session in self._free.items():
@@ -152,8 +154,8 @@ class Trial:
 
     def _shuffled(self) -> Frame | None:
         """The decision agent's prompt with those it hears in another order; None where it hears fewer than two."""
-        decision = self._team.decision
-        heard = self._team.topology.inputs[decision] if decision is not None else ()
+        decision = self.team.decision
+        heard = self.team.topology.inputs[decision] if decision is not None else ()
         if len(heard) < 2 or decision is None:
             return None
         order = list(heard)

@@ -60,14 +60,14 @@ class KV:
 
     def plus(self, offset: KV, weight: float = 1.0) -> KV:
         """This plus `weight` times an offset, which may leave out lower layers: these stay as they are."""
-        return _add(self.copy(), offset, weight)
+        return self.weighted_sum([offset], [weight])
 
     def weighted_sum(self, offsets: Sequence[KV], weights: Sequence[float]) -> KV:
         """This plus the weighted offsets (KVCOMM, equations 6 and 7), in one pass over each."""
-        total = self.copy()
-        for offset, weight in zip(offsets, weights, strict=True):
-            _add(total, offset, weight)
-        return total
+        return KV(
+            _weighted_sum(self.keys, [_same_frame(self, offset).keys for offset in offsets], weights),
+            _weighted_sum(self.values, [offset.values for offset in offsets], weights),
+        )
 
 
 def concatenate(parts: Sequence[KV]) -> KV:
@@ -89,15 +89,21 @@ def token_bytes(layers: int, heads: int, head_dim: int, itemsize: int) -> int:
     return 2 * layers * heads * head_dim * itemsize
 
 
-def _same_frame(a: KV, b: KV) -> None:
+def _same_frame(a: KV, b: KV) -> KV:
+    """`b`, after a check that both are un-rotated."""
     if a.rotated_at is not None or b.rotated_at is not None:
         raise ValueError("offsets live in the de-rotated frame: un-rotate both segments first")
+    return b
 
 
-def _add(total: KV, offset: KV, weight: float) -> KV:
-    """In place, on memory that `total` owns."""
-    _same_frame(total, offset)
-    skipped = total.keys.shape[0] - offset.keys.shape[0]
-    total.keys[skipped:].add_(offset.keys, alpha=weight)
-    total.values[skipped:].add_(offset.values, alpha=weight)
+def _weighted_sum(base: torch.Tensor, offsets: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """base (L, ...) plus the weighted offsets (l <= L, ...) of its upper layers; the first one writes the result."""
+    if not offsets:
+        return base
+    skipped = base.shape[0] - offsets[0].shape[0]
+    total = torch.empty_like(base)
+    total[:skipped] = base[:skipped]
+    torch.add(base[skipped:], offsets[0], alpha=weights[0], out=total[skipped:])
+    for offset, weight in zip(offsets[1:], weights[1:], strict=True):
+        total[skipped:].add_(offset, alpha=weight)
     return total

@@ -17,11 +17,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from anchorctx.errors import UserError
 from anchorctx.flops import layer_windows
+from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.rotary import Rope
 
-ATTENTION = ("sdpa", "eager")
-"""Implementations of transformers that take the mask which scattered tokens need."""
+ATTENTION = ("sdpa", "eager", grouped.NAME)
+"""Implementations that take the mask which scattered tokens need."""
+CHUNK = 512
+"""Tokens that a suffix is run in: its masked attention computes the chunk's whole rectangle, not a triangle."""
 
 
 class Buffer:
@@ -116,6 +119,8 @@ class Decoder:
             shift: positions are slots plus this; -1 puts them one position earlier than their slots say.
             keep: how many of the last tokens' logits are wanted; 0 gives none.
         """
+        if isinstance(slots, range) and slots.start and len(slots) > CHUNK:
+            return self._chunked(ids, buffer, slots, shift, keep)
         where = torch.arange(slots.start, slots.stop) if isinstance(slots, range) else slots
         where = where.to(self.device)
         stop = int(slots[-1]) + 1
@@ -130,6 +135,14 @@ class Decoder:
             **{self._cache_name: cache},
         )
         return out.logits[:, out.logits.shape[1] - keep :]
+
+    def _chunked(self, ids: torch.Tensor, buffer: Buffer, slots: range, shift: int, keep: int) -> torch.Tensor:
+        found = []
+        for first in range(0, len(slots), CHUNK):
+            part = slots[first : first + CHUNK]
+            wanted = min(max(keep - (slots.stop - part.stop), 0), len(part))
+            found.append(self.forward(ids[:, first : first + CHUNK], buffer, part, shift=shift, keep=wanted))
+        return torch.cat(found, dim=1)
 
     def encode(self, ids: torch.Tensor, *, position: int = 0, behind: KV | None = None) -> KV:
         """The rotated KV of `ids` (B, T) from `position` on, which see `behind` (such as an anchor) and themselves."""

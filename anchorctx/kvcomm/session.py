@@ -130,6 +130,21 @@ class Session:
         contents = {n: self.encode(x) if isinstance(x, str) else tuple(x) for n, x in texts.items()}
         return Request(self, RequestState(next(self._numbers), contents))
 
+    def check(self, texts: Mapping[str, str | Sequence[int]]) -> None:
+        """UserError where a request's prompts could grow past the model's length: every answer as long as it may be."""
+        contents = dict(self.start(texts).state.contents)
+        contents |= {name: (0,) * agent.max_new_tokens for name, agent in self.agents.items()}
+        for name, frame in self.frames.items():
+            self.check_length(name, frame.prompt(contents).length, self.agents[name].max_new_tokens)
+
+    def check_length(self, name: str, length: int, room: int) -> None:
+        """UserError where an agent's prompt and answer are longer than the model reaches."""
+        if length + room > self.decoder.reach:
+            raise UserError(
+                f"agent {name!r} has a prompt of {length} tokens and {room} to say, but the model reaches "
+                f"{self.decoder.reach}: shorten the texts, lower max_new_tokens, or raise the model's length"
+            )
+
     def ask(self, texts: Mapping[str, str | Sequence[int]]) -> dict[str, Turn]:
         """Run a request through all agents; each one's turn, in order."""
         request = self.start(texts)
@@ -195,12 +210,7 @@ class Request:
         if missing:
             raise UserError(f"agent {name!r} hears {missing[0]!r}, who has not spoken yet: run it first")
         prompt = (frame or self.session.frames[name]).prompt(self.state.contents)
-        reach = self.session.decoder.reach
-        if prompt.length + room > reach:
-            raise UserError(
-                f"agent {name!r} has a prompt of {prompt.length} tokens and {room} to say, but the model reaches "
-                f"{reach}: shorten the texts, lower max_new_tokens, or raise the model's length"
-            )
+        self.session.check_length(name, prompt.length, room)
         return prompt
 
     def _texts(self, prompt: Prompt) -> dict[str, str]:

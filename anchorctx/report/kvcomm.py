@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorctx.report.plots import BLUE, MARKERS, ORANGE, SERIES, SKY, load_matplotlib, new_figure, save, styled
+from anchorctx.report.plots import BLUE, GREEN, MARKERS, ORANGE, SERIES, SKY, load_matplotlib, new_figure, save, styled
 from anchorctx.results import Result
 
 KL_FLOOR = 1e-8
@@ -44,30 +44,26 @@ def draw_reuse(rows: Sequence[Result], folder: Path) -> list[Path]:
 
 @styled
 def reuse_figure(rows: Sequence[Result], task: str, path: Path) -> Path:
-    """Divergence, accuracy by kind, time to first token and kept bytes of every arm."""
+    """Divergence, accuracy by kind, consistency of the decision, reuse, time and kept bytes of every arm."""
     own = [r for r in rows if r.context.get("task") == task]
     arms = _distinct(own, "arm")
     scored = find(own, "kvcomm_accuracy") is not None
-    figure, axes = new_figure(15 if scored else 11.5, 0.9 + 0.34 * len(arms), columns=4 if scored else 3)
-    panels = list(axes)
-    _bars(panels[0], arms, [_value(own, "kvcomm_kl", arm, tokens="all") for arm in arms], BLUE)
-    panels[0].set_xscale("log")
-    panels[0].set_xlim(left=KL_FLOOR)
-    panels[0].set(xlabel="KL(dense | arm), nats a token", title="Divergence from dense")
-    panels[0].set_yticks(range(len(arms)), arms)
+    figure, axes = new_figure(14 if scored else 10, 2 * (0.9 + 0.27 * len(arms)), columns=3 if scored else 2, rows=2)
+    panels = list(axes.flat)
+    _draw_divergence(panels[0], own, arms)
     if scored:
         _draw_accuracy(panels[1], own, arms)
-    time, memory = panels[-2:]
-    p50, p95 = (
-        [1e3 * _value(own, "kvcomm_ttft", arm, agent="request", quantile=q) for arm in arms] for q in ("p50", "p95")
-    )
-    _bars(time, arms, p50, SKY)
-    time.plot(p95, range(len(arms)), "|", color=ORANGE, markersize=9, markeredgewidth=2)
-    time.set(xlabel="TTFT of a request, ms (bar p50, line p95)", title="Time, all hidden work in")
-    _bars(memory, arms, [_value(own, "kvcomm_kept_bytes", arm) / 2**20 for arm in arms], "#009E73")
+        judged = {f"{name} order": {"shuffled": name == "another"} for name in ("the same", "another")}
+        _grouped(panels[2], [_series(own, "kvcomm_judge_consistency", arms, label, c) for label, c in judged.items()])
+        panels[2].set(xlabel="decisions like dense's", xlim=(0, 1.02), title="Decision agent through the arm")
+    reuse, time, memory = panels[-3:]
+    _grouped(reuse, [_series(own, "kvcomm_reuse", arms, by, {"by": by}) for by in ("calls", "tokens", "flops")])
+    reuse.set(xlabel="share saved (negative: extra work)", title="Reuse")
+    _draw_times(time, own, arms)
+    _bars(memory, [_value(own, "kvcomm_kept_bytes", arm) / 2**20 for arm in arms], GREEN)
     memory.set(xlabel="MiB kept between requests", title="Memory")
-    for panel in panels[1:]:
-        panel.set_yticks(range(len(arms)), [])
+    for number, panel in enumerate(panels):
+        panel.set_yticks(range(len(arms)), [] if number % (len(panels) // 2) else arms)
     figure.suptitle(_title(own, task), x=0.01, ha="left", fontsize=10)
     figure.set_layout_engine("constrained")
     return save(figure, path)
@@ -108,27 +104,53 @@ def _line(axes: Any, rows: Sequence[Result], label: str, number: int) -> None:
     axes.xaxis.set_major_locator(load_matplotlib().ticker.MaxNLocator(integer=True))
 
 
-def _bars(axes: Any, arms: Sequence[str], values: Sequence[float], color: str) -> None:
-    axes.barh(range(len(arms)), values, color=color, height=0.65)
+def _bars(axes: Any, values: Sequence[float], color: str, least: float = 0.0) -> None:
+    axes.barh(range(len(values)), values, color=color, height=0.65)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     for place, value in enumerate(values):
-        axes.annotate(f" {value:.2g}", (max(value, KL_FLOOR), place), va="center", fontsize=8)
+        axes.annotate(f" {value:.2g}", (max(value, least), place), va="center", fontsize=8)
     axes.margins(x=0.18)
+
+
+def _grouped(axes: Any, series: Sequence[tuple[str, list[float]]]) -> None:
+    """Bars side by side for each arm, and a legend below."""
+    height = 0.8 / len(series)
+    for number, (label, values) in enumerate(series):
+        places = np.arange(len(values)) - 0.4 + height * (number + 0.5)
+        axes.barh(places, values, height, color=SERIES[number % len(SERIES)], label=label)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    if len(series) > 1:
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+
+
+def _series(
+    rows: Sequence[Result], metric: str, arms: Sequence[str], label: str, context: dict[str, Any]
+) -> tuple[str, list[float]]:
+    return label, [_value(rows, metric, arm, **context) for arm in arms]
+
+
+def _draw_divergence(axes: Any, rows: Sequence[Result], arms: Sequence[str]) -> None:
+    _bars(axes, [_value(rows, "kvcomm_kl", arm, tokens="all") for arm in arms], BLUE, KL_FLOOR)
+    axes.set_xscale("log")
+    axes.set_xlim(left=KL_FLOOR)
+    axes.set(xlabel="KL(dense | arm), nats a token", title="Divergence from dense")
 
 
 def _draw_accuracy(axes: Any, rows: Sequence[Result], arms: Sequence[str]) -> None:
     kinds = [kind for kind in _distinct(rows, "kind") if kind != "all"] or ["all"]
-    height = 0.8 / len(kinds)
-    for number, kind in enumerate(kinds):
-        values = [_value(rows, "kvcomm_accuracy", arm, kind=kind) for arm in arms]
-        places = np.arange(len(arms)) - 0.4 + height * (number + 0.5)
-        axes.barh(places, values, height, color=SERIES[number % len(SERIES)], label=kind)
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
+    _grouped(axes, [_series(rows, "kvcomm_accuracy", arms, kind, {"kind": kind}) for kind in kinds])
     axes.set(xlabel="share of answers right", xlim=(0, 1.02), title="Accuracy")
-    if len(kinds) > 1:
-        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+def _draw_times(axes: Any, rows: Sequence[Result], arms: Sequence[str]) -> None:
+    p50, p95 = (
+        [1e3 * _value(rows, "kvcomm_ttft", arm, agent="request", quantile=q) for arm in arms] for q in ("p50", "p95")
+    )
+    _bars(axes, p50, SKY)
+    axes.plot(p95, range(len(arms)), "|", color=ORANGE, markersize=9, markeredgewidth=2)
+    axes.set(xlabel="TTFT of a request, ms (bar p50, line p95)", title="Time, all hidden work in")
 
 
 def _cells(rows: Sequence[Result], task: str, arm: str) -> list[str]:

@@ -246,12 +246,12 @@ def _pattern_legend(layout: PackedLayout) -> list[Any]:
     return handles
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """A figure that no display ever sees (Agg), in inches, and its axes."""
     mpl = load_matplotlib()
     figure = mpl.figure.Figure(figsize=(width, height), dpi=150)
     mpl.backends.backend_agg.FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def save(figure: Any, path: Path, tight: bool = True) -> Path:

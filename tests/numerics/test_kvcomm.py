@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.agents import Template
 from anchorctx.kvcomm.arms import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
 from anchorctx.kvcomm.cache import KV, concatenate
@@ -131,12 +132,31 @@ def test_a_spliced_true_cache_equals_dense(decoder: Decoder) -> None:
     assert error(torn.kv(0, 30), buffer.kv(0, 30)) < EXACT
 
 
-def test_eager_attention_gives_the_same(model: PreTrainedModel, decoder: Decoder) -> None:
-    ids, holes = random_ids(1, 20), torch.tensor([3, 11, 19])
-    buffer = decoder.buffer(20)
-    expected = decoder.forward(ids, buffer, range(20), keep=20)[:, holes]
-    model.set_attn_implementation("eager")
-    assert max_error(Decoder(model).forward(ids[:, holes], buffer, holes, keep=3), expected) < EXACT
+@pytest.mark.parametrize("attention", ["eager", grouped.register()])
+def test_other_attention_implementations_give_the_same(
+    model: PreTrainedModel, decoder: Decoder, attention: str
+) -> None:
+    ids, holes = random_ids(2, 20), torch.tensor([3, 11, 19])
+    buffer = decoder.buffer(20, 2)
+    expected = decoder.forward(ids, buffer, range(20), keep=20)
+    model.set_attn_implementation(attention)
+    other = Decoder(model)
+    assert max_error(other.forward(ids[:, holes], buffer, holes, keep=3), expected[:, holes]) < EXACT
+    assert max_error(other.forward(ids[:, -1:], buffer, range(19, 20)), expected[:, -1:]) < EXACT
+    assert max_error(other.forward(ids[:, 5:], buffer, range(5, 20), keep=9), expected[:, -9:]) < EXACT
+    assert max_error(other.forward(ids, buffer, range(20), keep=20), expected) < EXACT
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 13])
+def test_a_suffix_in_chunks_is_the_whole_suffix(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+    ids, buffer = random_ids(1, 20), decoder.buffer(20)
+    expected = decoder.forward(ids, buffer, range(20), keep=20)
+    other = decoder.buffer(20)
+    other.keys[:, :, :, :7], other.values[:, :, :, :7] = buffer.keys[:, :, :, :7], buffer.values[:, :, :, :7]
+    monkeypatch.setattr("anchorctx.kvcomm.decoder.CHUNK", 4)
+    found = decoder.forward(ids[:, 7:], other, range(7, 20), keep=keep)
+    assert found.shape[1] == keep and (not keep or max_error(found, expected[:, -keep:]) < EXACT)
+    assert error(other.kv(0, 20), buffer.kv(0, 20)) < EXACT
 
 
 def test_generate_from_a_placed_cache_equals_dense(model: PreTrainedModel, decoder: Decoder) -> None:

@@ -59,16 +59,16 @@ class Task(Protocol):
 def panel(
     count: int, topology: str, question: str, last: str, *, roles: Sequence[str], tokens: int, final_tokens: int
 ) -> tuple[tuple[Agent, ...], Topology]:
-    """`count` agents in a named topology, the last of them the decision agent, who hears all whom nobody else hears.
+    """`count` agents in a named topology, the last of them the decision agent, who hears all others.
 
-    Each prompt: its role, the `question` text with its {placeholders}, then what each agent it hears said. `last` is
-    added for the decision agent. In a debate each of the others speaks in two rounds.
+    Each prompt: its role (`last` for the decision agent), the `question` text with its {placeholders}, then what each
+    agent it hears said. In a debate the others speak in two rounds, and the decision agent hears the second.
     """
     if count < 2:
         raise UserError(f"agents={count} must be at least 2: one that answers, and the decision agent")
     names = [f"agent_{i}" for i in range(1, count)]
     graph = _named(topology, names)
-    graph = graph.with_decision(DECISION, hears=graph.last)
+    graph = graph.with_decision(DECISION, hears=graph.last if topology == "debate" else None)
     agents = []
     for number, name in enumerate(graph.order):
         final = name == DECISION
