@@ -21,11 +21,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from anchorctx.errors import UserError
 
 SCHEMAS = {
-    "prepare": "anchorctx.data.prepare:PrepareConfig",
+    "prepare": "anchorctx.data.prepare_config:PrepareConfig",
     "train": "anchorctx.cli.train:TrainCommand",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
     "precision": "anchorctx.evals.precision.config:PrecisionConfig",
+    "kvcomm": "anchorctx.evals.kvcomm:KvcommConfig",
     "plot": "anchorctx.report.render:PlotConfig",
     "report": "anchorctx.report.page:ReportConfig",
 }

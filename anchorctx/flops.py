@@ -7,6 +7,7 @@ device's dense peak, so that a masked row does not look faster than it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ModelFlops:
-        """Count a model's weights; call it before ZeRO 3 spreads them."""
+        """Count a model's weights, which may be spread over processes (ZeRO 3) or have no values (meta device)."""
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -86,6 +87,11 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO 3 has left this process a flat share of it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def _active_weights(model: PreTrainedModel) -> float:
     """Weights that multiply each token: the output head counts, the embedding table does not, experts by their use."""
     config = model.config.get_text_config()
@@ -94,9 +100,10 @@ def _active_weights(model: PreTrainedModel) -> float:
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     weights = 0.0
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and parameter is not embedding:
-            weights += parameter.numel() * (used if ".experts." in name else 1.0)
+        shape = whole_shape(parameter)
+        if len(shape) >= 2 and parameter is not embedding:
+            weights += math.prod(shape) * (used if ".experts." in name else 1.0)
     head = model.get_output_embeddings()
     if head is not None and head.weight is embedding:
-        weights += int(embedding.numel())
+        weights += math.prod(whole_shape(embedding))
     return weights

@@ -49,7 +49,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read a folder's `manifest.json`; FileNotFoundError where there is none."""
-    return json.loads((folder / FILE).read_text())
+    return read_json(folder / FILE)
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
@@ -60,6 +60,11 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
 def fingerprint(value: Any) -> str:
     """Twelve hex digits over any JSON value; independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; FileNotFoundError where there is none."""
+    return json.loads(path.read_text())
 
 
 def write_json(path: Path, value: Any) -> None:

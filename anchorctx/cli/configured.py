@@ -14,10 +14,13 @@ from omegaconf import OmegaConf
 
 from anchorctx.cli.main import COMMANDS, Arguments
 from anchorctx.config import compose_config, conf_dir, resolve, schema
+from anchorctx.errors import UserError
 
 
 def configuration(command: str, arguments: Arguments, example: str) -> Any | None:
     """The command's configuration, or None after printing what `--help` or `--show` asked for."""
+    if arguments.dry_run and command != "prepare":
+        raise UserError(f"--dry-run is an option of anchorctx prepare, not of {command}: leave it out, or use --show")
     if arguments.help:
         print(help_text(command, example))
         return None

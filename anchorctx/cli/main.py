@@ -1,4 +1,4 @@
-"""`anchorctx COMMAND [--recipe FILE] [--show] [key=value ...]`."""
+"""`anchorctx COMMAND [--recipe FILE] [--show] [--dry-run] [key=value ...]`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "a run's checkpoint -> a Hugging Face folder",
     "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",
     "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
+    "kvcomm": "how well agents that run a checkpoint reuse each other's KV caches",
     "plot": "pictures of runs, patterns and evaluations",
     "report": "runs and evaluations -> one HTML file to look at",
     "doctor": "what is installed, which attention backends work here, and how to get the rest",
@@ -33,6 +34,7 @@ commands:
 key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with its default and meaning
 --recipe FILE   start from a recipe's .yaml instead of the defaults; overrides still apply
 --show          print the resolved configuration and stop
+--dry-run       prepare: print what there is, and what each packing policy would make of it, and stop
 
 a first run:    bash recipes/quickstart/run.sh
 """
@@ -50,10 +52,11 @@ class Arguments:
     recipe: str | None
     show: bool
     help: bool
+    dry_run: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: the command's own or 0, 2 for a user's mistake, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")
@@ -74,7 +77,7 @@ def _guarded(command: str, argv: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
-        importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
+        code = importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
     except UserError as error:
         if _rank() > 0:
             time.sleep(PATIENCE_S)
@@ -88,28 +91,30 @@ def _guarded(command: str, argv: list[str]) -> int:
             raise
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
-    return 0
+    return code or 0
 
 
 def parse(argv: list[str]) -> Arguments:
     """Split options from overrides."""
     overrides, recipe, rest = [], None, list(argv)
-    show = wants_help = False
+    show = wants_help = dry_run = False
     while rest:
         word = rest.pop(0)
         if word in ("-h", "--help"):
             wants_help = True
         elif word == "--show":
             show = True
+        elif word == "--dry-run":
+            dry_run = True
         elif word.split("=")[0] == "--recipe":
             recipe = word.partition("=")[2] or (rest.pop(0) if rest else None)
             if recipe is None:
                 raise UserError("--recipe needs a file: --recipe recipes/NAME/recipe_train.yaml")
         elif word.startswith("-"):
-            raise UserError(f"unknown option '{word}': options are --help, --recipe FILE and --show")
+            raise UserError(f"unknown option '{word}': options are --help, --recipe FILE, --show and --dry-run")
         else:
             overrides.append(word)
-    return Arguments(overrides, recipe, show, wants_help)
+    return Arguments(overrides, recipe, show, wants_help, dry_run)
 
 
 def _rank() -> int:

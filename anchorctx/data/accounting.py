@@ -1,70 +1,134 @@
-"""Where every token went: exact integers, and a check that none was lost or counted twice."""
+"""Where every token went, by source and by reason: exact integers, and an error if one was lost or counted twice."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 
-@dataclass(slots=True)
+CAME = {
+    "document_tokens": "tokens of documents",
+    "eos_tokens": "+ EOS",
+    "repeated": "+ repeated by the mixture",
+}
+"""What came in, of each source: its documents' tokens, EOS tokens appended to them, and tokens of further copies."""
+WENT = {
+    "trained": "  trained",
+    "first_tokens": "  first of a piece",
+    "zero_weight": "  loss weight 0",
+}
+"""What is in rows, of each source: tokens with a label, tokens without one because another document's token (or the
+anchor) comes before them in the row, and tokens without one because their loss weight is 0."""
+CELLS = {"anchor": "+ anchors", "tags": "+ BOS and domain tags", "padding": "+ padding"}
+"""What is in rows and of no source."""
+
+
 class Accounting:
-    """Counts of tokens, of a packed set."""
+    """Counts of tokens of a packed set; `counts` and `dropped` have one number for each source."""
 
-    document_tokens: int = 0
-    """Tokens of the documents' texts."""
-    eos_tokens: int = 0
-    """EOS tokens appended to documents."""
-    trained: int = 0
-    """Content tokens with a label."""
-    first_tokens: int = 0
-    """Content tokens without one because another document's token (or the anchor) comes before them in the row."""
-    zero_weight: int = 0
-    """Content tokens without one because their loss weight is 0."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Content tokens that are in no row, by reason."""
-    anchor: int = 0
-    """Anchor tokens of all rows."""
-    tags: int = 0
-    """Tokens of domain tags."""
-    padding: int = 0
-    """Tokens that fill rows up."""
-    rows: int = 0
-    """Rows packed."""
-    pieces: int = 0
-    """Documents or parts of documents in rows, each alone for the attention."""
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.sources = list(sources)
+        self.counts = {name: np.zeros(len(sources), np.int64) for name in [*CAME, *WENT]}
+        """(sources,) tokens under each name of CAME and WENT."""
+        self.dropped: dict[str, np.ndarray] = {}
+        """(sources,) tokens that are in no row, by reason."""
+        self.cells = dict.fromkeys(CELLS, 0)
+        """Tokens of rows under each name of CELLS."""
+        self.rows = 0
+        self.pieces = 0
+        """Documents or parts of documents in rows, each alone for the attention."""
+
+    def add(self, name: str, sources: np.ndarray, tokens: np.ndarray) -> None:
+        """Count `tokens` (n,) under `name`, those of `sources` (n,)."""
+        self.counts[name] += _by_source(sources, tokens, len(self.sources))
+
+    def drop(self, reason: str, sources: np.ndarray, tokens: np.ndarray) -> None:
+        """Count `tokens` (n,) that will be in no row."""
+        if tokens.any():
+            known = self.dropped.setdefault(reason, np.zeros(len(self.sources), np.int64))
+            known += _by_source(sources, tokens, len(self.sources))
+
+    def merge_rows(self, other: Accounting) -> None:
+        """Add what `other` counted in rows."""
+        for name in WENT:
+            self.counts[name] += other.counts[name]
+        for name in CELLS:
+            self.cells[name] += other.cells[name]
+        self.rows += other.rows
+        self.pieces += other.pieces
+
+    def total(self, name: str) -> int:
+        """All sources' tokens under a name of CAME or WENT."""
+        return int(self.counts[name].sum())
+
+    @property
+    def total_dropped(self) -> Counter[str]:
+        """All sources' tokens that are in no row, by reason."""
+        return Counter({reason: int(tokens.sum()) for reason, tokens in self.dropped.items()})
+
+    @property
+    def content(self) -> np.ndarray:
+        """(sources,) tokens of documents in rows: what the mixture really is."""
+        return self._sum([self.counts[name] for name in WENT])
 
     def check(self, row_length: int) -> None:
-        """Raise RuntimeError unless every token is accounted for exactly once."""
-        came = self.document_tokens + self.eos_tokens
-        went = self.trained + self.first_tokens + self.zero_weight
-        if came != went + self.dropped.total():
-            raise RuntimeError(f"tokens were lost in packing: {came} came in, {self.to_dict()}")
-        if self.rows * row_length != went + self.anchor + self.tags + self.padding:
+        """Raise RuntimeError unless every token of every source, and every cell of the rows, is counted exactly once.
+
+        The two sides are counted apart: what came by the planner, what was dropped by the policies, the rest from the
+        rows that were made.
+        """
+        came = self._sum([self.counts[name] for name in CAME])
+        went = self.content + self._sum(list(self.dropped.values()))
+        for source, before, after in zip(self.sources, came.tolist(), went.tolist(), strict=True):
+            if before != after:
+                raise RuntimeError(f"{before - after} tokens of {source} are unaccounted for: {self.to_dict()}")
+        if self.rows * row_length != self.content.sum() + sum(self.cells.values()):
             raise RuntimeError(f"rows do not add up: {self.rows} x {row_length}, {self.to_dict()}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON for the manifest."""
-        names = [name for name in self.__slots__ if name != "dropped"]  # type: ignore[attr-defined]
-        counts: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return counts | {"dropped": dict(self.dropped)}
+        """As JSON for the manifest: totals, and under `sources` each source's own."""
+        totals = {name: self.total(name) for name in self.counts} | {"dropped": dict(self.total_dropped)}
+        sources = {source: self._of(index) for index, source in enumerate(self.sources)}
+        return totals | self.cells | {"rows": self.rows, "pieces": self.pieces, "sources": sources}
 
     def table(self, row_length: int) -> str:
         """What a user reads after packing."""
-        cells, content = self.rows * row_length, self.document_tokens + self.eos_tokens
+        cells, came = self.rows * row_length, sum(self.total(name) for name in CAME)
+        names = {**CAME, **WENT}
+        dropped = sorted(self.total_dropped.items())
         lines = [
-            _line("tokens of documents", self.document_tokens, content),
-            _line("+ EOS", self.eos_tokens, content),
-            *(_line(f"- dropped: {reason}", n, content) for reason, n in sorted(self.dropped.items())),
-            _line(f"= in {self.rows:,} rows of {row_length:,}", content - self.dropped.total(), cells),
-            _line("  trained", self.trained, cells),
-            _line("  first of a piece", self.first_tokens, cells),
-            _line("  loss weight 0", self.zero_weight, cells),
-            _line("+ anchors", self.anchor, cells),
-            _line("+ domain tags", self.tags, cells),
-            _line("+ padding", self.padding, cells),
+            *(_line(names[name], self.total(name), came) for name in CAME if name != "repeated" or self.total(name)),
+            *(_line(f"- dropped: {reason}", n, came) for reason, n in dropped),
+            _line(f"= in {self.rows:,} rows of {row_length:,}", int(self.content.sum()), cells),
+            *(_line(names[name], self.total(name), cells) for name in WENT),
+            *(_line(text, self.cells[name], cells) for name, text in CELLS.items()),
         ]
-        return "\n".join(lines)
+        return "\n".join(lines + (self._source_lines() if len(self.sources) > 1 else []))
+
+    def _sum(self, counts: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.zeros(len(self.sources), np.int64), *counts]).sum(axis=0)
+
+    def _of(self, index: int) -> dict[str, Any]:
+        counts = {name: int(tokens[index]) for name, tokens in self.counts.items()}
+        return counts | {"dropped": {reason: int(n[index]) for reason, n in self.dropped.items() if n[index]}}
+
+    def _source_lines(self) -> list[str]:
+        """One line a source: tokens that came, dropped and in rows, and its share of the rows' content."""
+        lines = [f"{'by source':<34}{'came':>18}{'dropped':>18}{'in rows':>18}{'share':>11}"]
+        content = self.content
+        for index, source in enumerate(self.sources):
+            came = sum(int(self.counts[name][index]) for name in CAME)
+            share = 100 * content[index] / max(content.sum(), 1)
+            name = source if len(source) <= 32 else f"...{source[-29:]}"
+            lines.append(f"  {name:<32}{came:>18,}{came - content[index]:>18,}{content[index]:>18,}{share:>9.2f} %")
+        return lines
+
+
+def _by_source(sources: np.ndarray, tokens: np.ndarray, count: int) -> np.ndarray:
+    """(count,) int64 sums; float64 holds them exactly up to 2**53."""
+    return np.bincount(sources, tokens, count).astype(np.int64)
 
 
 def _line(name: str, count: int, of: int) -> str:

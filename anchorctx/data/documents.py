@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NoReturn
 
+import numpy as np
+
 from anchorctx.errors import UserError
+
+MAX_DOCUMENT_BYTES = 2**26
+"""A longer text, or line of a file, is taken for a mistake (a whole corpus as one JSON array, say): a tokenizer needs
+some 100 bytes a token, all at once, so that such a text would take the machine's memory rather than an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,18 @@ class Document:
     """Where it came from: file name, with `:line` or `:row` where it holds several."""
     domain: str = ""
     """Kind of text, such as `books`; empty when unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One tokenised document."""
+
+    ids: np.ndarray
+    """(n,) uint32 from a tokenizer; any integers, unchecked, from a pre-tokenised source; n may be 0."""
+    source: str
+    """Where the document came from."""
+    domain: str
+    """Its domain; empty when unknown."""
 
 
 class OnBadRow(StrEnum):
@@ -59,48 +76,6 @@ class Reading:
         self.skipped[row.reason] += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Fields:
-    """Which fields of a row make a document."""
-
-    text: str
-    """Name of the text's field."""
-    domain: str | None
-    """Name of the domain's field; None when rows have none."""
-    constant_domain: str
-    """Domain of all rows when there is no such field."""
-
-    def names(self) -> list[str]:
-        """The fields that are read."""
-        return [self.text] + ([self.domain] if self.domain else [])
-
-    def document(self, row: Any, where: str) -> Document:
-        """The row's document; raises BadRow when the row has no usable text (or domain)."""
-        if not isinstance(row, Mapping):
-            raise BadRow("not an object", f"{where} is a JSON {type(row).__name__}, not an object: mend the row")
-        self.check(row, where)
-        text = row[self.text]
-        check_text(text, where, f"field {self.text}")
-        domain = self.constant_domain if self.domain is None else row[self.domain]
-        if not isinstance(domain, str):
-            self._bad_domain(domain, where)
-        return Document(text, where, domain)
-
-    def check(self, names: Any, where: str) -> None:
-        """Raise BadRow unless all fields are among `names`."""
-        for name, option in ((self.text, "text_field"), (self.domain, "domain_field")):
-            if name is not None and name not in names:
-                have = ", ".join(map(str, names)) or "none"
-                what = "text" if option == "text_field" else "domain"
-                raise BadRow(
-                    f"no {what} field", f"{where} has no field {name} (it has: {have}): set {option} to one of them"
-                )
-
-    def _bad_domain(self, domain: Any, where: str) -> NoReturn:
-        kind = type(domain).__name__
-        raise BadRow("domain not a string", f"{where} has a {kind} as field {self.domain}, not a string: mend the row")
-
-
 def check_text(text: Any, where: str, what: str) -> None:
     """Raise BadRow unless `text` is a non-empty string that UTF-8 can hold."""
     if not isinstance(text, str):
@@ -108,7 +83,20 @@ def check_text(text: Any, where: str, what: str) -> None:
     if not text:
         raise BadRow("empty text", f"{where} has an empty text as {what}: remove the row")
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError:
         sentence = f"{where} has a lone surrogate in {what}, which is no valid Unicode: mend the row"
         raise BadRow("invalid UTF-8", sentence) from None
+    if size > MAX_DOCUMENT_BYTES:
+        raise BadRow("too long", too_long(where, f"a text as {what}"))
+
+
+def too_long(where: str, what: str) -> str:
+    """The sentence about a line or a text that nothing should be as long as."""
+    limit = f"{MAX_DOCUMENT_BYTES:,} bytes, the most that a document may have"
+    return f"{where} has {what} of more than {limit}: split it"
+
+
+def wrong_type(reason: str, where: str, value: Any, field_name: str | None, wanted: str) -> NoReturn:
+    """Raise BadRow about a field that holds something else than it should."""
+    raise BadRow(reason, f"{where} has a {type(value).__name__} as field {field_name}, not {wanted}: mend the row")

@@ -60,18 +60,21 @@ class FactTokens:
         stated[np.unique(ids[pairs], return_index=True)[1]] = True
         return pairs[stated], pairs[~stated]
 
+    def loss_weights(self, ids: np.ndarray) -> np.ndarray:
+        """Weights (T,) float32 of the loss of predicting each token of one document's `ids` (T,), unshifted as labels.
+
+        1 on answers, 0.1 on text, and 0 on what cannot be known: stated pairs and which key is asked for.
+        """
+        ids = np.asarray(ids)
+        weights = np.where(self.is_fact(ids), 0.0, TEXT_WEIGHT).astype(np.float32)
+        _, queries = self.mentions(ids)
+        weights[queries + 1] = 1.0
+        return weights
+
 
 def loss_weights(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Weights (T,) float32 of the loss of predicting each token of one document's `ids` (T,), unshifted as labels are.
-
-    1 on answers, 0.1 on text, and 0 on what cannot be known: stated pairs and which key is asked for.
-    """
-    tokens = FactTokens.of(tokenizer)
-    ids = np.asarray(ids)
-    weights = np.where(tokens.is_fact(ids), 0.0, TEXT_WEIGHT).astype(np.float32)
-    _, queries = tokens.mentions(ids)
-    weights[queries + 1] = 1.0
-    return weights
+    """`FactTokens.loss_weights` under the tokenizer that made the ids."""
+    return FactTokens.of(tokenizer).loss_weights(ids)
 
 
 def lines_of(text: str) -> list[str]:

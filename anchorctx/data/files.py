@@ -9,17 +9,19 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from anchorctx.data.documents import BadRow, Document, Fields, Reading, check_text
+from anchorctx.data.arrow import arrow_rows
+from anchorctx.data.documents import BadRow, Document, Reading, Tokens, check_text, too_long
+from anchorctx.data.fields import Fields
+from anchorctx.data.streams import COMPRESSIONS, lines, whole
 from anchorctx.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-COMPRESSIONS = (".gz", ".zst")
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -84,9 +86,11 @@ def content_identity(files: list[Path]) -> list[dict[str, Any]]:
     ]
 
 
-def read_files(files: list[Path], kind: str | None, fields: Fields, reading: Reading) -> Iterator[Document]:
+def read_files(
+    files: Sequence[Path], kind: str | None, fields: Fields, reading: Reading
+) -> Iterator[Document | Tokens]:
     """Yield the documents of all `files` in order; `kind` None goes by each file's ending."""
-    before = 0
+    before = reading.bytes_read
     for file in files:
         this = kind or kind_of(file)
         if this is None:
@@ -101,16 +105,17 @@ def read_files(files: list[Path], kind: str | None, fields: Fields, reading: Rea
         reading.bytes_read = before
 
 
-def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document]:
+def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
     with file.open("rb") as raw:
-        for number, line in enumerate(_lines(file, raw), start=1):
+        for number, line in enumerate(lines(file, raw), start=1):
             reading.bytes_read = before + raw.tell()
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
             where = f"{file}:{number}"
             try:
-                yield fields.document(_parse(line, where), where)
+                if line is None:
+                    raise BadRow("too long", too_long(where, "a line"))
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield from fields.documents(_parse(line, where), where)
             except BadRow as row:
                 reading.bad(row)
 
@@ -132,8 +137,10 @@ def _parse(line: bytes, where: str) -> Any:
 
 def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document]:
     with file.open("rb") as raw:
-        content = b"".join(_lines(file, raw))
+        content = whole(file, raw)
     try:
+        if content is None:
+            raise BadRow("too long", too_long(str(file), "a text"))
         text = content.decode("utf-8").removeprefix("\ufeff")
         check_text(text, str(file), "its content")
         yield Document(text, str(file), fields.constant_domain)
@@ -144,23 +151,23 @@ def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Ite
         reading.bad(row)
 
 
-def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document]:
+def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as parquet:
             try:
-                fields.check(parquet.schema_arrow.names, str(file))
+                columns = fields.columns(parquet.schema_arrow.names, str(file))
             except BadRow as row:  # every row is without: no skipping will help
                 raise UserError(row.sentence) from row
             size, rows, number = file.stat().st_size, max(parquet.metadata.num_rows, 1), 0
-            for batch in parquet.iter_batches(PARQUET_ROWS, columns=fields.names()):
-                for row in batch.to_pylist():
+            for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
+                for row in arrow_rows(batch, fields.tokens):
                     number += 1
                     reading.bytes_read = before + size * number // rows
                     try:
-                        yield fields.document(row, f"{file}:{number}")
+                        yield from fields.documents(row, f"{file}:{number}")
                     except BadRow as bad:
                         reading.bad(bad)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
@@ -168,57 +175,11 @@ def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> 
         raise UserError(f"{file} is no whole parquet file ({reason}): fetch it again, or leave it out") from error
 
 
-READERS: dict[str, Callable[[Path, Fields, Reading, int], Iterator[Document]]] = {
+READERS: dict[str, Callable[[Path, Fields, Reading, int], Iterator[Document | Tokens]]] = {
     "jsonl": _read_jsonl,
     "text": _read_text,
     "parquet": _read_parquet,
 }
-
-
-def _lines(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
-    """The lines of `raw`, decompressed by the ending of the file's name."""
-    suffix = file.suffix.lower()
-    if suffix == ".gz":
-        yield from gzip.GzipFile(fileobj=raw)
-    elif suffix == ".zst":
-        yield from _split(_zst_chunks(file, raw))
-    else:
-        yield from raw
-
-
-def _zst_chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
-    """Decompressed chunks of all frames; unlike zstandard's own reader it notices when the last one is cut short."""
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{file} needs the zstandard package: pip install 'anchorctx[zstd]'") from None
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # frames made with `zstd --long` too
-    frame = None
-    try:
-        while chunk := raw.read(2**18):
-            while chunk:
-                frame = frame or decompressor.decompressobj()
-                yield frame.decompress(chunk)
-                chunk = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as error:
-        raise EOFError(str(error)) from error
-    if frame is not None:
-        raise EOFError("the last zstd frame has no end")
-
-
-def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Chunks to lines, ends kept."""
-    pending: list[bytes] = []
-    for chunk in chunks:
-        *whole, rest = chunk.split(b"\n")
-        for line in whole:
-            yield b"".join([*pending, line, b"\n"])
-            pending.clear()
-        if rest:
-            pending.append(rest)
-    if pending:
-        yield b"".join(pending)
 
 
 def _in_folder(folder: Path) -> list[Path]:

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorctx.data.documents import BadRow, Document, Fields, Reading
+from anchorctx.data.arrow import arrow_rows
+from anchorctx.data.documents import BadRow, Document, Reading, Tokens
+from anchorctx.data.fields import Fields
 from anchorctx.errors import UserError
+
+ROWS_AT_ONCE = 128
+"""Rows read at once where they hold token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +74,28 @@ def dataset_bytes(dataset: Any) -> int | None:
     return None if not hasattr(dataset, "data") else int(dataset.data.nbytes)
 
 
-def read_dataset(dataset: Any, name: DatasetName, fields: Fields, reading: Reading) -> Iterator[Document]:
-    """Yield the dataset's documents in order."""
+def read_dataset(
+    dataset: Any, name: DatasetName, fields: Fields, reading: Reading, start: int = 0
+) -> Iterator[Document | Tokens]:
+    """Yield the documents of a dataset in order; its first row is row `start` of the whole, for messages."""
     if dataset.column_names is not None:
         try:
-            fields.check(dataset.column_names, f"the dataset {name.path}")
+            dataset = dataset.select_columns(fields.columns(dataset.column_names, f"the dataset {name.path}"))
         except BadRow as row:  # every row is without: no skipping will help
             raise UserError(row.sentence) from row
-        dataset = dataset.select_columns(fields.names())
-    total = dataset_bytes(dataset) or 0
-    rows = len(dataset) if total else 1
-    for number, row in enumerate(dataset, start=1):
-        reading.bytes_read = total * number // rows
+    before, size, rows = reading.bytes_read, dataset_bytes(dataset) or 0, 1 if name.streaming else max(len(dataset), 1)
+    for number, row in enumerate(_rows(dataset, name, fields), start=1):
+        reading.bytes_read = before + size * number // rows
         try:
-            yield fields.document(row, f"{name.path}:{number}")
+            yield from fields.documents(row, f"{name.path}:{start + number}")
         except BadRow as bad:
             reading.bad(bad)
+
+
+def _rows(dataset: Any, name: DatasetName, fields: Fields) -> Iterator[Any]:
+    """The rows; of a stored dataset through Arrow, token ids as arrays."""
+    if name.streaming or fields.tokens is None:
+        yield from dataset
+        return
+    for table in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
+        yield from arrow_rows(table, fields.tokens)

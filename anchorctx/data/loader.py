@@ -1,7 +1,8 @@
 """Rows to batches, in an order that is a pure function of (seed, epoch, packed set).
 
 A step is addressed by its number: resuming means asking for the next one. The global batch of a step is the same rows
-whatever the number of processes; each takes its share.
+whatever the number of processes; each takes its share. The order does not depend on the batch size either, so that a
+run goes on from the number of tokens it has trained, with another number of processes or another batch (`resume_at`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from anchorctx.data.order import deal, epoch_order
 from anchorctx.data.shards import PackedSet
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
@@ -72,12 +74,15 @@ class RowLoader:
         world: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        balance: bool = True,
     ) -> None:
+        """`balance` has rows of like attention cost in a step, and deals them out evenly (see `order`)."""
         _check(rows_per_step, micro_rows, rank, world, seed)
         self._packed, self._pattern = packed, pattern
         self._rows_per_step, self._micro_rows = rows_per_step, micro_rows
         self._rank, self._world = rank, world
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._balance = seed, shuffle, balance
+        self._first_step = self._first_row = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[Step]] | None = None
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -91,11 +96,48 @@ class RowLoader:
         self._ahead = index + 1, self._pool.submit(self._make, index + 1)
         return step
 
+    def resume_at(self, step: int, tokens: int, rows: int | None = None) -> None:
+        """Let step `step` begin where the run stands after `tokens` trained tokens.
+
+        `rows` is the number of rows that they were, which tells more where rows without trained tokens are among them.
+        UserError when no such number of rows trains so many tokens, so that they cannot be of this order of this set.
+        """
+        self._first_step, self._ahead = step, None
+        self._first_row = self._rows_of(tokens) if rows is None else rows
+        if self._tokens_of(self._first_row) != tokens:
+            raise UserError(
+                f"{tokens:,} trained tokens are no whole number of rows of the packed set {self._packed.fingerprint} "
+                "in this order: resume with the same data, data.shuffle, data.balance and seed, or choose another "
+                "out_dir"
+            )
+
+    def rows_before(self, step: int) -> int:
+        """Rows of the run that come before step `step`."""
+        return self._first_row + (step - self._first_step) * self._rows_per_step
+
+    def _rows_of(self, tokens: int) -> int:
+        """The least number of rows that train at least so many tokens."""
+        epochs, rest = divmod(tokens, int(self._packed.row_trained.sum()))
+        totals = np.cumsum(self._packed.row_trained[self._order(epochs)])
+        return epochs * len(self._packed) + (int(np.searchsorted(totals, rest)) + 1 if rest else 0)
+
+    def _tokens_of(self, rows: int) -> int:
+        """Trained tokens of the first `rows` rows."""
+        epochs, within = divmod(rows, len(self._packed))
+        trained = self._packed.row_trained
+        return epochs * int(trained.sum()) + int(trained[self._order(epochs)[:within]].sum())
+
     def rows(self, index: int) -> np.ndarray:
         """(rows_per_step,) the global rows of step `index`."""
-        counters = index * self._rows_per_step + np.arange(self._rows_per_step)
+        counters = self.rows_before(index) + np.arange(self._rows_per_step)
         epochs, within = np.divmod(counters, len(self._packed))
         return np.concatenate([self._order(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def share(self, rows: np.ndarray) -> np.ndarray:
+        """(rows_per_step / world,) this process's of a step's `rows`, in the order in which it runs them."""
+        if not self._balance:
+            return rows[self._rank :: self._world]
+        return rows[deal(self._packed.row_cost[rows], self._world)[self._rank]]
 
     def _order(self, epoch: int) -> np.ndarray:
         """(rows,) the order of an epoch's rows."""
@@ -103,13 +145,14 @@ class RowLoader:
             return np.arange(len(self._packed))
         cached = self._epoch_order
         if cached[0] != epoch:
-            rng = np.random.default_rng([self._seed, epoch, int(self._packed.fingerprint, 16)])
-            self._epoch_order = cached = epoch, rng.permutation(len(self._packed))
+            fingerprint = int(self._packed.fingerprint, 16)
+            order = epoch_order(self._packed.row_cost, self._seed, epoch, fingerprint, self._balance)
+            self._epoch_order = cached = epoch, order
         return cached[1]
 
     def _make(self, index: int) -> Step:
         rows = self.rows(index)
-        mine = rows[self._rank :: self._world]
+        mine = self.share(rows)
         batches = tuple(
             make_batch(self._packed, mine[i : i + self._micro_rows], self._pattern)
             for i in range(0, len(mine), self._micro_rows)

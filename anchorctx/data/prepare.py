@@ -1,259 +1,300 @@
-"""`prepare`: documents -> tokens -> packed rows on disk, with a fingerprint, progress and an account of every token."""
+"""`prepare`: documents -> tokens -> packed rows on disk, with a fingerprint, progress and an account of every token.
+
+Three stages, each a pure function of what the one before left on disk: `ingest` tokenises the parts of the sources,
+`plan` decides from the lengths which documents share a row, and `write_rows` copies tokens into shards. The first and
+the last run on an `engine`; an interrupted preparation finds the parts that were whole.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from anchorctx.data.assemble import RowShape
-from anchorctx.data.documents import BadRow, Document, Reading
-from anchorctx.data.facts import FactTokens, loss_weights
-from anchorctx.data.pack import PackConfig, Packer, Policy
-from anchorctx.data.shards import PackedSet, Row, ShardWriter
-from anchorctx.data.sources import Source, SourceConfig, open_source
-from anchorctx.data.tokenize import Tokens, default_workers, tokenize
+from anchorctx.data.accounting import Accounting
+from anchorctx.data.documents import Document, OnBadRow, Reading
+from anchorctx.data.engine import Engine, open_engine
+from anchorctx.data.facts import FactTokens
+from anchorctx.data.ingest import Ingest, Progress
+from anchorctx.data.mixture import MixtureBy
+from anchorctx.data.once import in_use, remove_unused, sole_writer
+from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
+from anchorctx.data.packing.config import Policy
+from anchorctx.data.packing.pieces import Rows
+from anchorctx.data.packing.tags import Tags
+from anchorctx.data.parts import Part
+from anchorctx.data.plan import Corpus, DocumentPlan, plan_rows, shards_of
+from anchorctx.data.prepare_config import LossWeights, PrepareConfig
+from anchorctx.data.progress import ReadingBar
+from anchorctx.data.shards import PackedSet, ShardFiles, ShardWriter, rows_per_shard, write_shard
+from anchorctx.data.sources import open_sources
+from anchorctx.data.store import TokenPart
+from anchorctx.data.tokenize import Encoder, tokenize
 from anchorctx.data.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
 from anchorctx.manifest import FILE, build_manifest, fingerprint
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever the same inputs would give other rows, so that old packed sets are not taken for new ones."""
-
-
-class LossWeights(StrEnum):
-    """How much each token counts in the loss."""
-
-    uniform = "uniform"
-    """All trained tokens the same."""
-    facts = "facts"
-    """Planted facts: 1 on answers, 0.1 on text, 0 on what cannot be predicted."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PrepareConfig:
-    """What `anchorctx prepare` does."""
-
-    out_dir: str
-    """Folder for packed sets; each gets a folder of its own in it, named by its fingerprint."""
-    sources: list[SourceConfig]
-    """Where the documents come from, read one after the other."""
-    tokenizer: str
-    """Folder or hub name of the model whose tokenizer to use."""
-    row_length: int
-    """Tokens in a row, anchor included."""
-    anchor_len: int = 1
-    """Anchor tokens at the start of each row."""
-    pack: PackConfig = field(default_factory=PackConfig)
-    """How documents become rows."""
-    weights: LossWeights = LossWeights.uniform
-    """Loss weights: uniform or facts."""
-    append_eos: bool = True
-    """End each document with EOS, where the tokenizer has one; it is trained like any token."""
-    workers: int | None = None
-    """Tokenising processes; 1 uses threads; null chooses by the number of processors. The result is the same."""
-    seed: int = 0
-    """Seed of the interleaving."""
-
-    def validate(self) -> None:
-        """UserError for values out of range."""
-        if self.anchor_len < 1:
-            raise UserError(f"anchor_len={self.anchor_len} must be at least 1: patterns without an anchor ignore it")
-        if self.row_length < self.anchor_len + 2:
-            raise UserError(
-                f"row_length={self.row_length} must be at least {self.anchor_len + 2}, "
-                "the anchor and two tokens: raise it"
-            )
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"workers={self.workers} must be at least 1: use null to choose by the processors")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} is negative: use 0 or more")
-        if not self.sources:
-            raise UserError("sources is empty: name at least one, such as sources=[{path: corpus.jsonl}]")
-        self.pack.validate(self.row_length - self.anchor_len)
+TOKENS = ".tokens"
+"""Folder of the token stores, in `out_dir`."""
 
 
 def prepare(config: PrepareConfig) -> PackedSet:
     """Make the packed set that the configuration describes, or open it where it exists already.
 
-    Whatever goes wrong, nothing half-written is left behind; mistakes in the input are UserErrors.
+    Whatever goes wrong, nothing half-written is left behind; mistakes in the input are UserErrors. The parts of the
+    sources that were tokenised by then are kept, and not tokenised again.
     """
-    config.validate()
-    tokenizer = load_tokenizer(config.tokenizer)
-    SpecialIds.of(tokenizer)
-    if config.weights is LossWeights.facts:
-        FactTokens.of(tokenizer)
-    sources = [open_source(source) for source in config.sources]
-    identity = _identity(config, sources, tokenizer)
-    folder = Path(config.out_dir) / fingerprint(identity)
-    if (folder / FILE).is_file():
-        packed = PackedSet.open(folder)
-        print(f"{folder} exists already, {len(packed):,} rows of {packed.row_length:,} tokens: used as it is")
+    preparation = Preparation(config)
+    folder = preparation.folder
+    if packed := _existing(folder):
         return packed
-    return Preparation(config, sources, tokenizer, identity).run(folder)
+    with sole_writer(folder):
+        return _existing(folder) or preparation.run()
+
+
+def _existing(folder: Path) -> PackedSet | None:
+    if not (folder / FILE).is_file():
+        return None
+    packed = PackedSet.open(folder)
+    print(f"{folder} exists already, {len(packed):,} rows of {packed.row_length:,} tokens: used as it is")
+    return packed
 
 
 class Preparation:
-    """One run through the corpus."""
+    """One run through the corpus: everything that is known before the first document is read."""
 
-    def __init__(
-        self,
-        config: PrepareConfig,
-        sources: list[Source],
-        tokenizer: PreTrainedTokenizerBase,
-        identity: dict[str, Any],
-    ) -> None:
-        self._config, self._sources, self._tokenizer, self._identity = config, sources, tokenizer, identity
-        self._special = SpecialIds.of(tokenizer)
-        self._eos = self._special.eos if config.append_eos else None
-        self._readings = [Reading(source.on_bad_row) for source in sources]
-        self._workers = config.workers or default_workers()
-        self._tags: dict[str, np.ndarray] = {}
-        self._histogram = np.zeros(64, dtype=np.int64)
-        self._weights = _weigher(config.weights, tokenizer)
-        shape = RowShape(config.row_length, config.anchor_len, self._special.anchor, self._special.pad)
-        self._packer = Packer(config.pack, shape, config.seed)
+    def __init__(self, config: PrepareConfig) -> None:
+        config.validate()
+        self.config = config
+        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.special = SpecialIds.of(self.tokenizer)
+        facts = FactTokens.of(self.tokenizer) if config.weights is LossWeights.facts else None
+        self.sources = open_sources(config.sources)
+        self.vocab_size = vocab_size(self.tokenizer)
+        self.tokens_folder = Path(config.out_dir) / TOKENS
+        self.ingest = Ingest(
+            self.tokens_folder,
+            Encoder.of(self.tokenizer),
+            tokenizer_fingerprint(self.tokenizer),
+            self.vocab_size,
+            self.special.eos if config.append_eos else None,
+            config.pack.domain_tags,
+            facts,
+            config.workers,
+        )
+        self.shape = RowShape(
+            config.row_length,
+            config.anchor_len,
+            self.special.anchor,
+            self.special.pad,
+            config.pack.interleave,
+            config.seed,
+        )
 
-    def run(self, folder: Path) -> PackedSet:
-        """Write the packed set into `folder` and print the account."""
-        began, config, size = time.perf_counter(), self._config, vocab_size(self._tokenizer)
-        with ShardWriter(folder, config.row_length, size, config.anchor_len) as writer:
-            for row, pieces in self._rows():
-                writer.add(row, pieces)
-            account = self._packer.accounting
-            if not account.trained:
-                raise UserError(
-                    f"no token of the corpus would be trained (dropped: {dict(account.dropped)}): "
-                    "relax pack.min_length, pack.long_documents or weights"
-                )
-            if writer.trained != account.trained:
-                raise RuntimeError(f"{account.trained} trained tokens were packed, {writer.trained} written")
-            self._tokenizer.save_pretrained(writer.folder / "tokenizer")
-            writer.close(self._manifest(folder.name, size))
-        print(account.table(config.row_length))
-        for reason, count in sorted(self._skipped().items()):
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the rows hold, as JSON; what it does not hold cannot change a row."""
+        config = self.config
+        pack, mixture = dataclasses.asdict(config.pack), dataclasses.asdict(config.mixture)
+        if config.pack.policy is not Policy.best_fit:
+            del pack["buffer_tokens"]
+        identity = {
+            "code": CODE_VERSION,
+            "sources": [source.identity for source in self.sources],
+            "tokenizer": self.ingest.tokenizer,
+            "row_length": config.row_length,
+            "anchor_len": config.anchor_len,
+            "pack": pack,
+            "weights": config.weights,
+            "append_eos": config.append_eos,
+            "seed": config.seed if config.pack.interleave > 1 else 0,
+        }
+        if config.mixture.weights or config.mixture.deduplicate:
+            is_named = config.mixture.by is MixtureBy.source and config.mixture.weights
+            identity["mixture"] = mixture | ({"names": [source.name for source in self.sources]} if is_named else {})
+        return identity
+
+    @property
+    def folder(self) -> Path:
+        """Where the packed set is, or will be."""
+        return Path(self.config.out_dir) / fingerprint(self.identity)
+
+    def run(self) -> PackedSet:
+        """Write the packed set and print the account."""
+        began, config = time.perf_counter(), self.config
+        finished: list[str] = []
+        try:
+            with in_use(self.tokens_folder), open_engine(config.engine, config.workers) as engine:
+                corpus = self.corpus(engine)
+                plan = DocumentPlan(corpus, config.mixture)
+                with ShardWriter(self.folder, config.row_length, self.vocab_size, config.anchor_len) as writer:
+                    accounting = self._write(engine, corpus, plan, writer)
+                    self._check(accounting, writer)
+                    self.tokenizer.save_pretrained(writer.folder / "tokenizer")
+                    writer.close(self._manifest(corpus, plan, accounting))
+            if not config.keep_tokens:
+                finished = [part.folder.name for part in corpus.parts]
+        finally:
+            remove_unused(self.tokens_folder, finished)
+        print(accounting.table(config.row_length))
+        for reason, count in sorted(skipped(corpus).items()):
             print(f"skipped rows: {count:,} ({reason})")
-        print(f"packed set: {folder}, {account.rows:,} rows, in {time.perf_counter() - began:.1f} s")
-        return PackedSet.open(folder, verify=False)
+        print(f"packed set: {self.folder}, {accounting.rows:,} rows, in {time.perf_counter() - began:.1f} s")
+        return PackedSet.open(self.folder, verify=False)
 
-    def _rows(self) -> Iterator[tuple[Row, int]]:
-        """Each row, and how many pieces it holds."""
-        packed = self._packer.accounting.pieces
-        with _progress(self._sources) as bar:
-            for row in self._pack(bar):
-                pieces = self._packer.accounting.pieces
-                yield row, pieces - packed
-                packed = pieces
+    def corpus(self, engine: Engine) -> Corpus:
+        """The first stage: every source tokenised; UserError for a source without documents."""
+        items = [
+            PartOf(index, source.on_bad_row, part) for index, source in enumerate(self.sources) for part in source.parts
+        ]
+        ingest = self.ingest if engine.is_local else dataclasses.replace(self.ingest, workers=1)
+        with ReadingBar(self.sources, len(items)) as bar:
+            done = engine.map(bar.running(run_part) if engine.is_local else run_part, ingest, items)
+            parts = [TokenPart.open(folder) for _, folder in bar.counting(done)]
+        owners = [item.source for item in items]
+        for index, source in enumerate(self.sources):
+            own = [part for part, owner in zip(parts, owners, strict=True) if owner == index]
+            reading = Reading(documents=sum(part.facts["read"] for part in own))
+            reading.skipped = sum((part.skipped for part in own), Counter())
+            try:
+                source.check_not_empty(reading)
+            except UserError:
+                for part in own:
+                    shutil.rmtree(part.folder)
+                raise
+        return Corpus(parts, owners, [source.name for source in self.sources])
 
-    def _pack(self, bar: Any) -> Iterator[Row]:
-        tokens = 0
-        for source, reading in zip(self._sources, self._readings, strict=True):
-            for document in tokenize(source.documents(reading), self._tokenizer, self._workers):
-                tokens += len(document.ids)
-                _advance(bar, self._readings, tokens)
-                yield from self._document(document, reading)
-        bar.set_postfix_str(f"{tokens:,} tok, writing")
-        yield from self._packer.finish()
-
-    def _document(self, document: Tokens, reading: Reading) -> Iterator[Row]:
-        if not len(document.ids):
-            sentence = f"{document.source} has a text that the tokenizer turns into no token: remove it"
-            reading.bad(BadRow("no tokens", sentence))
-            return
-        self._histogram[int(len(document.ids)).bit_length() - 1] += 1
-        ids, eos = document.ids, 0
-        if self._eos is not None:
-            ids, eos = np.append(ids, np.uint32(self._eos)), 1
-        tag = self._tag(document) if self._config.pack.domain_tags else _NO_TAG
-        yield from self._packer.add(ids, self._weights(ids), tag, eos)
-
-    def _tag(self, document: Tokens) -> np.ndarray:
-        if not document.domain:
+    def tags(self, corpus: Corpus) -> tuple[Tags, list[np.ndarray]]:
+        """What is put in front of documents, and for each part the (number of domains,) tags of its domains."""
+        pack, tags, numbers = self.config.pack, Tags(), {}
+        bos = [self.tokenizer.bos_token_id] if pack.prepend_bos else []
+        if bos == [None]:
             raise UserError(
-                f"{document.source} has no domain, but pack.domain_tags=true: set domain or domain_field of its source"
+                f"the tokenizer {self.config.tokenizer} has no BOS token, but pack.prepend_bos=true: set it to false"
             )
-        if document.domain not in self._tags:
-            texts = [Document(document.domain, document.source)]
-            self._tags[document.domain] = next(tokenize(texts, self._tokenizer)).ids
-        return self._tags[document.domain]
+        for domain in corpus.domains():
+            name = np.empty(0, np.uint32)
+            if pack.domain_tags:
+                if not domain:  # of documents that were tokenised before without tags
+                    raise UserError(
+                        "a document has no domain, but pack.domain_tags=true: set domain or domain_field of its source"
+                    )
+                name = next(tokenize([Document(domain, "")], self.ingest.encoder)).ids
+            numbers[domain] = tags.add(np.concatenate([np.array(bos, np.uint32), name]))
+        return tags, [np.array([numbers[domain] for domain in part.domains], np.int64) for part in corpus.parts]
 
-    def _skipped(self) -> Counter[str]:
-        return sum((reading.skipped for reading in self._readings), Counter())
+    def _write(self, engine: Engine, corpus: Corpus, plan: DocumentPlan, writer: ShardWriter) -> Accounting:
+        """The second and third stage: rows planned, and written shard by shard."""
+        tags, domain_tags = self.tags(corpus)
+        accounting, rows = plan.accounting(), rows_per_shard(self.config.row_length)
+        planned = plan_rows(plan, self.config.pack, self.shape.capacity, tags, domain_tags, accounting)
+        making = Making(writer.folder, self.shape, tags, corpus.parts, rows, tuple(plan.names))
+        shards = enumerate(shards_of(planned, rows))
+        with tqdm(unit="tok", unit_scale=True, desc="pack", mininterval=0.5) as bar:
+            for (_, shard), (files, counted) in engine.map(write_rows, making, shards):
+                writer.put(files)
+                accounting.merge_rows(counted)
+                bar.update(len(shard) * self.config.row_length)
+        return accounting
 
-    def _manifest(self, name: str, size: int) -> dict[str, Any]:
-        account = self._packer.accounting
-        used = np.flatnonzero(self._histogram)
+    def _check(self, accounting: Accounting, writer: ShardWriter) -> None:
+        """UserError when nothing would be trained; RuntimeError unless every token is accounted for."""
+        accounting.check(self.config.row_length)
+        trained = accounting.total("trained")
+        if not trained:
+            raise UserError(
+                f"no token of the corpus would be trained (dropped: {dict(accounting.total_dropped)}): "
+                "relax pack.min_length, pack.long_documents or weights"
+            )
+        if writer.trained != trained:
+            raise RuntimeError(f"{trained} trained tokens were packed, {writer.trained} written")
+
+    def _manifest(self, corpus: Corpus, plan: DocumentPlan, accounting: Accounting) -> dict[str, Any]:
+        histogram = length_histogram(corpus)
         return build_manifest(
             "prepare",
-            dataclasses.asdict(self._config),
-            fingerprint=name,
-            identity=self._identity,
-            row_length=self._config.row_length,
-            vocab_size=size,
-            tokenizer=self._config.tokenizer,
-            tokenizer_fingerprint=self._identity["tokenizer"],
-            anchor_id=self._special.anchor,
-            pad_id=self._special.pad,
-            documents=int(self._histogram.sum()),
-            trained_tokens=account.trained,
-            accounting=account.to_dict(),
-            document_lengths={str(2**i): int(self._histogram[i]) for i in used.tolist()},
-            skipped_rows=dict(self._skipped()),
+            dataclasses.asdict(self.config),
+            fingerprint=self.folder.name,
+            identity=self.identity,
+            row_length=self.config.row_length,
+            vocab_size=self.vocab_size,
+            tokenizer=self.config.tokenizer,
+            tokenizer_fingerprint=self.ingest.tokenizer,
+            anchor_id=self.special.anchor,
+            pad_id=self.special.pad,
+            documents=int(histogram.sum()),
+            trained_tokens=accounting.total("trained"),
+            accounting=accounting.to_dict(),
+            mixture=plan.report(accounting.content),
+            document_lengths={str(2**i): int(histogram[i]) for i in np.flatnonzero(histogram).tolist()},
+            skipped_rows=dict(skipped(corpus)),
         )
 
 
-_NO_TAG = np.empty(0, dtype=np.uint32)
+@dataclass(frozen=True, slots=True)
+class PartOf:
+    """A part to tokenise."""
+
+    source: int
+    on_bad_row: OnBadRow
+    part: Part
 
 
-def _identity(config: PrepareConfig, sources: list[Source], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Everything that decides what the rows hold, as JSON; what it does not hold cannot change a row."""
-    pack = dataclasses.asdict(config.pack)
-    if config.pack.policy is not Policy.best_fit:
-        del pack["buffer_tokens"]
-    return {
-        "code": CODE_VERSION,
-        "sources": [source.identity for source in sources],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "row_length": config.row_length,
-        "anchor_len": config.anchor_len,
-        "pack": pack,
-        "weights": config.weights,
-        "append_eos": config.append_eos,
-        "seed": config.seed if config.pack.interleave > 1 else 0,
-    }
+def run_part(ingest: Ingest, item: PartOf, progress: Progress | None = None) -> Path:
+    """The first stage of one part."""
+    return ingest.run(item.part, item.on_bad_row, progress)
 
 
-def _weigher(weights: LossWeights, tokenizer: PreTrainedTokenizerBase) -> Callable[[np.ndarray], np.ndarray | None]:
-    """The loss weights of a document's ids; None is 1 everywhere."""
-    if weights is LossWeights.facts:
-        return lambda ids: loss_weights(ids, tokenizer)
-    return lambda ids: None
+@dataclass(frozen=True, slots=True)
+class Making:
+    """What all shards of a set share; can be sent to another process."""
+
+    folder: Path
+    shape: RowShape
+    tags: Tags
+    parts: Sequence[TokenPart]
+    rows_per_shard: int
+    names: tuple[str, ...]
 
 
-def _progress(sources: list[Source]) -> Any:
-    sizes = [source.total_bytes for source in sources]
-    total = None if None in sizes else sum(size or 0 for size in sizes)
-    return tqdm(total=total, unit="B", unit_scale=True, desc="prepare", mininterval=0.5)
+_workspace = Workspace()
+"""This process's, from shard to shard."""
 
 
-def _advance(bar: Any, readings: list[Reading], tokens: int) -> None:
-    """Move the bar to what was read; refreshed by tqdm at its own pace."""
-    done = sum(reading.bytes_read for reading in readings)
-    elapsed = max(time.time() - bar.start_t, 1e-9)
-    documents = sum(reading.documents for reading in readings)
-    bar.set_postfix_str(f"{documents / elapsed:,.0f} documents/s, {tokens / elapsed:,.0f} tokens/s", refresh=False)
-    bar.update(done - bar.n)
+def write_rows(making: Making, item: tuple[int, Rows]) -> tuple[ShardFiles, Accounting]:
+    """The third stage of one shard: its number and planned rows, to files and what is in them."""
+    number, rows = item
+    counted = Accounting(making.names)
+    with ExitStack() as files:
+        parts = np.unique(rows.pieces["part"]).tolist()
+        texts = {part: files.enter_context(making.parts[part].text()) for part in parts}
+        first = number * making.rows_per_shard
+        block = assemble(rows, making.shape, making.tags, texts, counted, first, _workspace)
+    return write_shard(making.folder, number, block), counted
+
+
+def length_histogram(corpus: Corpus) -> np.ndarray:
+    """(64,) documents of 2**i to 2**(i+1) - 1 tokens, an appended EOS not counted."""
+    counts = np.zeros(64, np.int64)
+    for part in corpus.parts:
+        documents = part.documents
+        lengths = documents["length"] - documents["eos"]
+        counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
+    return counts
+
+
+def skipped(corpus: Corpus) -> Counter[str]:
+    """Rows of all sources that were left out, by reason."""
+    return sum((part.skipped for part in corpus.parts), Counter())

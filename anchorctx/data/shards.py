@@ -8,7 +8,7 @@
       offsets_00000.npy        segment boundaries of the shard's rows, flattened, int32
       doc_ids_00000.npy        the document of each segment, flattened, int32; nothing for rows without interleaving
       pointers_00000.npy       (rows + 1, 2) int64: where each row's boundaries and document ids begin
-      rows.npz                 per row: sum of weights, trained tokens, documents
+      rows.npz                 per row: sum of weights, trained tokens, documents, attention's cost
 
 It is written into a hidden folder beside and renamed when whole (`staging`), so a set that exists is complete.
 """
@@ -24,51 +24,62 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from anchorctx.data.block import Block, Row
 from anchorctx.data.staging import StagedFolder
+from anchorctx.data.store import token_dtype
 from anchorctx.errors import UserError
-from anchorctx.layout import PackedLayout
 from anchorctx.manifest import FILE, read_manifest, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARD_TOKENS = 2**25
-"""Tokens in a shard, about: 64 or 128 MiB of token ids. The writer holds one shard in memory."""
+"""Tokens in a shard, about: 64 or 128 MiB of token ids. Whoever makes a shard holds it in memory."""
 OPEN_SHARDS = 64
 """Shards that are mapped at once, at most: each map holds a file open."""
 ARRAYS = ("tokens", "weights", "offsets", "doc_ids", "pointers")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One packed row."""
+class ShardFiles:
+    """One shard, written."""
 
-    input_ids: np.ndarray
-    """(T,) int64."""
-    loss_weights: np.ndarray
-    """(T,) float32; 0 is not trained."""
-    layout: PackedLayout
-    """Its first segment is the anchor; positions continuous."""
+    index: dict[str, np.ndarray]
+    """(R,) what is known of each of its rows, see `Block.index`."""
+    files: dict[str, dict[str, Any]]
+    """Size and sha256 of each of its files, by name."""
+
+
+def write_shard(folder: Path, number: int, block: Block) -> ShardFiles:
+    """Write shard `number` of the set in the making in `folder`."""
+    paths = {name: _shard_file(folder, name, number) for name in ARRAYS}
+    for name, path in paths.items():
+        np.save(path, getattr(block, name))
+    return ShardFiles(block.index(), {path.name: _entry(path) for path in paths.values()})
+
+
+def rows_per_shard(row_length: int) -> int:
+    """Rows of a shard, by default."""
+    return max(SHARD_TOKENS // row_length, 1)
 
 
 class ShardWriter:
-    """Collects rows and writes them, a shard at a time, into a folder that becomes visible when it is whole.
+    """A set in the making: becomes visible when it is whole.
 
-    A context manager: left without `close`, it removes what it has written. Two may write the same folder at once.
+    Shards are given with `put` by whoever wrote them into `folder`, or made of single rows that are given with `add`. A
+    context manager: left without `close`, it removes what was written. Two may write the same set at once.
     """
 
     def __init__(
-        self, folder: Path, row_length: int, vocab_size: int, anchor_len: int, rows_per_shard: int | None = None
+        self, folder: Path, row_length: int, vocab_size: int, anchor_len: int, rows: int | None = None
     ) -> None:
+        """`rows` is the number of rows in a shard, None the default."""
         self._anchor_len, self._vocab_size = anchor_len, vocab_size
-        self._rows_per_shard = rows_per_shard or max(SHARD_TOKENS // row_length, 1)
+        self._rows_per_shard = rows or rows_per_shard(row_length)
         self._staged = StagedFolder(folder, FILE)
-        self._dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-        self._ids: list[np.ndarray] = []
-        self._weights: list[np.ndarray] = []
-        self._layouts: list[PackedLayout] = []
-        self._index: list[tuple[float, int, int]] = []
-        self._shards = 0
+        self._rows: list[Row] = []
+        self._documents: list[int] = []
+        self._shards: list[ShardFiles] = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -83,53 +94,41 @@ class ShardWriter:
 
     @property
     def trained(self) -> int:
-        """Trained tokens of all rows so far."""
-        return sum(row[1] for row in self._index)
+        """Trained tokens of all shards so far, as they were written."""
+        return sum(int(shard.index["trained"].sum()) for shard in self._shards)
+
+    def put(self, shard: ShardFiles) -> None:
+        """Take the next shard, which is in `folder` already; all but the last are full."""
+        self._shards.append(shard)
 
     def add(self, row: Row, documents: int) -> None:
         """Append a row that holds so many documents (or pieces)."""
         if int(row.input_ids.max()) >= self._vocab_size:
             raise ValueError(f"token id {row.input_ids.max()} is beyond the vocabulary of {self._vocab_size}")
-        weights = row.loss_weights.astype(np.float16)
-        self._ids.append(row.input_ids.astype(self._dtype))
-        self._weights.append(weights)
-        self._layouts.append(row.layout)
-        self._index.append((float(weights.sum(dtype=np.float64)), int(np.count_nonzero(weights)), documents))
-        if len(self._ids) == self._rows_per_shard:
+        self._rows.append(row)
+        self._documents.append(documents)
+        if len(self._rows) == self._rows_per_shard:
             self._flush()
 
     def close(self, manifest: dict[str, Any]) -> Path:
         """Write the index and the manifest, and give the folder its name, unless another writer was first."""
         self._flush()
-        folder = self.folder
-        weight, trained, documents = (np.array(column) for column in zip(*self._index, strict=True))
-        np.savez(folder / "rows.npz", weight=weight, trained=trained, documents=documents)
-        files = {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        facts = {"rows": len(self._index), "rows_per_shard": self._rows_per_shard, "anchor_len": self._anchor_len}
-        write_json(folder / FILE, {**manifest, **facts, "files": files})
+        folder, names = self.folder, self._shards[0].index
+        index = {name: np.concatenate([shard.index[name] for shard in self._shards]) for name in names}
+        np.savez(folder / "rows.npz", **index)  # type: ignore[arg-type]
+        files = {name: entry for shard in self._shards for name, entry in shard.files.items()}
+        others = (path for path in folder.rglob("*") if path.is_file() and path.name not in files)
+        files |= {path.relative_to(folder).as_posix(): _entry(path) for path in others}
+        rows = len(index["trained"])
+        facts = {"rows": rows, "rows_per_shard": self._rows_per_shard, "anchor_len": self._anchor_len}
+        write_json(folder / FILE, {**manifest, **facts, "files": dict(sorted(files.items()))})
         return self._staged.publish()
 
     def _flush(self) -> None:
-        if not self._ids:
-            return
-        weights = np.stack(self._weights)
-        doc_ids = [layout.doc_ids or () for layout in self._layouts]
-        ends = [[len(layout.doc_offsets) for layout in self._layouts], [len(ids) for ids in doc_ids]]
-        arrays = {
-            "tokens": np.stack(self._ids),
-            "weights": weights.astype(np.uint8) if np.isin(weights, (0, 1)).all() else weights,
-            "offsets": np.concatenate([layout.doc_offsets for layout in self._layouts]).astype(np.int32),
-            "doc_ids": np.concatenate(doc_ids).astype(np.int32),
-            "pointers": np.pad(np.cumsum(ends, axis=1), ((0, 0), (1, 0))).T.astype(np.int64),
-        }
-        for name, array in arrays.items():
-            np.save(_shard_file(self.folder, name, self._shards), array)
-        self._ids, self._weights, self._layouts = [], [], []
-        self._shards += 1
+        if self._rows:
+            block = Block.of(self._rows, self._documents, token_dtype(self._vocab_size))
+            self.put(write_shard(self.folder, len(self._shards), block))
+        self._rows, self._documents = [], []
 
 
 class PackedSet:
@@ -145,7 +144,9 @@ class PackedSet:
         """(rows,) int64: trained tokens of each row."""
         self.row_documents: np.ndarray = index["documents"]
         """(rows,) int64: documents (or pieces) in each row."""
-        self._shards: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
+        self.row_cost: np.ndarray = index["cost"]
+        """(rows,) float64: what each row costs in attention, in tokens squared (`block.attention_costs`)."""
+        self._shards: OrderedDict[int, Block] = OrderedDict()
         self._lock = threading.Lock()  # the loader reads in a thread of its own
 
     @classmethod
@@ -193,22 +194,22 @@ class PackedSet:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         number, i = divmod(index, int(self.manifest["rows_per_shard"]))
-        shard = self._shard(number)
-        (a, c), (b, d) = shard["pointers"][i].tolist(), shard["pointers"][i + 1].tolist()
-        doc_ids = tuple(shard["doc_ids"][c:d].tolist()) or None
-        offsets = tuple(shard["offsets"][a:b].tolist())
-        layout = PackedLayout(offsets, int(self.manifest["anchor_len"]), doc_ids=doc_ids)
-        return Row(shard["tokens"][i].astype(np.int64), shard["weights"][i].astype(np.float32), layout)
+        return self._shard(number).row(i, int(self.manifest["anchor_len"]))
 
-    def _shard(self, number: int) -> dict[str, np.ndarray]:
+    def _shard(self, number: int) -> Block:
         """The shard's memory-mapped arrays; those used longest ago are closed."""
         with self._lock:
             if number not in self._shards:
-                self._shards[number] = {name: _map(_shard_file(self.folder, name, number)) for name in ARRAYS}
+                arrays = [_map(_shard_file(self.folder, name, number)) for name in ARRAYS]
+                self._shards[number] = Block(*arrays, documents=self._documents_of(number))
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(number)
             return self._shards[number]
+
+    def _documents_of(self, number: int) -> np.ndarray:
+        rows = int(self.manifest["rows_per_shard"])
+        return self.row_documents[number * rows : (number + 1) * rows]
 
 
 def _locate(path: Path) -> Path:
@@ -230,6 +231,10 @@ def _shard_file(folder: Path, name: str, number: int) -> Path:
 def _map(file: Path) -> np.ndarray:
     small = file.stat().st_size <= 4096  # not worth a map, and an empty array cannot be mapped
     return np.load(file, mmap_mode=None if small else "r")
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

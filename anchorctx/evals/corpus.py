@@ -28,7 +28,7 @@ class Corpus(Sequence[str]):
         """All texts, in the source's order."""
         if self._texts is None:
             reading = Reading(on_bad_row=self._on_bad_row)
-            self._texts = [document.text for document in self._source.documents(reading)]
+            self._texts = [document.text for document in self._source.texts(reading)]
         return self._texts
 
     def __getitem__(self, index: Any) -> Any:

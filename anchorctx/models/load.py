@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anchorctx.attention.interface import implementation, register
 from anchorctx.attention.kernels.base import Score
@@ -75,11 +76,14 @@ def check_attention(model: PreTrainedModel, attention: str, device: torch.device
     choose(attention, torch.empty(1, heads, 1, dim, dtype=model.dtype, device=device), Score(dim**-0.5, None, softcap))
 
 
-def checkpoint_activations(model: PreTrainedModel, *, use_reentrant: bool = False) -> None:
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+def checkpoint_activations(model: PreTrainedModel, *, every: int = 1, use_reentrant: bool = False) -> None:
+    """Recompute every n-th decoder layer in the backward pass instead of keeping its activations; 1 is all of them."""
     name = "activation_checkpointing_enable"  # until transformers 5.20: gradient_checkpointing_enable
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every == 0
 
 
 def save_model(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:

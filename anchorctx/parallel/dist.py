@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import time
 import warnings
 from dataclasses import dataclass
 
@@ -60,6 +61,20 @@ def stop() -> None:
 def barrier() -> None:
     """Wait for every process."""
     torch_dist.barrier()
+
+
+def wait(device: torch.device) -> float:
+    """Wait for every process, after this one's computation is done; the seconds that passed in waiting.
+
+    With one process there is nobody to wait for, and nothing is synchronised.
+    """
+    if torch_dist.get_world_size() == 1:
+        return 0.0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    torch_dist.barrier()
+    return time.perf_counter() - began
 
 
 def total(values: list[float], device: torch.device) -> list[float]:

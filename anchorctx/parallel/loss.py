@@ -16,6 +16,7 @@ Shapes: B rows, T tokens, N trained tokens, D hidden size, V vocabulary, L token
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -43,6 +44,8 @@ class LossKind(StrEnum):
     """Plain torch in tiles, any device."""
     liger = "liger"
     """Liger's fused kernel on CUDA; needs the extra `liger` and one weight for all trained tokens."""
+    whole = "whole"
+    """torch's own cross-entropy on all logits at once: what the others are compared with, and its memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,19 @@ class CausalLMLoss(nn.Module):
     """A Hugging Face causal language model whose forward returns the summed loss of a packed batch."""
 
     def __init__(
-        self, model: PreTrainedModel, *, tile_tokens: int | None = None, kind: LossKind = LossKind.tiled
+        self,
+        model: PreTrainedModel,
+        *,
+        tile_tokens: int | None = None,
+        kind: LossKind = LossKind.tiled,
+        saving: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`tile_tokens` is how many tokens' logits exist at once; None chooses it (see `TILE_BYTES`)."""
+        """`tile_tokens` is how many tokens' logits exist at once; None chooses it (see `TILE_BYTES`).
+
+        The model (without the head) runs inside `saving()`, which may move what it keeps for the backward pass.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.saving = model, saving
         self.transform = LogitTransform.of(model.config)
         self.tile_tokens = tile_tokens or default_tile(model.config.vocab_size, model.config.hidden_size)
         self.kind = kind
@@ -100,6 +111,7 @@ class CausalLMLoss(nn.Module):
         layouts: tuple[PackedLayout, ...],
         labels: torch.Tensor,
         loss_weights: torch.Tensor | None = None,
+        shifted: bool = False,
     ) -> torch.Tensor:
         """Sum over trained tokens of weight times cross-entropy: a scalar, float32 (float64 for a float64 model).
 
@@ -108,11 +120,18 @@ class CausalLMLoss(nn.Module):
             layouts: one a row.
             labels: (B, T) int64, unshifted: `labels[:, t]` is predicted from token t-1. -100 is not trained.
             loss_weights: (B, T) float weight of each label; None is 1.
+            shifted: labels and weights are those of the predictions made *at* each token (see `sharder`); the tokens
+                may then be a slice of the rows that `layouts` describe.
         """
-        targets, weights = shift(labels, loss_weights)
-        hidden = self.model.base_model(
-            input_ids=input_ids, position_ids=position_ids, layouts=layouts, use_cache=False
-        ).last_hidden_state  # (B, T, D)
+        if shifted:
+            assert loss_weights is not None
+            targets, weights = labels, loss_weights
+        else:
+            targets, weights = shift(labels, loss_weights)
+        with self.saving():
+            hidden = self.model.base_model(
+                input_ids=input_ids, position_ids=position_ids, layouts=layouts, use_cache=False
+            ).last_hidden_state  # (B, T, D)
         trained = targets != IGNORE
         hidden, targets, weights = hidden[trained], targets[trained], weights[trained]  # (N, D), (N,), (N,)
         head = self.model.get_output_embeddings()
@@ -124,6 +143,8 @@ class CausalLMLoss(nn.Module):
     ) -> torch.Tensor:
         if self.kind is LossKind.liger:
             return _liger_loss(head, hidden, targets, weights, self.transform)
+        if self.kind is LossKind.whole:
+            return _whole_loss(head, hidden, targets, weights, self.transform)
         loss = _TiledCrossEntropy.apply(
             hidden, head.weight, head.bias, targets, weights, self.transform, self.tile_tokens, torch.is_grad_enabled()
         )
@@ -219,6 +240,15 @@ def _accumulate(
         grads[1].add_(grad.mT @ x)
     if grads[2] is not None:
         grads[2].add_(grad.sum(0, dtype=grads[2].dtype))
+
+
+def _whole_loss(
+    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, transform: LogitTransform
+) -> torch.Tensor:
+    """Plain torch, (N, V) logits and their gradient in full."""
+    logits = F.linear(hidden, head.weight, head.bias)
+    logits = transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+    return (F.cross_entropy(logits, targets, reduction="none") * weights.to(logits.dtype)).sum()
 
 
 def _check_liger(transform: LogitTransform) -> None:

@@ -42,7 +42,7 @@ def styled(draw: Drawing) -> Drawing:
 
     @functools.wraps(draw)
     def drawing(*args: Any, **kwargs: Any) -> Path:
-        with _matplotlib().rc_context(STYLE):
+        with load_matplotlib().rc_context(STYLE):
             return draw(*args, **kwargs)
 
     return cast(Drawing, drawing)
@@ -98,7 +98,7 @@ def loss_figure(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             axes.plot(x, y, color=BLUE if is_training else color, linewidth=2, marker="o", markersize=4, label=label)
     if not drawn:
         raise UserError(f"no train/loss or val/loss to draw {path} from: give the rows of a run's metrics.jsonl")
-    axes.xaxis.set_major_formatter(_matplotlib().ticker.EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(load_matplotlib().ticker.EngFormatter(sep=""))
     axes.set(xlabel="trained tokens", ylabel="loss (nats a token)")
     axes.set_title("Training and validation loss")
     axes.legend()
@@ -172,7 +172,7 @@ def _draw_whole(axes: Any, layout: PackedLayout) -> None:
     axes.set(xlim=(-tokens / 200, tokens), ylim=(tokens, 0), aspect="equal")
     axes.set(xlabel="key position (tokens)", ylabel="query position (tokens)")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_matplotlib().ticker.StrMethodFormatter("{x:,.0f}"))
+        axis.set_major_formatter(load_matplotlib().ticker.StrMethodFormatter("{x:,.0f}"))
     axes.grid(False)
 
 
@@ -185,7 +185,7 @@ def _draw_close(axes: Any, layout: PackedLayout, reach: int = 10) -> None:
     colors = _cells(layout, near, keys)
     gap = 1.5 if len(first) and first[-1] + 1 < near[0] else 0.0
     left = np.arange(len(keys)) + np.where(np.arange(len(keys)) >= len(first), gap, 0.0)
-    patches = _matplotlib().patches
+    patches = load_matplotlib().patches
     for row in range(len(near)):
         for column in range(len(keys)):
             axes.add_patch(patches.Rectangle((left[column], row), 0.94, 0.94, color=colors[row][column], linewidth=0))
@@ -234,7 +234,7 @@ def _cells(layout: PackedLayout, queries: np.ndarray, keys: np.ndarray) -> list[
 
 
 def _pattern_legend(layout: PackedLayout) -> list[Any]:
-    patches = _matplotlib().patches
+    patches = load_matplotlib().patches
     handles = [patches.Patch(color=BLUE, label="document")]
     if layout.num_documents > 1:
         handles.append(patches.Patch(color=SKY, label="next document (colours alternate)"))
@@ -246,12 +246,12 @@ def _pattern_legend(layout: PackedLayout) -> list[Any]:
     return handles
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """A figure that no display ever sees (Agg), in inches, and its axes."""
-    mpl = _matplotlib()
+    mpl = load_matplotlib()
     figure = mpl.figure.Figure(figsize=(width, height), dpi=150)
     mpl.backends.backend_agg.FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def save(figure: Any, path: Path, tight: bool = True) -> Path:
@@ -261,7 +261,7 @@ def save(figure: Any, path: Path, tight: bool = True) -> Path:
     return path
 
 
-def _matplotlib() -> Any:
+def load_matplotlib() -> Any:
     """The matplotlib package with the parts that are used; UserError when it is not installed."""
     try:
         import matplotlib

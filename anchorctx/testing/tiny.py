@@ -10,7 +10,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from anchorctx.models import ModelConfig, load_model
 
@@ -99,6 +100,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere2": Architecture("cohere2", MIXED | {"logit_scale": 0.25}, window=True, layered_masks=True),
 }
 """Every architecture that is proven, by name."""
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """`size` words, each one token: `<unk>`, `<s>` (BOS, 1), `</s>` (EOS, 2), then w3, w4, ..., split at spaces."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, size))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
+from anchorctx.parallel.config import MemoryConfig, ParallelConfig
 from anchorctx.train.callbacks import LoggingConfig
 from anchorctx.train.checkpoint import CheckpointConfig
-from anchorctx.train.engine import ParallelConfig
 from anchorctx.train.optim import OptimConfig
 
 
@@ -25,6 +25,9 @@ class DataConfig:
     """Compare the shards' checksums before the run."""
     shuffle: bool = True
     """Draw rows in an order that depends only on (seed, epoch, packed set); false takes them as packed."""
+    balance: bool = True
+    """Let rows of like attention cost share a step, and deal them out evenly, so that no process waits for another;
+    false leaves the rows as they were shuffled."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,7 +57,9 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """ZeRO stage, offloading, activation checkpointing."""
+    """ZeRO stage, sequence parallelism, offloading, activation checkpointing."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Recomputation, tiles and offloading of activations."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Writing, keeping and resuming checkpoints."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -70,8 +75,9 @@ class TrainConfig:
                 f"validate_every={self.validate_every} must be at least 0, and "
                 f"logging.every={self.logging.every} at least 1"
             )
-        for part in (self.optim, self.parallel, self.checkpoint):
+        for part in (self.optim, self.parallel, self.memory, self.checkpoint):
             part.validate()
+        self.memory.recomputed(self.parallel)
 
     def rows_per_step(self, row_length: int, world: int) -> int:
         """Rows of one global step; UserError when the batch does not divide."""

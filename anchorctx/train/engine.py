@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from anchorctx.errors import UserError
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.dist import Ranks
 from anchorctx.train.optim import OptimConfig, parameter_groups
-
-
-@dataclass(kw_only=True, slots=True)
-class ParallelConfig:
-    """How the model's states are spread over processes (ZeRO, arXiv 1910.02054) and memory."""
-
-    zero_stage: int = 2
-    """1 shards the optimizer's states over the processes, 2 also the gradients, 3 also the parameters."""
-    offload_optimizer: bool = False
-    """Keep the optimizer's states in CPU memory."""
-    offload_parameters: bool = False
-    """Keep the parameters in CPU memory between uses; needs zero_stage=3."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
-    timeout_s: float = 1800.0
-    """Longest time, in seconds, that a process waits for another before the job ends."""
-
-    def validate(self) -> None:
-        """Raise UserError for combinations that do not exist."""
-        if self.zero_stage not in (1, 2, 3):
-            raise UserError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
-        if self.offload_parameters and self.zero_stage != 3:
-            raise UserError(
-                f"parallel.offload_parameters=true needs parallel.zero_stage=3, not {self.zero_stage}: "
-                "only ZeRO 3 shards parameters"
-            )
 
 
 def deepspeed_config(

@@ -24,10 +24,12 @@ from anchorctx.data.shards import PackedSet
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.manifest import build_manifest, write_manifest
-from anchorctx.models import check_attention, check_length, check_vocabulary, checkpoint_activations, load_model
-from anchorctx.parallel import dist
-from anchorctx.parallel.loss import CausalLMLoss
+from anchorctx.models import check_attention, check_length, check_vocabulary
+from anchorctx.parallel import dist, ulysses
+from anchorctx.parallel.mesh import Mesh
+from anchorctx.parallel.sharder import Share, share
 from anchorctx.train import checkpoint
+from anchorctx.train.build import accumulation, build_model, build_module
 from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb, WandbMode
 from anchorctx.train.config import TrainConfig
 from anchorctx.train.engine import build_engine, set_lr
@@ -50,6 +52,7 @@ def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
             Trainer(config, ranks, probes).fit()
     finally:
         signal.signal(signal.SIGTERM, handler)
+        ulysses.release()
         dist.stop()
     return Path(config.out_dir)
 
@@ -62,39 +65,45 @@ class Trainer:
         self.config, self.ranks, self.out_dir = config, ranks, Path(config.out_dir)
         self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
         self.validation = self._open_validation()
-        rows = config.rows_per_step(self.packed.row_length, ranks.world)
+        self.mesh = Mesh.of(ranks, config.parallel.sequence_parallel)
+        rows = config.rows_per_step(self.packed.row_length, self.mesh.data)
         self.resume_from = checkpoint.find(self.out_dir / "checkpoints", config.checkpoint.resume)
         state = self._resume_state()
         set_seed(config.seed)
-        model = load_model(config.model)
+        model = build_model(config, self.mesh, rows)
         check_length(model.config, self.packed.row_length)
         check_vocabulary(model, self.packed.manifest["vocab_size"])
         check_attention(model, config.model.attention, ranks.device)
         for probe in self.probes:
             probe.check(model, self.packed.tokenizer())
-        if config.parallel.activation_checkpointing:
-            checkpoint_activations(model)
+        if self.probes and self.mesh.sequence > 1:
+            raise UserError(
+                f"live evaluations cannot run with parallel.sequence_parallel={self.mesh.sequence}, which spreads "
+                "each row over processes: set live.every=0 and evaluate exported checkpoints"
+            )
         self.meter = Meter(ModelFlops.of(model), ranks, rows)
         self.loader = RowLoader(
             self.packed,
             config.pattern,
             rows_per_step=rows,
             micro_rows=config.micro_rows,
-            rank=ranks.rank,
-            world=ranks.world,
+            rank=self.mesh.data_rank,
+            world=self.mesh.data,
             seed=config.seed,
             shuffle=config.data.shuffle,
+            balance=config.data.balance,
         )
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        self.loader.resume_at(self.step, self.tokens, state.get("rows"))
         self._write_run(model)
         self.engine = build_engine(
-            CausalLMLoss(model),
+            build_module(config, model, self.mesh, self.packed.row_length),
             config.parallel,
             config.optim,
             ranks,
             dtype=model.dtype,
             micro_rows=config.micro_rows,
-            accumulation=rows // (config.micro_rows * ranks.world),
+            accumulation=accumulation(config, self.mesh, rows),
         )
         if self.resume_from is not None:
             checkpoint.load(self.engine, self.resume_from, ranks)
@@ -133,14 +142,16 @@ class Trainer:
         self.tokens += step.trained_tokens
         layouts = tuple(layout for batch in step.micro_batches for layout in batch.layouts)
         row = {"train/loss": loss, "train/lr": lr, "train/grad_norm": float(self.engine.get_global_grad_norm())}
-        return row | self.meter.row(step, layouts, waited)
+        return row | self.meter.row(step, layouts, waited) | {"perf/waiting_seconds": self.waiting}
 
     def _forward_backward(self, step: Step) -> float:
         """Accumulate the step's gradients; returns its loss. The caller makes the update."""
-        scale = self.ranks.world / step.weight  # DeepSpeed averages gradients over the processes
+        scale = self.ranks.world / step.weight  # DeepSpeed averages gradients over all processes
+        self.waiting = 0.0
         summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(step.micro_batches):
-            loss = self._loss_sum(batch)
+            loss = self._loss_sum(share(batch, self.mesh))
+            self.waiting += dist.wait(self.ranks.device)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             summed += loss.detach()
             if index < len(step.micro_batches) - 1:
@@ -160,13 +171,14 @@ class Trainer:
             return {}
         self.engine.eval()
         sums = [0.0, 0.0]
-        ranks, rows = self.ranks, self.config.validation_rows
+        ranks, mesh, rows = self.ranks, self.mesh, self.config.validation_rows
         with torch.no_grad():
             for batch in validation_batches(
-                self.validation, self.config.pattern, self.config.micro_rows, ranks.rank, ranks.world, rows
+                self.validation, self.config.pattern, self.config.micro_rows, mesh.data_rank, mesh.data, rows
             ):
-                sums[0] += float(self._loss_sum(batch))
-                sums[1] += float(batch.loss_weights.sum())
+                mine = share(batch, mesh)
+                sums[0] += float(self._loss_sum(mine))
+                sums[1] += float(mine.loss_weights.sum())
         self.engine.train()
         loss, weight = dist.total(sums, ranks.device)
         return {"val/loss": loss / weight, "val/perplexity": math.exp(min(loss / weight, 700.0))}
@@ -184,18 +196,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from every rank."""
-        state = {"step": self.step, "tokens": self.tokens, "identity": self._identity()}
+        rows = self.loader.rows_before(self.step)
+        state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
 
-    def _loss_sum(self, batch: Any) -> torch.Tensor:
-        batch = batch.to(self.ranks.device)
-        return self.engine(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            layouts=batch.layouts,
-            labels=batch.labels,
-            loss_weights=batch.loss_weights,
-        )
+    def _loss_sum(self, mine: Share) -> torch.Tensor:
+        return self.engine(**mine.arguments(self.ranks.device))
 
     def _report(self, row: dict[str, float]) -> None:
         row["memory/peak_gib"] = dist.highest(row.get("memory/peak_gib", 0.0), self.ranks.device)
@@ -235,8 +241,9 @@ class Trainer:
             "corpus": self.packed.fingerprint,
             "tokenizer": self.packed.manifest["tokenizer_fingerprint"],
             "pattern": self.config.pattern.value,
-            "tokens_per_step": self.config.tokens_per_step,
             "seed": self.config.seed,
+            "shuffle": self.config.data.shuffle,
+            "balance": self.config.data.balance,
             "processes": self.ranks.world,
             "zero_stage": self.config.parallel.zero_stage,
         }

@@ -15,14 +15,7 @@ out=${OUT:-runs/quickstart}
 began=$SECONDS
 mkdir -p "$out"
 
-step() { printf '\n[%d/6, %ds] %s\n' "$1" $((SECONDS - began)) "$2"; }
-
-evaluate() { # folder, model, fields of its configuration, label
-    [ -s "$out/eval/$1/results.jsonl" ] && return
-    rm -rf "$out/eval/$1.partial"
-    anchorctx eval model="$2" label="'$4'" config="$3" out_dir="$out/eval/$1.partial" 'evals=[perplexity,retrieval]'
-    mkdir -p "$out/eval" && mv "$out/eval/$1.partial" "$out/eval/$1"
-}
+step() { printf '\n[%d/7, %ds] %s\n' "$1" $((SECONDS - began)) "$2"; }
 
 step 1 "a byte-level BPE, and a small Llama that knows 512 tokens"
 [ -d "$out/base" ] || python "$recipe/pretrain.py" "$out/base"
@@ -36,20 +29,26 @@ packed packed train
 packed packed_validation validation
 
 step 3 "training with AnchorAttention: DeepSpeed ZeRO-2, two processes"
-OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m anchorctx.cli.train --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
+OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m anchorctx.cli.train \
+    --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
     data.train="$out/packed" data.validation="$out/packed_validation" model.path="$out/base" "$@"
 
 step 4 "export to a Hugging Face folder"
 [ -d "$out/exported" ] || anchorctx export run="$out/run" out_dir="$out/exported"
 
-step 5 "held-out perplexity and retrieval, before and after"
-evaluate before "$out/base" '{max_position_embeddings: 4096}' "before"
-evaluate raised "$out/base" \
-    '{max_position_embeddings: 4096, rope_parameters: {rope_type: default, rope_theta: 100000.0}}' "before, theta raised"
-evaluate after "$out/exported" '{}' "after"
+step 5 "held-out perplexity and retrieval, before and after; needles by depth"
+anchorctx eval out_dir="$out/eval" 'evals=[perplexity,retrieval,needle]' "models=[\
+    {label: before, path: '$out/base', config: {max_position_embeddings: 4096}},\
+    {label: 'before, theta raised', path: '$out/base', rope: {theta: 1.0e5}, max_length: 4096},\
+    {label: after, path: '$out/exported'}]"
 
-step 6 "pictures"
+step 6 "does bfloat16 break RoPE on this model?"
+anchorctx precision model="$out/exported" label=after out_dir="$out/precision" 'lengths=[512,4096]' \
+    'shifts=[16,4096,131072]' cost=false
+
+step 7 "pictures, and one page with everything"
 anchorctx plot out_dir="$out/plots" run="$out/run" packed="$out/packed" pretraining_length=512 \
-    "results=[$out/eval/before/results.jsonl,$out/eval/raised/results.jsonl,$out/eval/after/results.jsonl]"
+    "results=['$out/eval/results.jsonl']"
+anchorctx report "$out" out="$out/report.html" pretraining_length=512
 
 python "$recipe/summary.py" "$out" $((SECONDS - began))

@@ -10,7 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from anchorctx.data.shards import Row, ShardWriter
+from anchorctx.data.block import Row
+from anchorctx.data.shards import ShardWriter
 from anchorctx.layout import PackedLayout
 
 LENGTH, VOCABULARY = 64, 60

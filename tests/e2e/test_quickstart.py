@@ -23,9 +23,11 @@ def test_the_quickstart_keeps_its_claim(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert AutoModelForCausalLM.from_pretrained(out / "exported").config.max_position_embeddings == 4096
+    assert (out / "report.html").stat().st_size > 50_000
+    rows = list(read_results(out / "eval" / "results.jsonl"))
     for figure in json.loads((RECIPE / "expected.json").read_text())["figures"]:
-        rows = list(read_results(out / figure["file"]))
-        found = [r.value for r in rows if r.metric == figure["metric"] and r.context.get("length") == figure["length"]]
+        wanted = (figure["metric"], figure["model"], figure["length"])
+        found = [r.value for r in rows if (r.metric, r.context["model"], r.context.get("length")) == wanted]
         assert len(found) == 1 and abs(found[0] - figure["value"]) <= figure["tolerance"], (figure, found)
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "exists already" in again.stdout  # nothing is done twice

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from anchorctx.config import SCHEMAS, conf_dir, resolve
+from anchorctx.config import SCHEMAS, conf_dir, resolve, schema
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
 from anchorctx.train.engine import deepspeed_config
@@ -59,8 +60,13 @@ def test_every_command_has_its_file_and_every_choice_composes(command: str) -> N
     "path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_choice_of_a_group_composes(path: Path) -> None:
-    needed = ["out_dir=x", "data.train=y", "model.path=z"]
-    resolve("train", [*needed, f"{path.parent.name}={path.stem}"]).validate()
+    needed = {
+        "train": ["out_dir=x", "data.train=y", "model.path=z"],
+        "prepare": ["out_dir=x", "tokenizer=y", "row_length=64", "sources=[{path: z}]"],
+    }
+    group = path.parent.name
+    command = next(name for name in needed if group in {field.name for field in dataclasses.fields(schema(name))})
+    resolve(command, [*needed[command], f"{group}={path.stem}"]).validate()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from anchorctx.data.sources import SourceConfig, SourceFormat
-from anchorctx.data.stdlib import Split, StdlibConfig
+from anchorctx.data.sources import SourceConfig
+from anchorctx.evals.config import embedded
 
 
 class Arithmetic(StrEnum):
@@ -32,10 +32,6 @@ class Emulate(StrEnum):
     """Nowhere: the device's own kernels."""
 
 
-def _embedded() -> SourceConfig:
-    return SourceConfig(format=SourceFormat.stdlib, stdlib=StdlibConfig(split=Split.validation))
-
-
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
     """What `anchorctx precision` does."""
@@ -48,7 +44,7 @@ class PrecisionConfig:
     """Name of the model in the results; null takes the folder's name."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
-    corpus: SourceConfig = field(default_factory=_embedded)
+    corpus: SourceConfig = field(default_factory=embedded)
     """Texts: any source that `prepare` takes; the embedded corpus' validation files by default."""
     lengths: list[int] = field(default_factory=list)
     """Row lengths in tokens; empty takes the model's limit (32,768 at most) and its half, quarter and eighth."""

@@ -245,4 +245,4 @@ def _cost_rows(config: PrecisionConfig, setting: Setting, subject: arms.Subject,
 
 
 def _read(corpus: SourceConfig) -> list[str]:
-    return [document.text for document in open_source(corpus).documents(Reading(on_bad_row=corpus.on_bad_row))]
+    return [document.text for document in open_source(corpus).texts(Reading(on_bad_row=corpus.on_bad_row))]

@@ -55,7 +55,7 @@ def test_every_key_has_a_docstring(command: str) -> None:
 
 def test_ready_made_choices_are_listed() -> None:
     text = help_text("train", "x")
-    assert "parallel=zero1|zero2|zero3|zero3_offload" in text
+    assert "parallel=ulysses8|zero1|zero2|zero3|zero3_offload" in text
     assert "logging=local|wandb" in text
 
 

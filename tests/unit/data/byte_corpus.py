@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from anchorctx.data.prepare import PrepareConfig
+from anchorctx.data.prepare_config import PrepareConfig
 from anchorctx.data.shards import PackedSet
 from anchorctx.data.sources import SourceConfig
 

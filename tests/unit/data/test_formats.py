@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from anchorctx.data import files
-from anchorctx.data.documents import Document, OnBadRow, Reading
+from anchorctx.data import documents as documents_module
+from anchorctx.data import files, streams
+from anchorctx.data.documents import MAX_DOCUMENT_BYTES, Document, OnBadRow, Reading
 from anchorctx.data.sources import SourceConfig, SourceFormat, open_source
 from anchorctx.errors import UserError
 
@@ -231,6 +233,46 @@ def test_bad_texts(tmp_path: Path) -> None:
     assert sentence(tmp_path / "b.txt").startswith(f"{tmp_path / 'b.txt'} has an empty text as its content: remove")
     documents, reading = read(tmp_path, on_bad_row=OnBadRow.skip)
     assert len(documents) == 1 and dict(reading.skipped) == {"invalid UTF-8": 1, "empty text": 1}
+
+
+def test_a_line_of_200_megabytes(tmp_path: Path) -> None:
+    """A whole corpus as one JSON array, say: it is passed over without being held in memory."""
+    file = tmp_path / "rows.jsonl"
+    with file.open("wb") as handle:
+        handle.write(GOOD + b"\n[")
+        for _ in range(200):
+            handle.write(b"x" * 1_000_000)
+        handle.write(b"]\n" + GOOD)
+    expected = (
+        f"{file}:2 has a line of more than 67,108,864 bytes, the most that a document may have: split it, "
+        "or set on_bad_row=skip to leave such rows out"
+    )
+    assert sentence(file) == expected
+    tracemalloc.start()
+    documents, reading = read(file, on_bad_row=OnBadRow.skip)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [document.source[-2:] for document in documents] == [":1", ":3"] and dict(reading.skipped) == {"too long": 1}
+    assert peak < 1.1 * MAX_DOCUMENT_BYTES
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet"])
+def test_documents_that_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    for module in (streams, documents_module):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 100)
+    file, text = tmp_path / f"rows.{ending}", "x" * 90 + "ß" * 10
+    if ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["good", text]}), file)
+    else:
+        content = text.encode() if ending.startswith("txt") else GOOD + b"\n" + jsonl([{"text": text}])
+        compress = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(ending[-3:].strip("."), bytes)
+        file.write_bytes(compress(content))
+    where = str(file) if ending.startswith("txt") else f"{file}:2"
+    assert sentence(file).startswith(f"{where} has a ")
+    assert "of more than 100 bytes, the most that a document may have: split it" in sentence(file)
+    if not ending.startswith("txt"):
+        documents, reading = read(file, on_bad_row=OnBadRow.skip)
+        assert len(documents) == 1 and dict(reading.skipped) == {"too long": 1}
 
 
 # -- files that are no good -----------------------------------------------------------------------------------------

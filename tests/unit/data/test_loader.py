@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from anchorctx.data.block import Row
 from anchorctx.data.loader import Batch, RowLoader, Step, make_batch, validation_batches
-from anchorctx.data.shards import PackedSet, Row, ShardWriter
+from anchorctx.data.shards import PackedSet, ShardWriter
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern, Positions
 
@@ -107,6 +108,56 @@ def test_the_order_depends_on_seed_and_content(packed: PackedSet, tmp_path: Path
     assert loader(packed, rows_per_step=ROWS, seed=4).rows(0).tolist() != first
     assert loader(build(tmp_path, "cd34"), rows_per_step=ROWS).rows(0).tolist() != first
     assert loader(packed, rows_per_step=ROWS, shuffle=False).rows(1).tolist() == list(range(ROWS))
+
+
+def stream(loader: RowLoader, first: int, steps: int) -> list[int]:
+    return [row for i in range(first, first + steps) for row in loader.rows(i).tolist()]
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3, 5, 9])
+@pytest.mark.parametrize(("rows_per_step", "world"), [(4, 2), (2, 1), (8, 4), (6, 3)])
+def test_a_run_goes_on_from_its_trained_tokens_with_another_batch_and_other_processes(
+    packed: PackedSet, balance: bool, steps: int, rows_per_step: int, world: int
+) -> None:
+    """In the third epoch, too: no row is left out and none comes twice."""
+    before = loader(packed, balance=balance)
+    tokens = sum(before.step(i).trained_tokens for i in range(steps))
+    whole = stream(before, 0, 20)
+    for rows in (None, before.rows_before(steps)):
+        ranks = [
+            loader(packed, balance=balance, rows_per_step=rows_per_step, rank=rank, world=world)
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            rank.resume_at(steps, tokens, rows)
+        assert stream(before, 0, steps) + stream(ranks[0], steps, 3) == whole[: steps * 4 + 3 * rows_per_step]
+        shares = [rows_in(rank.step(steps).micro_batches) for rank in ranks]
+        assert sorted(row for share in shares for row in share) == sorted(ranks[0].rows(steps).tolist())
+        again = loader(packed, balance=balance, rows_per_step=4)  # and once more, from where that one stopped
+        again.resume_at(steps + 2, tokens + sum(ranks[0].step(steps + i).trained_tokens for i in range(2)))
+        assert again.rows(steps + 2).tolist() == whole[steps * 4 + 2 * rows_per_step :][:4]
+
+
+def test_rows_without_trained_tokens_are_neither_lost_nor_doubled(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "ab12", T, 100, 1, 4) as writer:
+        for i in range(8):
+            weights = np.full(T, float(i % 2), np.float32)
+            writer.add(Row(np.full(T, 10 + i), weights, PackedLayout((0, 1, T), 1)), 1)
+        writer.close({"fingerprint": "ab12", "row_length": T})
+    packed = PackedSet.open(tmp_path)
+    for step in range(9):
+        run = loader(packed, rows_per_step=1)
+        tokens = sum(run.step(i).trained_tokens for i in range(step))
+        resumed = loader(packed, rows_per_step=1)
+        resumed.resume_at(step, tokens, run.rows_before(step))
+        assert stream(resumed, step, 4) == stream(run, step, 4)
+
+
+def test_tokens_of_another_order_are_refused(packed: PackedSet) -> None:
+    for rows in (None, 3):
+        with pytest.raises(UserError, match="5 trained tokens are no whole number of rows of the packed set ab12"):
+            loader(packed).resume_at(3, 5, rows)
 
 
 @pytest.mark.parametrize("pattern", Pattern)

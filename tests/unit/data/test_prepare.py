@@ -20,8 +20,9 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from anchorctx.data.documents import OnBadRow
-from anchorctx.data.pack import LongDocuments, PackConfig, Policy
-from anchorctx.data.prepare import LossWeights, PrepareConfig, prepare
+from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.prepare import TOKENS, prepare
+from anchorctx.data.prepare_config import LossWeights, PrepareConfig
 from anchorctx.data.sources import SourceConfig, SourceFormat
 from anchorctx.data.stdlib import Split, StdlibConfig, train_tokenizer
 from anchorctx.errors import UserError
@@ -40,11 +41,12 @@ def config(tmp_path: Path, byte_dir: Path) -> PrepareConfig:
 
 
 def sentence(config: PrepareConfig) -> str:
-    """The error's one sentence; nothing may be left behind."""
+    """The error's one sentence; nothing may be left behind but parts that were tokenised."""
     with pytest.raises(UserError) as error:
         prepare(config)
     out = Path(config.out_dir)
-    assert not out.exists() or list(out.iterdir()) == []
+    assert not out.exists() or {path.name for path in out.iterdir()} <= {TOKENS}
+    assert not [path for path in out.rglob("*") if "partial" in path.name]
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -289,7 +291,13 @@ def test_bad_settings(config: PrepareConfig, options: dict[str, Any], message: s
 
 def test_tags_without_domains(config: PrepareConfig) -> None:
     config.pack.domain_tags = True
-    assert "has no domain, but pack.domain_tags=true: set domain or domain_field" in sentence(config)
+    expected = "corpus.jsonl:1 has no domain, but pack.domain_tags=true: set domain or domain_field of its source"
+    assert sentence(config).endswith(expected)
+    config.pack.domain_tags, config.keep_tokens = False, True
+    prepare(config)  # and now its tokens are there already
+    config.pack.domain_tags = True
+    with pytest.raises(UserError, match="a document has no domain, but pack.domain_tags=true"):
+        prepare(config)
 
 
 def test_a_text_of_no_tokens_is_a_bad_row(config: PrepareConfig, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from anchorctx.config import resolve
 from anchorctx.data.documents import OnBadRow
-from anchorctx.data.pack import LongDocuments, PackConfig, Policy
-from anchorctx.data.prepare import LossWeights, PrepareConfig
+from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.prepare_config import LossWeights, PrepareConfig
 from anchorctx.data.sources import SourceConfig, SourceFormat
 from anchorctx.data.stdlib import Split, StdlibConfig
 from anchorctx.errors import UserError

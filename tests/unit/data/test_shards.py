@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from anchorctx.data import shards
-from anchorctx.data.shards import PackedSet, Row, ShardWriter
+from anchorctx.data.block import Row
+from anchorctx.data.shards import PackedSet, ShardWriter
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 

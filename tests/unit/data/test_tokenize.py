@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from anchorctx.data import tokenize as tokenize_module
 from anchorctx.data.documents import Document
-from anchorctx.data.tokenize import tokenize
+from anchorctx.data.tokenize import Encoder, tokenize
 from anchorctx.data.tokenizer import SpecialIds, load_tokenizer, serialized, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
 
@@ -31,7 +31,7 @@ def test_any_number_of_workers_gives_the_tokenizers_own_ids(
     tokenizer: PreTrainedTokenizerFast, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenize_module, "BATCH_CHARS", 1000)  # many batches, so that the order could be mixed up
-    found = list(tokenize(documents(), tokenizer, workers))
+    found = list(tokenize(documents(), Encoder.of(tokenizer), workers))
     assert [tokens.source for tokens in found] == [document.source for document in documents()]
     assert {tokens.domain for tokens in found} == {"d"}
     for tokens, text in zip(found, texts(), strict=True):
@@ -47,7 +47,8 @@ def test_a_tokenizer_without_a_fast_backend(tokenizer: PreTrainedTokenizerFast) 
             assert options == {"add_special_tokens": False, "verbose": False}
             return [ord(c) for c in text]
 
-    found = list(tokenize([Document("ab", "x"), Document("c", "y")], Slow(), workers=4))  # type: ignore[arg-type]
+    texts = [Document("ab", "x"), Document("c", "y")]
+    found = list(tokenize(texts, Encoder.of(Slow()), workers=4))  # type: ignore[arg-type]
     assert [tokens.ids.tolist() for tokens in found] == [[97, 98], [99]]
 
 
@@ -64,7 +65,7 @@ def test_documents_are_read_as_they_are_needed(
             yield Document("text", str(number))
             number += 1
 
-    stream = tokenize(endless(), tokenizer, 1)
+    stream = tokenize(endless(), Encoder.of(tokenizer), 1)
     assert [next(stream).source for _ in range(5)] == ["0", "1", "2", "3", "4"]
     stream.close()  # type: ignore[attr-defined]
     assert len(read) < 20
@@ -77,7 +78,7 @@ def test_an_error_in_the_source_arrives(tokenizer: PreTrainedTokenizerFast, work
         raise UserError("line 2 is broken")
 
     with pytest.raises(UserError, match="line 2 is broken"):
-        list(tokenize(broken(), tokenizer, workers))
+        list(tokenize(broken(), Encoder.of(tokenizer), workers))
 
 
 def test_workers_stay_light() -> None:

@@ -46,7 +46,7 @@ def test_drawn_area_is_the_attention(layout: PackedLayout, saved: list[Any], tmp
     area = 0.0
     for patch in whole.patches:
         x, y = np.array(patch.get_xy()).T
-        color = plots._matplotlib().colors.to_hex(patch.get_facecolor()).upper()
+        color = plots.load_matplotlib().colors.to_hex(patch.get_facecolor()).upper()
         if color in (plots.BLUE, plots.SKY):
             area += abs(np.dot(x[:-1], y[1:]) - np.dot(y[:-1], x[1:])) / 2
     # A continuous triangle of side n has n^2/2 of the n(n+1)/2 cells: half a cell a token is missing.

@@ -1,0 +1,38 @@
+"""`anchorctx kvcomm`: how well agents that run a checkpoint reuse each other's KV caches; exits 1 if the gate fails."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from anchorctx.cli.configured import configuration
+from anchorctx.cli.main import Arguments, main
+
+EXAMPLE = """\
+anchorctx kvcomm model=exported out_dir=reuse
+anchorctx kvcomm model=exported out_dir=gate 'tasks=[retrieval]' 'arms=[rotate_glue]' gate.arm=rotate_glue"""
+
+
+def run(arguments: Arguments) -> int:
+    """Evaluate, print the table, draw; 0, or 1 when the gate's arm is beyond its bounds."""
+    config = configuration("kvcomm", arguments, EXAMPLE)
+    if config is None:
+        return 0
+    from anchorctx.evals.kvcomm import evaluate_reuse
+    from anchorctx.report.kvcomm import draw_reuse, reuse_table
+
+    outcome = evaluate_reuse(config)
+    table = reuse_table(outcome.rows)
+    out = Path(config.out_dir)
+    (out / "kvcomm.md").write_text(table + "\n")
+    print(f"\n{table}\n")
+    for path in draw_reuse(outcome.rows, out):
+        print(f"drawn: {path}")
+    if outcome.verdict is None:
+        return 0
+    print(outcome.verdict.text)
+    return 0 if outcome.verdict.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(["kvcomm", *sys.argv[1:]]))

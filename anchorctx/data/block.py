@@ -1,0 +1,91 @@
+"""Rows as the arrays of one shard: what `assemble` makes and `shards` stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from anchorctx.layout import PackedLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One packed row."""
+
+    input_ids: np.ndarray
+    """(T,) int64."""
+    loss_weights: np.ndarray
+    """(T,) float32; 0 is not trained."""
+    layout: PackedLayout
+    """Its first segment is the anchor; positions continuous."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """R rows of T tokens."""
+
+    tokens: np.ndarray
+    """(R, T) uint16 or uint32."""
+    weights: np.ndarray
+    """(R, T) uint8 where all are 0 or 1, else float16; 0 is not trained."""
+    offsets: np.ndarray
+    """Segment boundaries of all rows, `(0, ..., T)` each, flattened, int32."""
+    doc_ids: np.ndarray
+    """The document of each segment of the interleaved rows, flattened, int32."""
+    pointers: np.ndarray
+    """(R + 1, 2) int64: where each row's `offsets` and `doc_ids` begin."""
+    documents: np.ndarray
+    """(R,) int64: documents (or pieces) in each row."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def index(self) -> dict[str, np.ndarray]:
+        """What is known of each row (R,): see `RowIndex`."""
+        return {
+            "weight": self.weights.sum(axis=1, dtype=np.float64),
+            "trained": np.count_nonzero(self.weights, axis=1).astype(np.int64),
+            "documents": self.documents,
+            "cost": attention_costs(self.offsets, self.doc_ids, self.pointers),
+        }
+
+    def row(self, index: int, anchor_len: int) -> Row:
+        """Row `index` by itself."""
+        (a, c), (b, d) = self.pointers[index].tolist(), self.pointers[index + 1].tolist()
+        doc_ids = tuple(self.doc_ids[c:d].tolist()) or None
+        layout = PackedLayout(tuple(self.offsets[a:b].tolist()), anchor_len, doc_ids=doc_ids)
+        return Row(self.tokens[index].astype(np.int64), self.weights[index].astype(np.float32), layout)
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Block:
+        """Single rows together."""
+        weights = np.stack([row.loss_weights for row in rows]).astype(np.float16)
+        doc_ids = [row.layout.doc_ids or () for row in rows]
+        ends = [[len(row.layout.doc_offsets) for row in rows], [len(ids) for ids in doc_ids]]
+        return cls(
+            np.stack([row.input_ids for row in rows]).astype(dtype),
+            weights.astype(np.uint8) if np.isin(weights, (0, 1)).all() else weights,
+            np.concatenate([row.layout.doc_offsets for row in rows]).astype(np.int32),
+            np.concatenate(doc_ids).astype(np.int32),
+            np.pad(np.cumsum(ends, axis=1), ((0, 0), (1, 0))).T.astype(np.int64),
+            np.array(documents, np.int64),
+        )
+
+
+def attention_costs(offsets: np.ndarray, doc_ids: np.ndarray, pointers: np.ndarray) -> np.ndarray:
+    """(R,) float64: the sum of the squared lengths of each row's documents, in tokens squared.
+
+    What attention costs, up to a factor that is the same for all rows. Anchor and padding count as documents: kernels
+    compute them too.
+    """
+    costs = np.empty(len(pointers) - 1)
+    lengths = np.diff(offsets, prepend=0).astype(np.float64)  # wrong where a row begins, which is not used
+    for row, ((a, c), (b, d)) in enumerate(pairwise(pointers.tolist())):
+        own = lengths[a + 1 : b]
+        if d > c:
+            own = np.bincount(doc_ids[c:d], own)
+        costs[row] = own @ own
+    return costs

@@ -1,0 +1,125 @@
+"""`prepare --dry-run`: what there is, what each policy would make of it and what it would lose; nothing is packed.
+
+The rows are planned for real, from the documents' lengths, so that the numbers are those of the packed set and not an
+estimate. What was tokenised for it is kept: the preparation that follows starts from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchorctx.data.accounting import Accounting
+from anchorctx.data.engine import open_engine
+from anchorctx.data.once import in_use
+from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.packing.tags import Tags
+from anchorctx.data.plan import Corpus, DocumentPlan, plan_rows
+from anchorctx.data.prepare import Preparation, length_histogram, skipped
+from anchorctx.data.prepare_config import PrepareConfig
+
+BAR_WIDTH = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a policy makes of the corpus; all in tokens unless they say otherwise."""
+
+    policy: Policy
+    long_documents: LongDocuments
+    rows: int
+    """Rows."""
+    padding: int
+    """That fill rows up."""
+    dropped: dict[str, int]
+    """In no row, by reason."""
+    cut_documents: int
+    """Documents in several pieces."""
+    cost: float
+    """Sum over all rows of the squared lengths of their documents, in tokens squared: what attention costs."""
+
+
+def inspect(config: PrepareConfig) -> list[Expected]:
+    """Print documents, tokens, the histogram of lengths and a table of policies; returns the table."""
+    preparation = Preparation(config)
+    with in_use(preparation.tokens_folder), open_engine(config.engine, config.workers) as engine:
+        corpus = preparation.corpus(engine)
+    plan = DocumentPlan(corpus, config.mixture)
+    tags, domain_tags = preparation.tags(corpus)
+    expected = [
+        expect(
+            plan, dataclasses.replace(config.pack, policy=policy, long_documents=long), preparation, tags, domain_tags
+        )
+        for policy in Policy
+        for long in LongDocuments
+    ]
+    print(report(corpus, plan.accounting(), expected, config))
+    return expected
+
+
+def expect(
+    plan: DocumentPlan, pack: PackConfig, preparation: Preparation, tags: Tags, domain_tags: list[np.ndarray]
+) -> Expected:
+    """Plan all rows under `pack`, and count."""
+    capacity, accounting = preparation.shape.capacity, plan.accounting()
+    rows = used = 0
+    squares, seen = 0.0, [np.empty(0, np.int64)]
+    for some in plan_rows(plan, pack, capacity, tags, domain_tags, accounting):
+        sizes = some.pieces["size"].astype(np.float64)
+        filled = np.add.reduceat(sizes, some.ends - some.counts)
+        rows, used = rows + len(some), used + int(filled.sum())
+        squares += float(sizes @ sizes + ((capacity - filled) ** 2).sum())
+        seen.append(some.pieces["document"])
+    pieces = np.bincount(np.concatenate(seen)) if rows else np.zeros(1, np.int64)
+    dropped = {reason: count for reason, count in accounting.total_dropped.items() if count}
+    cut = int((pieces > 1).sum())
+    return Expected(pack.policy, pack.long_documents, rows, rows * capacity - used, dropped, cut, squares)
+
+
+def report(corpus: Corpus, accounting: Accounting, expected: list[Expected], config: PrepareConfig) -> str:
+    """The text that is printed."""
+    lines = [*_sources(corpus), "", *_histogram(corpus, config.row_length - config.anchor_len), ""]
+    lines += [f"in rows of {config.row_length:,} tokens, as pack.policy and pack.long_documents would have it:"]
+    lines += policy_table(expected, config)
+    return "\n".join([*lines, "", "nothing was packed; without --dry-run the rows marked > are written"])
+
+
+def policy_table(expected: list[Expected], config: PrepareConfig) -> list[str]:
+    """A line for each policy; the configured one is marked."""
+    lines = [f"  {'policy':<26}{'rows':>12}{'padding':>10}{'cut documents':>15}  dropped tokens"]
+    for one in expected:
+        chosen = (one.policy, one.long_documents) == (config.pack.policy, config.pack.long_documents)
+        name = f"{'>' if chosen else ' '} {one.policy.value}, {one.long_documents.value}"
+        share = one.padding / max(one.rows * config.row_length, 1)
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.dropped.items())) or "none"
+        lines.append(f"{name:<28}{one.rows:>12,}{share:>10.2%}{one.cut_documents:>15,}  {dropped}")
+    return lines
+
+
+def _sources(corpus: Corpus) -> list[str]:
+    lines = [f"{'source':<34}{'documents':>14}{'tokens':>18}{'longest':>12}"]
+    totals = np.zeros(2, np.int64)
+    for index, name in enumerate(corpus.names):
+        own = [part for part, source in zip(corpus.parts, corpus.sources, strict=True) if source == index]
+        lengths = [part.documents["length"] for part in own]
+        documents, tokens = sum(map(len, lengths)), sum(int(each.sum()) for each in lengths)
+        longest = max((int(each.max()) for each in lengths if len(each)), default=0)
+        lines.append(f"  {name:<32}{documents:>14,}{tokens:>18,}{longest:>12,}")
+        totals += [documents, tokens]
+    if len(corpus.names) > 1:
+        lines.append(f"  {'all':<32}{totals[0]:>14,}{totals[1]:>18,}")
+    lines += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(skipped(corpus).items())]
+    return lines
+
+
+def _histogram(corpus: Corpus, capacity: int) -> list[str]:
+    counts = length_histogram(corpus)
+    used = np.flatnonzero(counts)
+    lines = [f"{'tokens in a document':<34}{'documents':>14}"]
+    for power in range(used[0], used[-1] + 1) if len(used) else ():
+        bar = "#" * -(-BAR_WIDTH * int(counts[power]) // int(counts.max()))
+        span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
+        lines.append(f"  {span:<32}{counts[power]:>14,}  {bar}{'  longer than a row' if 2**power > capacity else ''}")
+    return lines

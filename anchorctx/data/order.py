@@ -1,0 +1,64 @@
+"""The order of an epoch's rows, and which process gets which: pure functions of (seed, epoch, packed set).
+
+In packed rows attention costs the sum of the squared lengths of the documents (`PackedSet.row_cost`), which differs
+from row to row by a factor of ten and more. Processes that train together wait for the one with the costliest rows. So
+a shuffled epoch is cut into windows, and inside a window rows of like cost stand together: any run of 2**k rows that
+begins at a multiple of 2**k, up to BLOCK_ROWS, is of like rows, so that the steps of every batch size are. Runs, and
+the rows in them, are in random order. As with other length grouping, what a step sees is then less mixed than chance
+would have it (in lengths, not in content); `data.balance=false` leaves the epoch as it was shuffled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+WINDOW_ROWS = 1024
+"""Rows among which like ones are looked for; a row moves no further than this."""
+BLOCK_ROWS = 64
+"""Rows that stand together; a power of two."""
+
+
+def epoch_order(costs: np.ndarray, seed: int, epoch: int, fingerprint: int, balance: bool) -> np.ndarray:
+    """(R,) the rows of an epoch, each once; `costs` (R,) is what each costs."""
+    rng = np.random.default_rng([seed, epoch, fingerprint])
+    order = rng.permutation(len(costs))
+    if not balance:
+        return order
+    windows = [order[start : start + WINDOW_ROWS] for start in range(0, len(order), WINDOW_ROWS)]
+    return np.concatenate([_together(window[np.argsort(costs[window], kind="stable")], rng) for window in windows])
+
+
+def _together(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sorted rows as blocks of neighbours, in random order, and turned at random inside."""
+    whole = len(rows) // BLOCK_ROWS * BLOCK_ROWS
+    start = int(rng.integers(0, whole + 1))  # those that fill no block are of like cost, too
+    rest, rows = rows[start : start + len(rows) - whole], np.delete(rows, slice(start, start + len(rows) - whole))
+    blocks = _turned(rows.reshape(-1, BLOCK_ROWS), rng)
+    return np.concatenate([*blocks[rng.permutation(len(blocks))], rng.permutation(rest)])
+
+
+def _turned(blocks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(B, BLOCK_ROWS): each half swapped with the other or not, and so on inside the halves down to single rows."""
+    half = BLOCK_ROWS // 2
+    while half:
+        pairs = blocks.reshape(len(blocks), BLOCK_ROWS // (2 * half), 2, half)
+        swap = rng.integers(0, 2, pairs.shape[:2], dtype=bool)[..., None, None]
+        blocks = np.where(swap, pairs[:, :, ::-1], pairs).reshape(len(blocks), BLOCK_ROWS)
+        half //= 2
+    return blocks
+
+
+def deal(costs: np.ndarray, world: int) -> np.ndarray:
+    """(world, n / world) a step's rows, as indices into `costs` (n,), by process.
+
+    The costliest first, so that what processes run at the same time is of like cost; of each `world` rows the least
+    burdened process gets the costliest.
+    """
+    shares = np.empty((world, len(costs) // world), np.int64)
+    order = np.argsort(-costs, kind="stable").reshape(-1, world)
+    burden = np.zeros(world)
+    for place, rows in enumerate(order):
+        processes = np.argsort(burden, kind="stable")
+        shares[processes, place] = rows
+        burden[processes] += costs[rows]
+    return shares

@@ -1,0 +1,208 @@
+"""Rows of pieces to rows of tokens, many at once: anchor, documents (in chunks where interleaved), padding; and labels.
+
+A token is trained where its loss weight is not 0, it is content, and the token before it in the row is the same
+document's. So neither the anchor nor a document's first token is, nor the first token of a later chunk.
+
+There is no loop over tokens: one copy for each run of tokens that lie together in the corpus and in the rows. At 1,000
+tokens a document that is as fast as copying memory (benchmarks/packing.md).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchorctx.data.accounting import Accounting
+from anchorctx.data.block import Block
+from anchorctx.data.packing.interleave import scatter_rows
+from anchorctx.data.packing.pieces import Rows
+from anchorctx.data.packing.tags import Tags
+from anchorctx.data.packing.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What all rows share."""
+
+    row_length: int
+    """Tokens in a row, `T`."""
+    anchor_len: int
+    """Anchor tokens at its start, at least 1."""
+    anchor_id: int
+    """Token id of the anchor."""
+    pad_id: int
+    """Token id of the padding."""
+    chunks: int = 1
+    """Chunks into which each document is scattered; 1 leaves it whole."""
+    seed: int = 0
+    """Seed of the scattering."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has for documents."""
+        return self.row_length - self.anchor_len
+
+
+Run = tuple[int, int, int, int]
+"""A copy: part, first token there, first token in the rows, tokens."""
+
+
+class Workspace(threading.local):
+    """Memory that is used for one block after the other: getting it anew costs a quarter of the time.
+
+    A block made in it is gone when the next one is. Each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """An array with whatever was there before."""
+        size = shape[0] * shape[1] * dtype.itemsize
+        if name not in self._memory or len(self._memory[name]) < size:
+            self._memory[name] = np.empty(size, np.uint8)
+        return self._memory[name][:size].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """S segments in R rows; all arrays are (S,) int64 unless they say otherwise."""
+
+    row: np.ndarray
+    """The row of each."""
+    piece: np.ndarray
+    """Its piece."""
+    at: np.ndarray
+    """Where it begins, in tokens since the first row's start."""
+    length: np.ndarray
+    """Its tokens."""
+    tag_skip: np.ndarray
+    """Where its first token of a tag is in that tag."""
+    tag: np.ndarray
+    """How many tokens of a tag it begins with."""
+    content_skip: np.ndarray
+    """Where its first token of content is in the piece's."""
+    used: np.ndarray
+    """(R,) tokens of each row that are of pieces."""
+
+
+def assemble(
+    rows: Rows,
+    shape: RowShape,
+    tags: Tags,
+    texts: Mapping[int, Text],
+    accounting: Accounting,
+    first_row: int = 0,
+    workspace: Workspace | None = None,
+) -> Block:
+    """The rows, their tokens added to `accounting`.
+
+    `texts` has the tokens of every part that the pieces refer to, `first_row` is the first row's number in its set; the
+    block is made in `workspace`, or in memory of its own.
+    """
+    placed = _place(rows, shape, tags, first_row)
+    uniform = not any(text.has_weights for text in texts.values())
+    workspace, size = workspace or Workspace(), (len(rows), shape.row_length)
+    tokens = workspace.array("tokens", size, next(iter(texts.values())).dtype)
+    weights = workspace.array("weights", size, np.dtype(np.uint8 if uniform else np.float16))
+    weights.fill(uniform)
+    flat_tokens, flat_weights = tokens.reshape(-1), weights.reshape(-1)
+    for part, source, target, length in _runs(rows.pieces, placed):
+        text = texts[part]
+        text.read_tokens(source, flat_tokens[target : target + length])
+        if not uniform:
+            text.read_weights(source, flat_weights[target : target + length])
+    tokens[:, : shape.anchor_len], weights[:, : shape.anchor_len] = shape.anchor_id, 0
+    for row in np.flatnonzero(placed.used < shape.capacity).tolist():
+        end = shape.anchor_len + int(placed.used[row])
+        tokens[row, end:], weights[row, end:] = shape.pad_id, 0
+    for index in np.flatnonzero(placed.tag).tolist():
+        at, skip, length = int(placed.at[index]), int(placed.tag_skip[index]), int(placed.tag[index])
+        tag = tags.ids[rows.pieces["tag"][placed.piece[index]]]
+        flat_tokens[at : at + length] = tag[skip : skip + length]
+        flat_weights[at : at + length] = 0
+    flat_weights[placed.at] = 0
+    _account(rows, shape, placed, weights, accounting)
+    return Block(tokens, _narrow(weights), *_boundaries(rows, shape, placed), rows.counts)
+
+
+def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
+    pieces, counts = rows.pieces, rows.counts
+    sizes = pieces["size"].astype(np.int64)
+    segments = scatter_rows(sizes, counts, shape.chunks, shape.seed, first_row)
+    row = np.repeat(np.arange(len(rows)), counts)[segments.piece]
+    ends = np.cumsum(segments.length)
+    used = np.diff(np.cumsum(sizes)[rows.ends - 1], prepend=0)
+    if used.max() > shape.capacity:
+        raise ValueError(f"pieces of {used.max()} tokens do not fit into a row's {shape.capacity}")
+    before = np.cumsum(used) - used  # tokens of pieces in earlier rows
+    at = row * shape.row_length + shape.anchor_len + ends - segments.length - before[row]
+    tag_length = tags.lengths[pieces["tag"]][segments.piece]
+    tag = np.clip(tag_length - segments.start, 0, segments.length)
+    content_skip = np.maximum(segments.start - tag_length, 0)
+    return Placed(row, segments.piece, at, segments.length, segments.start, tag, content_skip, used)
+
+
+def _runs(pieces: np.ndarray, placed: Placed) -> Iterator[Run]:
+    """Every copy; what lies together is one."""
+    length = placed.length - placed.tag
+    has = length > 0
+    piece = pieces[placed.piece[has]]
+    part, length = piece["part"], length[has]
+    source, target = piece["start"] + placed.content_skip[has], (placed.at + placed.tag)[has]
+    new = np.ones(len(length), bool)
+    new[1:] = (part[1:] != part[:-1]) | (source[1:] != (source + length)[:-1]) | (target[1:] != (target + length)[:-1])
+    first = np.flatnonzero(new)
+    lengths = np.add.reduceat(length, first) if len(first) else length
+    return zip(part[first].tolist(), source[first].tolist(), target[first].tolist(), lengths.tolist(), strict=True)
+
+
+def _narrow(weights: np.ndarray) -> np.ndarray:
+    """The weights as uint8 where that loses nothing."""
+    is_plain = weights.dtype == np.uint8 or not ((weights != 0) & (weights != 1)).any()
+    return weights.astype(np.uint8, copy=False) if is_plain else weights
+
+
+def _account(rows: Rows, shape: RowShape, placed: Placed, weights: np.ndarray, accounting: Accounting) -> None:
+    source = rows.pieces["source"][placed.piece]
+    content = placed.length - placed.tag
+    first = ((content > 0) & (placed.tag == 0)).astype(np.int64)
+    trained = content - first  # the written weights are counted too, and compared, when the set is whole
+    if weights.dtype != np.uint8:
+        is_trained = (weights > 0).reshape(-1).view(np.uint8)
+        trained = np.add.reduceat(is_trained, placed.at, dtype=np.int64)  # nothing between segments is trained
+    accounting.add("trained", source, trained)
+    accounting.add("first_tokens", source, first)
+    accounting.add("zero_weight", source, content - first - trained)
+    accounting.rows += len(rows)
+    accounting.pieces += len(rows.pieces)
+    accounting.cells["anchor"] += len(rows) * shape.anchor_len
+    accounting.cells["tags"] += int(placed.tag.sum())
+    accounting.cells["padding"] += int((shape.capacity - placed.used).sum())
+
+
+def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`offsets`, `doc_ids` and `pointers` of the block."""
+    padded = (placed.used < shape.capacity).astype(np.int64)
+    segments = np.bincount(placed.row, minlength=len(rows))
+    rank = np.arange(len(placed.row)) - np.repeat(np.cumsum(segments) - segments, segments)
+    sizes = segments + 2 + padded
+    begin = np.cumsum(sizes) - sizes
+    offsets = np.empty(sizes.sum(), np.int32)
+    offsets[begin], offsets[begin + 1] = 0, shape.anchor_len
+    offsets[begin[placed.row] + 2 + rank] = placed.at + placed.length - placed.row * shape.row_length
+    offsets[(begin + sizes - 1)[padded > 0]] = shape.row_length
+    scattered = segments != rows.counts
+    id_sizes = np.where(scattered, segments + 1 + padded, 0)
+    id_begin = np.cumsum(id_sizes) - id_sizes
+    doc_ids = np.empty(id_sizes.sum(), np.int32)
+    own = scattered[placed.row]
+    first_piece = (rows.ends - rows.counts)[placed.row]
+    doc_ids[id_begin[scattered]] = 0
+    doc_ids[(id_begin[placed.row] + 1 + rank)[own]] = (placed.piece - first_piece + 1)[own]
+    last = scattered & (padded > 0)
+    doc_ids[(id_begin + id_sizes - 1)[last]] = (rows.counts + 1)[last]
+    return offsets, doc_ids, np.pad(np.cumsum([sizes, id_sizes], axis=1), ((0, 0), (1, 0))).T

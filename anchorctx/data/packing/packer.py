@@ -1,0 +1,66 @@
+"""Documents in, rows of pieces out, planned from lengths alone; every token that is in no row is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from anchorctx.data.accounting import Accounting
+from anchorctx.data.packing.best_fit import BestFit
+from anchorctx.data.packing.concat_split import ConcatSplit
+from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.packing.long_documents import fit_long
+from anchorctx.data.packing.min_length import drop_short
+from anchorctx.data.packing.one_per_row import OnePerRow
+from anchorctx.data.packing.pieces import Rows
+from anchorctx.errors import UserError
+
+
+class Placement(Protocol):
+    """Decides which pieces share a row."""
+
+    def add(self, pieces: np.ndarray) -> Iterator[Rows]:
+        """Take (P,) PIECE in order; yield the rows that are complete."""
+        ...
+
+    def finish(self) -> Iterator[Rows]:
+        """Yield the remaining rows."""
+        ...
+
+
+class Packer:
+    """Takes documents in order and gives rows back as they fill up; deterministic, however calls divide the corpus."""
+
+    def __init__(self, config: PackConfig, capacity: int, longest_tag: int, accounting: Accounting) -> None:
+        """`capacity` is a row's tokens without the anchor; the tokens that are dropped go to `accounting`."""
+        config.validate(capacity)
+        if longest_tag + config.min_length > capacity:
+            raise UserError(
+                f"a domain tag of {longest_tag} tokens leaves no room in rows of {capacity} tokens beside the anchor: "
+                "use longer rows, or pack.domain_tags=false"
+            )
+        self._config, self._capacity, self._accounting = config, capacity, accounting
+        self._placement = _placement(config, capacity, accounting)
+
+    def add(self, documents: np.ndarray) -> Iterator[Rows]:
+        """Take (D,) PIECE, each a whole document, and yield the rows that are complete."""
+        config = self._config
+        pieces = drop_short(documents, config.min_length, self._accounting)
+        if config.policy is not Policy.concat_split or config.long_documents is not LongDocuments.split:
+            pieces = fit_long(pieces, self._capacity, config.long_documents, self._accounting)
+            pieces = drop_short(pieces, config.min_length, self._accounting)
+        yield from self._placement.add(pieces)
+
+    def finish(self) -> Iterator[Rows]:
+        """Yield the remaining rows."""
+        yield from self._placement.finish()
+
+
+def _placement(config: PackConfig, capacity: int, accounting: Accounting) -> Placement:
+    if config.policy is Policy.one_per_row:
+        return OnePerRow()
+    if config.policy is Policy.concat_split:
+        return ConcatSplit(capacity, config.min_length, accounting)
+    return BestFit(capacity, config.buffer_tokens)

@@ -1,0 +1,77 @@
+"""What packing works on: arrays of references to documents' tokens, never the tokens themselves.
+
+Everything that decides which tokens share a row (`long_documents`, `min_length`, the placement policies) reads and
+writes these arrays, so that a corpus is planned from its lengths alone and its tokens are copied once, by `assemble`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+PIECE = np.dtype(
+    [
+        ("document", "<i8"),  # number in the corpus, copies counted: pieces keep this order inside a row
+        ("part", "<i4"),  # which of the token stores holds it
+        ("start", "<i8"),  # its first token there
+        ("length", "<i8"),  # its tokens, at least 1
+        ("size", "<i8"),  # the tokens that it takes in a row: `length` and its tag's
+        ("tag", "<i4"),  # which tag is put in front of it; 0 is none
+        ("source", "<i4"),  # whom its tokens are accounted to
+    ]
+)
+"""A document, or a part of one, that goes into a row: alone there for the attention."""
+
+
+def make_pieces(lengths: np.ndarray, **fields: np.ndarray | int) -> np.ndarray:
+    """(P,) PIECE with the given `lengths` (P,); fields left out are 0, `size` is `length` unless given."""
+    pieces = np.zeros(len(lengths), PIECE)
+    pieces["length"] = pieces["size"] = lengths
+    for name, values in fields.items():
+        pieces[name] = values
+    return pieces
+
+
+def cut_pieces(pieces: np.ndarray, lengths: np.ndarray, skip: np.ndarray | int = 0) -> np.ndarray:
+    """The pieces with only `lengths` of their tokens, after the first `skip`; their tags stay."""
+    cut = pieces.copy()
+    cut["start"] += skip
+    cut["size"] += lengths - pieces["length"]
+    cut["length"] = lengths
+    return cut
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of pieces."""
+
+    pieces: np.ndarray
+    """(P,) PIECE, row after row."""
+    ends: np.ndarray
+    """(R,) int64: where in `pieces` each row ends."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(R,) pieces of each row."""
+        return np.diff(self.ends, prepend=0)
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Rows start..stop."""
+        first = int(self.ends[start - 1]) if start else 0
+        ends = self.ends[start:stop] - first
+        return Rows(self.pieces[first : first + int(ends[-1]) if len(ends) else first], ends)
+
+    @classmethod
+    def joined(cls, several: Iterable[Rows]) -> Rows:
+        """All rows of `several`, in order."""
+        pieces, ends, total = [np.empty(0, PIECE)], [np.empty(0, np.int64)], 0
+        for rows in several:
+            pieces.append(rows.pieces)
+            ends.append(rows.ends + total)
+            total += len(rows.pieces)
+        return cls(np.concatenate(pieces), np.concatenate(ends))

@@ -1,0 +1,253 @@
+"""`anchorctx kvcomm`: how well agents that run a checkpoint reuse each other's KV caches, by arm, against dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from anchorctx.data.documents import Reading
+from anchorctx.data.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactTokens, lines_of
+from anchorctx.data.sources import SourceConfig, open_source
+from anchorctx.errors import UserError
+from anchorctx.evals.config import EvalConfig, EvalDtype, embedded
+from anchorctx.evals.kvcomm_gate import GateConfig, Verdict, check_gate, judge
+from anchorctx.evals.kvcomm_measures import context_error
+from anchorctx.evals.kvcomm_rows import record_rows, variation_rows
+from anchorctx.evals.kvcomm_trial import Lab, Trial
+from anchorctx.evals.subject import load_one
+from anchorctx.kvcomm.arms import Arm, RotateGlue
+from anchorctx.kvcomm.controls import RandomMoments
+from anchorctx.kvcomm.decoder import Decoder
+from anchorctx.kvcomm.exemplars import PoolConfig
+from anchorctx.kvcomm.offsets import Kvcomm, KvcommUngated, MeanOffset
+from anchorctx.kvcomm.registry import ARMS, CONTROLS
+from anchorctx.kvcomm.tasks.base import Task
+from anchorctx.kvcomm.tasks.copy import CopyTask, CopyTaskConfig
+from anchorctx.kvcomm.tasks.humaneval import HumanEval
+from anchorctx.kvcomm.tasks.questions import Gsm8k, Mmlu, QuestionTaskConfig
+from anchorctx.kvcomm.tasks.retrieval import FactVocabulary, RetrievalTask, RetrievalTaskConfig
+from anchorctx.kvcomm.tasks.sandbox import Limits
+from anchorctx.manifest import build_manifest, write_manifest
+from anchorctx.results import FILE, Result, append_results
+
+CORPUS_TEXTS = 40
+"""Held-out documents that the retrieval task and the split of errors draw their text from."""
+
+
+class TaskName(StrEnum):
+    """The tasks."""
+
+    retrieval = "retrieval"
+    """Planted facts in documents that only some agents hold."""
+    copy = "copy"
+    """Synthetic requests of given lengths, for timing."""
+    gsm8k = "gsm8k"
+    """School mathematics."""
+    mmlu = "mmlu"
+    """Multiple choice."""
+    humaneval = "humaneval"
+    """Programs that must pass tests; needs allow_code_execution."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ArmsConfig:
+    """Settings of the arms."""
+
+    first: int = 8
+    """rotate_glue: tokens recomputed at the start of each content."""
+    warmup: int = 3
+    """mean_offset: contents that are computed before the mean is used."""
+    min_exemplars: int = 4
+    """kvcomm: compute and store contents until this many exemplars are as long; the paper's rule alone is 1."""
+    gamma: float = 0.3
+    """kvcomm: share where the entropy of the weights is below this part of its greatest value, 0..1."""
+    temperature: float = 1.0
+    """kvcomm: divides the distances between contents."""
+    max_exemplars: int = 20
+    """kvcomm: exemplars a placeholder, at most."""
+    window: int = 5
+    """kvcomm: on overflow the least used of this many oldest exemplars goes."""
+    max_bytes: int | None = None
+    """kvcomm: bytes of all exemplars of a session, at most; null is no limit."""
+    partial: bool = True
+    """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KvcommConfig:
+    """What `anchorctx kvcomm` does."""
+
+    model: str
+    """Hugging Face folder (or hub name) with weights and tokenizer, which all agents run."""
+    out_dir: str
+    """Folder for results.jsonl (appended to), manifest.json and pictures."""
+    label: str | None = None
+    """Name of the model in the results; null takes the folder's name."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
+    tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
+    """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
+    arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
+    """Arms and controls; dense always runs beside them."""
+    agents: int = 3
+    """Agents, the decision agent included."""
+    topology: str = "full"
+    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
+    decision_dense: bool = True
+    """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
+    compare_tokens: int = 64
+    """Tokens of each answer over which an arm's distributions are compared with dense's."""
+    settings: ArmsConfig = field(default_factory=ArmsConfig)
+    """Settings of the arms."""
+    retrieval: RetrievalTaskConfig = field(default_factory=RetrievalTaskConfig)
+    """Settings of the retrieval task."""
+    copy: CopyTaskConfig = field(default_factory=CopyTaskConfig)
+    """Settings of the copy task."""
+    gsm8k: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="openai/gsm8k:main"))
+    """Where GSM8K's problems come from."""
+    mmlu: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="cais/mmlu:all"))
+    """Where MMLU's problems come from."""
+    humaneval: QuestionTaskConfig = field(
+        default_factory=lambda: QuestionTaskConfig(dataset="openai/openai_humaneval", max_new_tokens=384)
+    )
+    """Where HumanEval's problems come from."""
+    allow_code_execution: bool = False
+    """humaneval: run generated code, in a subprocess without network and with the limits of `sandbox`."""
+    sandbox: Limits = field(default_factory=Limits)
+    """humaneval: what a program may use."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """Bounds on one arm; beyond them the command exits with 1."""
+    corpus: SourceConfig = field(default_factory=embedded)
+    """Held-out text for the retrieval task's documents: any source that `prepare` takes."""
+    seed: int = 0
+    """Seed of problems, orders and noise."""
+    dtype: EvalDtype = EvalDtype.auto
+    """Precision: auto, float32 or bfloat16."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the command found."""
+
+    rows: list[Result]
+    verdict: Verdict | None
+    """Of the gate, where one was asked for."""
+
+
+def evaluate_reuse(config: KvcommConfig) -> Outcome:
+    """Run the tasks through the arms; rows are appended to `out_dir`/results.jsonl once a task is done."""
+    arms = arm_makers(config)
+    disable_progress_bar()  # ours are enough
+    texts = [document.text for document in _few(config)]
+    subject = load_one(
+        EvalConfig(
+            model=config.model,
+            out_dir=config.out_dir,
+            config=config.config,
+            dtype=config.dtype,
+            device=config.device,
+        )
+    )
+    model, tokenizer = subject.model, subject.tokenizer
+    lab = Lab(model, tokenizer, Decoder(model), arms, config.decision_dense, config.compare_tokens, config.seed)
+    lines = _lines(texts, tokenizer)
+    tasks = [_task(name, config, model, tokenizer, lines) for name in config.tasks]
+    # Everything is read and checked before anything is written.
+    trials = {task.name: [Trial(lab, task, team) for team in task.teams()] for task in tasks}
+    stamp = write_manifest(Path(config.out_dir), build_manifest("kvcomm", dataclasses.asdict(config)))
+    context = {"model": config.label or Path(config.model).name}
+    found: list[Result] = []
+
+    def keep(rows: Sequence[Result]) -> None:
+        stamped = [dataclasses.replace(r, manifest=stamp, context=context | r.context) for r in rows]
+        append_results(Path(config.out_dir) / FILE, stamped)
+        found.extend(stamped)
+
+    for task in tasks:
+        work = [(trial, problem) for trial in trials[task.name] for problem in trial.team.problems]
+        for trial, problem in tqdm(work, desc=f"{task.name}, {len(arms)} arms", unit="problem"):
+            trial.run(problem)
+        keep(record_rows(task.name, [record for trial in trials[task.name] for record in trial.records.values()]))
+    keep(_variation(lab, lines))
+    return Outcome(found, judge(found, config.gate))
+
+
+def arm_makers(config: KvcommConfig) -> dict[str, Callable[[], Arm]]:
+    """The arms to run, dense first, with their settings; UserError for an unknown name or a bad setting."""
+    known: dict[str, Callable[[], Arm]] = ARMS | CONTROLS
+    unknown = [name for name in config.arms if name not in known]
+    if unknown:
+        raise UserError(f"arms has {unknown[0]!r}, which is none: choose {', '.join(known)}")
+    s = config.settings
+    pool = PoolConfig(s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes)
+    known |= {
+        "rotate_glue": lambda: RotateGlue(s.first),
+        "kvcomm": lambda: Kvcomm(pool, partial=s.partial),
+        "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
+        "mean_offset": lambda: MeanOffset(s.warmup),
+        "random": lambda: RandomMoments(config.seed),
+    }
+    for name, least in (("first", 0), ("warmup", 1)):
+        if getattr(s, name) < least:
+            raise UserError(f"settings.{name}={getattr(s, name)} must be at least {least}")
+    check_gate(config.gate)
+    if config.compare_tokens < 1:
+        raise UserError(f"compare_tokens={config.compare_tokens} must be at least 1")
+    if config.gate.arm is not None and config.gate.arm not in config.arms:
+        raise UserError(f"gate.arm={config.gate.arm} is not among the arms that run: add it to arms, or choose another")
+    return {"dense": known["dense"]} | {name: known[name] for name in config.arms}
+
+
+def _task(
+    name: TaskName,
+    config: KvcommConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lines: list[tuple[int, ...]],
+) -> Task:
+    if name is TaskName.retrieval:
+        FactTokens.of(tokenizer)  # UserError where the tokenizer does not know the facts
+        ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
+        words = FactVocabulary(KEY_TOKENS, VALUE_TOKENS)
+        return RetrievalTask(config.retrieval, config.agents, lines, words, ids, config.seed)
+    if name is TaskName.copy:
+        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+        return CopyTask(config.copy, config.agents, config.topology, int(vocabulary), config.seed)  # type: ignore
+    if name is TaskName.gsm8k:
+        return Gsm8k(config.gsm8k, config.agents, config.topology)
+    if name is TaskName.mmlu:
+        return Mmlu(config.mmlu, config.agents, config.topology)
+    return HumanEval(config.humaneval, config.agents, config.topology, config.allow_code_execution, config.sandbox)
+
+
+def _few(config: KvcommConfig) -> Iterator[Any]:
+    documents = open_source(config.corpus).texts(Reading(on_bad_row=config.corpus.on_bad_row))
+    return (document for document, _ in zip(documents, range(CORPUS_TEXTS), strict=False))
+
+
+def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    lines = [line for text in texts for line in lines_of(text)]
+    encoded = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
+    return [tuple(ids) for ids in encoded if ids]  # type: ignore[arg-type]
+
+
+def _variation(lab: Lab, lines: list[tuple[int, ...]], documents: int = 8, length: int = 256) -> list[Result]:
+    """How a held-out document's KV varies with what stands before it, and with its distance from that."""
+    stream = np.array([token for line in lines for token in line])
+    if len(stream) < 4 * length or lab.decoder.reach < 3 * length + 1:
+        return []
+    starts = np.random.default_rng([lab.seed, 1]).integers(0, len(stream) - length, size=(documents, 3))
+    bos = lab.tokenizer.bos_token_id if lab.tokenizer.bos_token_id is not None else lab.tokenizer.eos_token_id
+    pieces = stream[starts[..., None] + np.arange(length)].tolist()
+    return variation_rows([context_error(lab.decoder, d, a, b, bos) for d, a, b in pieces], length)  # type: ignore

@@ -1,0 +1,25 @@
+"""KVCOMM (arXiv 2510.12872): agents that run one checkpoint reuse each other's KV caches.
+
+What the paper calls an anchor, a stored sample with its observed offsets, is an *exemplar* here; `anchor` is
+AnchorAttention's first token(s), nothing else. Written from the paper's equations; its public code was not used.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anchorctx.kvcomm.agents import Agent
+    from anchorctx.kvcomm.cache import KV
+    from anchorctx.kvcomm.session import Session
+    from anchorctx.kvcomm.topology import Topology
+
+__all__ = ["KV", "Agent", "Session", "Topology"]
+
+
+def __getattr__(name: str) -> object:
+    """torch and transformers take seconds to import: only when something is used."""
+    import importlib
+
+    homes = {"Agent": "agents", "KV": "cache", "Session": "session", "Topology": "topology"}
+    if name not in homes:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f"anchorctx.kvcomm.{homes[name]}"), name)

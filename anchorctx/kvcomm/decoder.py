@@ -1,0 +1,246 @@
+"""One RoPE decoder as KVCOMM sees it: the only place that touches transformers' cache classes. Nothing is patched.
+
+A `Buffer` holds a whole prompt's rotated KV. Entries that are reused are written into it; the model then runs on the
+remaining tokens only, wherever they stand, and its new keys and values land in their own slots. One forward therefore
+serves every arm: dense (all tokens), prefix caching (a suffix), a single last token, or scattered tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from anchorctx.errors import UserError
+from anchorctx.flops import layer_windows
+from anchorctx.kvcomm import grouped
+from anchorctx.kvcomm.cache import KV
+from anchorctx.kvcomm.rotary import Rope
+
+ATTENTION = ("sdpa", "eager", grouped.NAME)
+"""Implementations that take the mask which scattered tokens need."""
+CHUNK = 512
+"""Tokens that a suffix is run in: its masked attention computes the chunk's whole rectangle, not a triangle."""
+
+
+class Buffer:
+    """Rotated keys and values of one prompt, with room for what is generated; slots are token places in the prompt."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = keys, values
+        """(L, B, H, capacity, D)."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.keys.shape[3]
+
+    def kv(self, start: int, stop: int, position: int | None = None) -> KV:
+        """The slots `start` to `stop`, a view; `position` of the first one where it is not the slot itself."""
+        at = start if position is None else position
+        return KV(self.keys[:, :, :, start:stop], self.values[:, :, :, start:stop], at)
+
+
+class Decoder:
+    """A model, its rotation and its limits; refuses, by name, models whose KV cannot be moved."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        name, config = type(model).__name__, model.config.get_text_config()
+        if any(layer_windows(config)):
+            raise UserError(
+                f"{name} has sliding-window layers, whose caches drop tokens that other agents need: use a model "
+                "without a window, or set sliding_window to null if the prompts are shorter than it"
+            )
+        if config._attn_implementation not in ATTENTION:
+            raise UserError(
+                f"{name} uses attn_implementation={config._attn_implementation}, which takes no mask for scattered "
+                f"tokens: load the model with attn_implementation={' or '.join(ATTENTION)}"
+            )
+        self.model, self.rope = model, Rope.of(model)
+        self.reach: int = getattr(config, "max_position_embeddings", None) or 2**31
+        """Tokens that a prompt and its answer may have together."""
+        self._additive = config._attn_implementation == "eager"
+        self._cache_name = _cache_argument(model)
+        self.layers: int = config.num_hidden_layers
+        self._head_shape = self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the KV entries."""
+        return self.model.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        heads, key_dim, value_dim = self._head_shape
+        return self.layers * heads * (key_dim + value_dim) * self.dtype.itemsize
+
+    def buffer(self, capacity: int, batch: int = 1) -> Buffer:
+        """An empty buffer; what is never written is never read."""
+        heads, key_dim, value_dim = self._head_shape
+        shape = (self.layers, batch, heads, capacity)
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        return Buffer(torch.empty(*shape, key_dim, **options), torch.empty(*shape, value_dim, **options))
+
+    def tensor(self, ids: Sequence[int]) -> torch.Tensor:
+        """(1, T) token ids on the model's device."""
+        return torch.tensor([list(ids)], dtype=torch.long, device=self.device)
+
+    def embeddings(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T, hidden) input embeddings."""
+        with torch.no_grad():
+            return self.model.get_input_embeddings()(ids)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        ids: torch.Tensor,
+        buffer: Buffer,
+        slots: range | torch.Tensor,
+        *,
+        shift: int = 0,
+        keep: int = 1,
+    ) -> torch.Tensor:
+        """Run tokens and write their KV into the buffer; returns logits (B, keep, vocabulary) of the last `keep`.
+
+        Args:
+            ids: (B, S) tokens.
+            buffer: what they attend to: every slot up to their own.
+            slots: where they stand, increasing; a range for neighbours.
+            shift: positions are slots plus this; -1 puts them one position earlier than their slots say.
+            keep: how many of the last tokens' logits are wanted; 0 gives none.
+        """
+        if isinstance(slots, range) and slots.start and len(slots) > CHUNK:
+            return self._chunked(ids, buffer, slots, shift, keep)
+        where = torch.arange(slots.start, slots.stop) if isinstance(slots, range) else slots
+        where = where.to(self.device)
+        stop = int(slots[-1]) + 1
+        cache = _ScatterCache(buffer, slots if isinstance(slots, range) else where, stop)
+        mask = None if isinstance(slots, range) else self._mask(where, stop)
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(where + shift)[None].expand(ids.shape[0], -1),
+            use_cache=True,
+            logits_to_keep=max(keep, 1),
+            **{self._cache_name: cache},
+        )
+        return out.logits[:, out.logits.shape[1] - keep :]
+
+    def _chunked(self, ids: torch.Tensor, buffer: Buffer, slots: range, shift: int, keep: int) -> torch.Tensor:
+        found = []
+        for first in range(0, len(slots), CHUNK):
+            part = slots[first : first + CHUNK]
+            wanted = min(max(keep - (slots.stop - part.stop), 0), len(part))
+            found.append(self.forward(ids[:, first : first + CHUNK], buffer, part, shift=shift, keep=wanted))
+        return torch.cat(found, dim=1)
+
+    def encode(self, ids: torch.Tensor, *, position: int = 0, behind: KV | None = None) -> KV:
+        """The rotated KV of `ids` (B, T) from `position` on, which see `behind` (such as an anchor) and themselves."""
+        ahead = 0 if behind is None else behind.length
+        buffer = self.buffer(ahead + ids.shape[1], ids.shape[0])
+        if behind is not None:
+            buffer.keys[:, :, :, :ahead], buffer.values[:, :, :, :ahead] = behind.keys, behind.values
+        self.forward(ids, buffer, range(ahead, buffer.capacity), shift=position - ahead, keep=0)
+        return buffer.kv(ahead, buffer.capacity, position)
+
+    def to_cache(self, kv: KV) -> DynamicCache:
+        """A cache for the model's own forward or `generate`, from rotated entries that begin at position 0."""
+        if kv.rotated_at != 0:
+            raise ValueError(f"a prompt's cache begins at position 0, got rotated_at={kv.rotated_at}: place it first")
+        return DynamicCache(ddp_cache_data=list(zip(kv.keys.unbind(0), kv.values.unbind(0), strict=True)))
+
+    def from_cache(self, cache: Cache) -> KV:
+        """A finished cache's entries, rotated, from position 0 on; a copy."""
+        layers: Any = cache.layers
+        return KV(torch.stack([layer.keys for layer in layers]), torch.stack([layer.values for layer in layers]), 0)
+
+    def _mask(self, where: torch.Tensor, stop: int) -> torch.Tensor:
+        """(1, 1, S, stop): each token sees the slots up to its own. Boolean for sdpa, additive for eager attention."""
+        allowed = torch.arange(stop, device=where.device)[None, :] <= where[:, None]
+        if self._additive:
+            zeros = torch.zeros(allowed.shape, dtype=self.dtype, device=where.device)
+            return zeros.masked_fill(~allowed, torch.finfo(self.dtype).min)[None, None]
+        return allowed[None, None]
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int, int]:
+        """Heads and head dimensions, after a check on the model itself that its keys move as we move them.
+
+        Layer 0's un-rotated keys depend on the token alone. Two tokens are run at two places; where these keys
+        differ, the model rotates in another way (pairs of neighbours, as GPT-J does) or not at all.
+        """
+        ids, name = self.tensor([1, 2]), type(self.model).__name__
+        caches = []
+        for first in (0, 11):
+            positions = torch.tensor([[first, first + 1]], device=self.device)
+            cache = DynamicCache()
+            self.model(input_ids=ids, position_ids=positions, use_cache=True, **{self._cache_name: cache})
+            caches.append(cache)
+        layers: Any = caches[0].layers
+        shapes = {(layer.keys.shape, layer.values.shape) for layer in layers}
+        if len(layers) != self.layers or len(shapes) != 1:
+            raise UserError(f"{name} does not cache the same keys in each layer: use a model whose layers are alike")
+        here, there = (self.from_cache(cache) for cache in caches)
+        moved = self.rope.unrotated(KV(there.keys[:1], there.values[:1], 11)).keys
+        error = (self.rope.unrotated(here).keys[:1] - moved).double().norm() / here.keys[:1].double().norm()
+        if not error < 0.05:  # 1e-7 in float32, 5e-3 in bfloat16; of order 1 for another rotation
+            raise UserError(
+                f"{name} rotates its keys in another way than halves (moving a key leaves an error of {error:.0%}), "
+                "so its caches cannot be shared: use a model like Llama, Qwen or Mistral"
+            )
+        return here.keys.shape[2], here.keys.shape[4], here.values.shape[4]
+
+
+class _ScatterCache(Cache):
+    """A buffer in one forward, as transformers sees it: new entries go to their slots, attention reads up to `stop`."""
+
+    def __init__(self, buffer: Buffer, slots: range | torch.Tensor, stop: int) -> None:
+        layers = zip(buffer.keys, buffer.values, strict=True)
+        super().__init__(layers=[_ScatterLayer(keys, values, slots, stop) for keys, values in layers])
+
+
+class _ScatterLayer(CacheLayerMixin):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: range | torch.Tensor, stop: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self._slots, self._stop = slots, stop
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Memory is the buffer's."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None and self.values is not None
+        for held, new in ((self.keys, key_states), (self.values, value_states)):
+            if isinstance(self._slots, range):
+                held[:, :, self._slots.start : self._slots.stop] = new
+            else:
+                held.index_copy_(2, self._slots, new.to(held.dtype))
+        return self.keys[:, :, : self._stop], self.values[:, :, : self._stop]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._stop, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens before the new ones; asked for only when these are neighbours."""
+        return int(self._slots[0])
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """The forward argument that takes a cache: `past_key_values` until transformers renamed it `cache`."""
+    accepted = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"

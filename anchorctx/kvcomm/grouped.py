@@ -1,0 +1,48 @@
+"""Attention for a few tokens over a long cache that does not copy it: `attn_implementation="grouped_sdpa"`.
+
+transformers' own `sdpa` repeats each key head for its group of query heads as soon as there is a mask and more than one
+query: for 20 recomputed tokens behind 3,500 cached ones that copy takes longer than the attention. Here the queries of
+a group are laid one behind the other instead, so that one call serves the key head as it is. Same numbers; a model has
+to be loaded or set to it, nothing is patched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+NAME = "grouped_sdpa"
+
+
+def register() -> str:
+    """Make the implementation known to transformers; idempotent. Returns its name."""
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return NAME
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' contract: query (B, Hq, S, D), key and value (B, H, T, D), boolean mask (B or 1, 1, S, T)."""
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout if module.training else 0.0}
+    if attention_mask is None and length > 1:
+        out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1, **options)
+        return out.transpose(1, 2).contiguous(), None
+    packed = query.reshape(batch, key.shape[1], groups * length, query.shape[-1])
+    mask = None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1)
+    out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, **options)
+    return out.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None

@@ -1,0 +1,155 @@
+"""What an arm sees when an agent is about to speak, and the request's own state: nothing here is global or shared
+between requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from anchorctx.kvcomm.cache import KV
+from anchorctx.kvcomm.decoder import Buffer, Decoder
+from anchorctx.kvcomm.prompts import Frame, Ids, Prompt, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A segment's base KV: as it was computed first, in front of whatever stood before it then."""
+
+    kv: KV
+    """Un-rotated, except an agent's fixed prefix, which never moves."""
+    home: int
+    """Position of its first token when it was computed."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Work outside the prompt's own forward: encodings of texts, of anchored documents, of messages."""
+
+    tokens: int = 0
+    pairs: int = 0
+    """(query, key) pairs of attention."""
+    seconds: float = 0.0
+
+    def count(self, tokens: int, ahead: int = 0) -> None:
+        """`tokens` were run behind `ahead` others."""
+        self.tokens += tokens
+        self.pairs += tokens * ahead + tokens * (tokens + 1) // 2
+
+
+@dataclass(slots=True)
+class RequestState:
+    """One request: its texts and messages in tokens, and what is known of their KV."""
+
+    number: int
+    """Requests are numbered as they are started."""
+    contents: dict[str, Ids] = field(default_factory=dict)
+    shared: dict[str, Shared] = field(default_factory=dict)
+    anchored: dict[tuple[Ids, int], KV] = field(default_factory=dict)
+    """Documents encoded behind the anchor alone, by tokens and position."""
+
+
+class Prefixes:
+    """What a session encodes once, before any request: base KV of each agent's glue, and the anchor's KV."""
+
+    def __init__(self, decoder: Decoder, bos: int, header: Ids = ()) -> None:
+        self._decoder, self._glue = decoder, dict[Frame, dict[int, Shared]]()
+        self.header = (bos, *header)
+        self._bos = bos
+        self._anchor: KV | None = None
+
+    def anchor(self) -> KV:
+        """The anchor's KV, one token at position 0."""
+        if self._anchor is None:
+            self._anchor = self._decoder.encode(self._decoder.tensor([self._bos]))
+        return self._anchor
+
+    def glue(self, frame: Frame) -> dict[int, Shared]:
+        """By segment number. One run of the skeleton; a prefix stays rotated, the rest is kept un-rotated."""
+        if frame not in self._glue:
+            skeleton, rope = frame.skeleton(), self._decoder.rope
+            whole = self._decoder.encode(self._decoder.tensor(skeleton.ids))
+            pieces = {s.number: (s, whole.cut(s.start, s.stop)) for s in skeleton.segments if s.name is None}
+            self._glue[frame] = {
+                number: Shared((rope.unrotated(kv) if s.start else kv).copy(), s.start)
+                for number, (s, kv) in pieces.items()
+            }
+        return self._glue[frame]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """KV entries for some of a prompt's slots."""
+
+    kv: KV
+    start: int
+    """Slot of the first."""
+    rotation: int | None = None
+    """Position that the first key is rotated to; None is its slot."""
+
+    def write(self, decoder: Decoder, buffer: Buffer) -> None:
+        """Place the entries: keys rotated once, values as they are."""
+        span = slice(self.start, self.start + self.kv.length)
+        rotation = self.start if self.rotation is None else self.rotation
+        decoder.rope.write(self.kv, rotation, buffer.keys[:, :, :, span])
+        buffer.values[:, :, :, span] = self.kv.values
+
+
+@dataclass(slots=True)
+class Scene:
+    """One agent's turn."""
+
+    decoder: Decoder
+    prompt: Prompt
+    frame: Frame
+    request: RequestState
+    prefixes: Prefixes
+    tally: Tally = field(default_factory=Tally)
+
+    def glue(self, segment: Segment) -> Shared:
+        """Base KV of a fixed text, from the session."""
+        return self.prefixes.glue(self.frame)[segment.number]
+
+    def prefix(self) -> Placement:
+        """The fixed text that the prompt begins with; exact."""
+        return Placement(self.glue(self.prompt.segments[0]).kv, 0)
+
+    def base(self, name: str) -> Shared:
+        """Base KV of a placeholder's content: a message's own, or the text encoded behind BOS and header, once."""
+        if name not in self.request.shared:
+            header, ids = self.prefixes.header, self.request.contents[name]
+            whole = self._timed(lambda: self.decoder.encode(self.decoder.tensor([*header, *ids])))
+            self.tally.count(len(header) + len(ids))
+            kv = self.decoder.rope.unrotated(whole.cut(len(header))).copy()
+            self.request.shared[name] = Shared(kv, len(header))
+        return self.request.shared[name]
+
+    def anchored(self, segment: Segment) -> KV:
+        """The segment as a document of AnchorAttention: behind the anchor alone, at its own position; exact there."""
+        key = (segment.ids, segment.start)
+        if key not in self.request.anchored:
+            anchor, ids = self.prefixes.anchor(), self.decoder.tensor(segment.ids)
+            document = self._timed(lambda: self.decoder.encode(ids, position=segment.start, behind=anchor))
+            self.tally.count(segment.length, anchor.length)
+            self.request.anchored[key] = document
+        return self.request.anchored[key]
+
+    def observed(self, buffer: Buffer, segment: Segment) -> KV:
+        """What this prompt's own run left for a segment, un-rotated."""
+        return self.decoder.rope.unrotated(buffer.kv(segment.start, segment.stop))
+
+    def _timed(self, run: Callable[[], KV]) -> KV:
+        began = now(self.decoder.device)
+        result = run()
+        self.tally.seconds += now(self.decoder.device) - began
+        return result
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock that waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

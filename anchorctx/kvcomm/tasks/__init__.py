@@ -1,0 +1,1 @@
+"""Tasks for agents: their prompts, their problems, and exact scorers."""

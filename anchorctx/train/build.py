@@ -1,0 +1,63 @@
+"""From a run's configuration to the module that DeepSpeed trains: model, memory switches, Ulysses, loss."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from anchorctx.models import build_config, checkpoint_activations, load_model
+from anchorctx.parallel import ulysses
+from anchorctx.parallel.loading import sharded_loading
+from anchorctx.parallel.loss import CausalLMLoss
+from anchorctx.parallel.memory import check_offload, saving
+from anchorctx.parallel.mesh import Mesh
+from anchorctx.parallel.tiled import tile_mlps
+from anchorctx.train.config import TrainConfig
+from anchorctx.train.engine import deepspeed_config
+
+
+def build_model(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> PreTrainedModel:
+    """The model, whole in every process, or under ZeRO 3 each process's share of it.
+
+    A new model is always built whole: under ZeRO 3 transformers would draw other random weights.
+    """
+    ulysses.check_sizes(build_config(config.model), config.parallel.sequence_parallel, mesh.ranks.world)
+    with contextlib.ExitStack() as stack:
+        if config.parallel.zero_stage == 3 and config.memory.sharded_loading and config.model.path:
+            stack.enter_context(sharded_loading(engine_config(config, mesh, rows_per_step)))
+        return load_model(config.model)
+
+
+def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, row_length: int) -> CausalLMLoss:
+    """The model with its memory switches and attention, and the loss around it."""
+    memory = config.memory
+    if every := memory.recomputed(config.parallel):
+        checkpoint_activations(model, every=every)
+        tokens = config.micro_rows * -(-row_length // mesh.sequence)
+        check_offload(memory, model, tokens, every, mesh.ranks.world)
+    if memory.mlp_tile:
+        tile_mlps(model, memory.mlp_tile)
+    ulysses.enable(model, mesh, config.micro_rows)
+    return CausalLMLoss(model, tile_tokens=memory.loss_tile, kind=memory.loss, saving=saving(memory, mesh.ranks.device))
+
+
+def accumulation(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> int:
+    """Micro-batches of a step."""
+    return rows_per_step // (config.micro_rows * mesh.data)
+
+
+def engine_config(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of the run."""
+    import torch
+
+    return deepspeed_config(
+        config.parallel,
+        config.optim,
+        dtype=getattr(torch, config.model.dtype.value),
+        micro_rows=config.micro_rows,
+        accumulation=accumulation(config, mesh, rows_per_step),
+        world=mesh.ranks.world,
+        cuda=mesh.ranks.device.type == "cuda",
+    )

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from anchorctx.errors import UserError
+from anchorctx.kvcomm import Agent, Session
+from anchorctx.kvcomm.decoder import Decoder
+from anchorctx.kvcomm.exemplars import PoolConfig
+from anchorctx.kvcomm.offsets import Kvcomm, KvcommUngated, MeanOffset
+from anchorctx.kvcomm.registry import ARMS, CONTROLS
+from anchorctx.kvcomm.session import Turn
+from anchorctx.kvcomm.topology import Topology
+from anchorctx.testing.tiny import ARCHITECTURES
+
+TEXTS = {"doc": "w10 w11 w12 w13 w14 w15 w16 w17", "q": "w20 w21"}
+OTHER = {"doc": "w30 w31 w32 w33 w34 w35 w36 w37", "q": "w40 w41"}
+AGENTS = [
+    Agent("a", "w50 w51 {doc} w52 {q}", 4),
+    Agent("b", "{doc}{a} w53", 4),
+    Agent("c", "w54 {b} w55 w56 {a}{q}{doc}", 4),
+]
+
+
+@pytest.fixture
+def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, decoder: Decoder) -> Any:
+    def made(arm: Any = "dense", agents: list[Agent] = AGENTS, **options: Any) -> Session:
+        return Session(model, tokenizer, agents, arm=arm, decoder=decoder, **options)
+
+    return made
+
+
+def logits(turns: dict[str, Turn]) -> torch.Tensor:
+    return torch.stack([turn.logits[0] for turn in turns.values()])
+
+
+@pytest.mark.parametrize("name", [*ARMS, *CONTROLS])
+def test_every_arm_speaks_and_two_sessions_give_identical_numbers(make: Any, name: str) -> None:
+    found = []
+    for _ in range(2):
+        session = make(name)
+        for texts in (TEXTS, OTHER, TEXTS, OTHER, TEXTS, OTHER):
+            turns = session.ask(texts)
+        found.append(turns)
+    assert torch.equal(logits(found[0]), logits(found[1]))
+    assert [turn.ids for turn in found[0].values()] == [turn.ids for turn in found[1].values()]
+    for turn in turns.values():
+        assert 1 <= turn.computed <= turn.prompt.length and turn.ttft > 0
+        assert set(turn.seconds) == {"match", "encode", "assemble", "forward", "upkeep"}
+
+
+def test_dense_is_the_models_own_generation(make: Any, model: PreTrainedModel) -> None:
+    for turn in make().ask(TEXTS).values():
+        ids = torch.tensor([turn.prompt.ids])
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=mask, pad_token_id=0)  # type: ignore
+        said = out[0, ids.shape[1] :].tolist()
+        assert list(turn.ids) == (said[: said.index(2)] if 2 in said else said)
+
+
+def test_reuse_is_counted(make: Any) -> None:
+    session = make("rotate")
+    turns = session.ask(TEXTS)
+    a, c = turns["a"], turns["c"]
+    assert a.computed == 1 and a.hidden >= 8 + 2 and a.reused == (True, True)
+    assert c.computed == 1 and c.hidden == 0  # all of it is known by then
+    assert c.flops < 0.2 * c.dense_flops and a.flops > c.flops
+    dense = make().ask(TEXTS)["c"]
+    assert dense.flops == dense.dense_flops and dense.reused == (False,) * 4
+
+
+@pytest.mark.parametrize("name", [*ARMS, *CONTROLS])
+def test_open_requests_do_not_mix(make: Any, name: str) -> None:
+    """Two requests in turns give what each gives when it is alone in its session."""
+    if name in ("kvcomm", "kvcomm_ungated", "mean_offset"):
+        arm: Any = {"mean_offset": lambda: MeanOffset(9)}.get(name, lambda: Kvcomm(PoolConfig(min_exemplars=9)))
+    else:
+        arm = lambda: (ARMS | CONTROLS)[name]()  # noqa: E731
+    alone = [logits(make(arm()).ask(texts)) for texts in (TEXTS, OTHER)]
+    session = make(arm())
+    requests = [session.start(texts) for texts in (TEXTS, OTHER)]
+    turns: list[dict[str, Turn]] = [{}, {}]
+    for agent in session.topology.order:
+        for request, found in zip(requests, turns, strict=True):
+            found[agent] = request.run(agent)
+    if name in ("random", "other_request"):  # both depend on the requests before, by intention
+        assert turns[0]["a"].prompt.ids != turns[1]["a"].prompt.ids
+        return
+    for expected, found in zip(alone, turns, strict=True):
+        torch.testing.assert_close(logits(found), expected, rtol=0, atol=1e-5)
+
+
+def test_the_pool_learns_from_each_open_request_apart(make: Any) -> None:
+    session = make(Kvcomm(PoolConfig(min_exemplars=9)))
+    one, two = session.start(TEXTS), session.start(OTHER)
+    for agent in session.topology.order:
+        one.run(agent)
+        two.run(agent)
+    held = session.arm.pool.held("doc")
+    assert [e.ids.tolist() for e in held] == [list(range(10, 18)), list(range(30, 38))]
+    assert all(set(e.offsets) == {("a", 0), ("b", 0), ("c", 0)} for e in held)
+
+
+def test_the_decision_agent_is_dense(make: Any) -> None:
+    turns = make("rotate", decision="c").ask(TEXTS)
+    assert turns["c"].computed == turns["c"].prompt.length and turns["b"].computed == 1
+
+
+@pytest.mark.parametrize("name", [*ARMS, *CONTROLS])
+@pytest.mark.parametrize("template", ["{a}", "{a}{q}", "{q}{a}{doc}", "w50 {a}{a} w51", "{a} w52 {q}"])
+def test_empty_answers_and_bare_templates_work(make: Any, name: str, template: str) -> None:
+    """An answer of no tokens, neighbours, and placeholders at either end, also once the arm has learnt."""
+    agents = [Agent("a", "w50 {doc}", 2, lambda answer, texts: ""), Agent("b", template, 2)]
+    dense, session = make("dense", agents), make(name, agents)
+    for texts in (TEXTS, OTHER, TEXTS, OTHER, TEXTS):
+        expected, turn = dense.ask(texts)["b"], session.ask(texts)["b"]
+        assert turn.prompt.ids == expected.prompt.ids
+        assert torch.isfinite(turn.logits).all()
+        if name.startswith("dense"):
+            torch.testing.assert_close(turn.logits, expected.logits, rtol=0, atol=1e-5)
+
+
+def test_messages_may_differ_from_answers(make: Any) -> None:
+    agents = [
+        dataclasses.replace(AGENTS[0], speak=lambda answer, texts: f"{texts['q']} w60 w61 w62 w63 w64 w65 w66"),
+        *AGENTS[1:],
+    ]
+    turns = make("rotate", agents).ask(TEXTS)
+    assert turns["a"].message == (20, 21, 60, 61, 62, 63, 64, 65, 66) and turns["a"].hidden > 9
+    assert turns["b"].prompt.placeholders[1].ids == turns["a"].message
+
+
+def test_stop_ends_an_answer(make: Any) -> None:
+    agent = Agent("a", "{doc}", 4, stop=lambda text: True)
+    assert len(make("dense", [agent]).ask({"doc": TEXTS["doc"]})["a"].ids) <= 1
+
+
+def test_mean_offset_and_recomputed_glue_cut_the_pool_tenfold(make: Any) -> None:
+    """At V = 20; with the formula: 20 exemplars of text and glue against one mean of text."""
+    pool = PoolConfig(min_exemplars=20)
+    kept = {}
+    arms = {"kvcomm": Kvcomm(pool), "mean": MeanOffset(30), "bare": Kvcomm(pool, recompute_glue=True)}
+    for name, arm in arms.items():
+        session = make(arm)
+        for number in range(22):
+            session.ask({"doc": " ".join(f"w{3 + (number * 5 + i) % 90}" for i in range(8)), "q": "w20 w21"})
+        kept[name] = session.arm.nbytes
+    assert 10 * kept["mean"] < kept["kvcomm"] and kept["bare"] < kept["kvcomm"]
+
+
+def test_ungated_shares_once_there_are_enough(make: Any) -> None:
+    session = make(KvcommUngated(PoolConfig(min_exemplars=2)))
+    shared = [session.ask(texts)["a"].reused[0] for texts in (TEXTS, OTHER, TEXTS)]
+    assert shared == [False, False, True]
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_requests_are_refused(make: Any) -> None:
+    with pytest.raises(UserError, match="agent 'a' has the placeholder {q}.*gives? it doc"):
+        make().start({"doc": "w10"})
+    with pytest.raises(UserError, match="'a' has an agent's name"):
+        make().start({**TEXTS, "a": "w1"})
+    with pytest.raises(UserError, match="hears 'a', who has not spoken"):
+        make().start(TEXTS).run("b")
+    with pytest.raises(UserError, match="prompt of 602 tokens and 4 to say, but the model reaches 512"):
+        make("dense", [Agent("a", "{doc}{q}", 4)]).ask({"doc": [5] * 600, "q": [6]})
+    with pytest.raises(UserError, match="message of 600, but the model reaches 512"):
+        make("dense", [Agent("a", "{doc}", 4, lambda *_: "w9 " * 600)]).ask({"doc": [5]})
+
+
+def test_bad_sessions_are_refused(make: Any) -> None:
+    with pytest.raises(UserError, match="unknown arm 'fast': choose dense"):
+        make("fast")
+    with pytest.raises(UserError, match="unknown topology 'ring': choose chain"):
+        make(topology="ring")
+    with pytest.raises(UserError, match="decision='z' is no agent"):
+        make(decision="z")
+    with pytest.raises(UserError, match="give both the same names"):
+        make(topology=Topology.of({"a": []}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("mistral_window", {}, "sliding-window layers"),
+        ("gemma3", {}, "sliding-window layers"),
+        ("cohere2", {}, "sliding-window layers"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic RoPE"),
+    ],
+)
+def test_models_whose_keys_cannot_move_are_refused(architecture: str, options: dict[str, Any], message: str) -> None:
+    if options:
+        from transformers import LlamaForCausalLM
+
+        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        found: Any = LlamaForCausalLM(LlamaConfig(vocab_size=96, **small, **options))  # type: ignore[arg-type]
+    else:
+        found = ARCHITECTURES[architecture].build(torch.float32)
+        found.set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match=message):
+        Decoder(found)
+
+
+def test_a_model_without_rope_or_with_another_rotation_is_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXForCausalLM, HeliumConfig, HeliumForCausalLM
+
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no rotary"):
+        Decoder(GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=64)))
+    small: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    pairs = HeliumConfig(**small, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    with pytest.raises(UserError, match="rotates its keys in another way than halves"):
+        Decoder(HeliumForCausalLM(pairs))
+    # A quarter of each head rotated: supported as it is.
+    Decoder(GPTNeoXForCausalLM(GPTNeoXConfig(**small, num_attention_heads=2, max_position_embeddings=64)))
+
+
+def test_attention_that_takes_no_mask_is_refused() -> None:
+    with pytest.raises(UserError, match="attn_implementation=anchor.*sdpa or eager"):
+        Decoder(ARCHITECTURES["llama"].build(torch.float32))
