@@ -85,13 +85,15 @@ class Ruler:
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See Evaluator: lengths that lm-eval could not fill, and data that the hub does not give."""
-        for task in dict.fromkeys(unit["task"] for unit in self.units()):
-            least = shortest(task, tokenizer)
-            if least > min(self.config.lengths):
+        for unit in self.units():
+            task, length = unit["task"], unit["length"]
+            least = shortest(task, length, tokenizer)
+            if least > length:
                 raise UserError(
-                    f"ruler.lengths={self.config.lengths} are too short for {task}, whose smallest document takes "
-                    f"{least} tokens of this tokenizer: raise them, or leave the task out of ruler.tasks"
+                    f"ruler.lengths={self.config.lengths}: {length} is too short for {task}, whose smallest document "
+                    f"takes {least} tokens of this tokenizer there: change it, or leave the task out of ruler.tasks"
                 )
+        for task in dict.fromkeys(unit["task"] for unit in self.units()):
             if task not in OFFLINE:
                 fetch(task, *_hub_data(task))
 
@@ -150,8 +152,8 @@ def as_in_a_fresh_process(tasks: Any) -> Any:
     return tasks
 
 
-def shortest(task: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Least length in tokens at which lm-eval is sure to find documents for `task`; 0 where it gives up by itself."""
+def shortest(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the smallest documents that lm-eval makes for `task` at `length`; 0 where it gives up by itself."""
     measure = {"ruler_vt": _shortest_vt, "ruler_cwe": _shortest_cwe, "ruler_fwe": _shortest_fwe}.get(task)
     if measure is None:
         return 0
@@ -161,13 +163,13 @@ def shortest(task: str, tokenizer: PreTrainedTokenizerBase) -> int:
     np.random.seed(SEEDS[1])
     random.getrandbits(24)  # see `as_in_a_fresh_process`
     try:
-        return measure(lambda text: len(tokenizer(text).input_ids))
+        return measure(length, lambda text: len(tokenizer(text).input_ids))
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
 
 
-def _shortest_vt(size: Callable[[str], int]) -> int:
+def _shortest_vt(length: int, size: Callable[[str], int]) -> int:
     """A worked example of up to 500 tokens, then the smallest document (10 lines of noise) and 30 tokens of answer."""
     module = ruler_module("vt_utils")
 
@@ -184,20 +186,19 @@ def _shortest_vt(size: Callable[[str], int]) -> int:
     return max(draw(10, False) for _ in range(DRAWS)) + 500
 
 
-def _shortest_cwe(size: Callable[[str], int]) -> int:
+def _shortest_cwe(length: int, size: Callable[[str], int]) -> int:
     """A worked example, ten words six times each (thirty times from 4,096 tokens on), and 120 tokens of answer."""
     module = ruler_module("cwe_utils")
 
-    def smallest(length: int) -> int:
-        drawn = (module.generate_input_output(10, length) for _ in range(DRAWS))
-        numbered = ((a, b, " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))) for a, b, words in drawn)
-        return max(size(f"{example}\n{text} {answer}") for example, text, answer in numbered) + 120
+    def draw() -> int:
+        example, text, words = module.generate_input_output(10, length)
+        answer = " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+        return size(f"{example}\n{text} {answer}") + 120
 
-    short = smallest(4095)
-    return short if short <= 4095 else max(smallest(4096), 4096)
+    return max(draw() for _ in range(DRAWS))
 
 
-def _shortest_fwe(size: Callable[[str], int]) -> int:
+def _shortest_fwe(length: int, size: Callable[[str], int]) -> int:
     """The question without any words; and four different words at the least, of which there are length / 50."""
     return max(size(ruler_module("fwe_utils").TEMPLATE) + 1, 200)
 

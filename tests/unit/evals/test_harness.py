@@ -161,10 +161,16 @@ def refuse(*args: Any, **kwargs: Any) -> Any:
 def test_a_length_that_lm_eval_could_never_fill_is_refused(small: Path):
     """Its generators of documents would run for ever: they draw again until one fits."""
     tokenizer = load(small).tokenizer
-    least = shortest("ruler_vt", tokenizer)
-    assert 500 < least < LENGTH and shortest("niah_single_1", tokenizer) == 0
-    with pytest.raises(UserError, match=rf"lengths=\[400\] are too short for ruler_vt.*takes {least} tokens"):
-        Ruler(RulerConfig(tasks=["ruler_vt"], lengths=[400])).check(tokenizer)
+    least = shortest("ruler_vt", 400, tokenizer)
+    assert 500 < least < LENGTH and shortest("niah_single_1", 400, tokenizer) == 0
+    with pytest.raises(
+        UserError, match=rf"400 is too short for ruler_vt, whose smallest document takes {least} tokens"
+    ):
+        Ruler(RulerConfig(tasks=["ruler_vt"], lengths=[LENGTH, 400])).check(tokenizer)
+    # from 4,096 tokens on lm-eval repeats words five times as often
+    assert shortest("ruler_cwe", 4095, tokenizer) < LENGTH < 4096 < shortest("ruler_cwe", 4096, tokenizer)
+    with pytest.raises(UserError, match="4096 is too short for ruler_cwe"):
+        Ruler(RulerConfig(tasks=["ruler_cwe"], lengths=[LENGTH, 4096])).check(tokenizer)
 
 
 def test_unknown_names_give_the_nearest(tmp_path: Path, small: Path, own_tasks: Path):

@@ -17,7 +17,7 @@ from anchorctx.errors import UserError
 from anchorctx.evals import runner
 from anchorctx.evals.journal import Journal
 from anchorctx.evals.perplexity import PerplexityConfig
-from anchorctx.evals.retrieval import RetrievalConfig
+from anchorctx.evals.retrieval import Retrieval, RetrievalConfig
 from anchorctx.evals.runner import EvalConfig, EvalDtype, EvalName, EvaluatedModel, evaluate
 from anchorctx.evals.subject import identity, load, models_of, read_config, read_tokenizer
 from anchorctx.models import RopeConfig
@@ -85,6 +85,25 @@ def test_a_folder_is_evaluated_and_done_rows_are_not_run_again(
     quicker = RetrievalConfig(lengths=[64], rows=2, batch_tokens=99)
     assert evaluate(config(folder, tmp_path, corpus, evals=[EvalName.retrieval], retrieval=quicker)) == [first[2]]
     assert loads == ["tiny"] * 2
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    folder: Path, corpus: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole, run, seen = evaluate(config(folder, tmp_path / "whole", corpus)), Retrieval.run, []
+
+    def failing(self: Retrieval, subject: Any, unit: dict[str, Any], progress: Any) -> Any:
+        seen.append(unit["length"])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return run(self, subject, unit, progress)
+
+    monkeypatch.setattr(Retrieval, "run", failing)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(folder, tmp_path / "out", corpus))
+    assert list(read_results(tmp_path / "out" / "results.jsonl")) == whole[:-1]
+    assert evaluate(config(folder, tmp_path / "out", corpus)) == whole
+    assert seen == [64, 256, 256]
 
 
 @pytest.mark.parametrize(
