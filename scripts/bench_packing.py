@@ -70,9 +70,10 @@ def main() -> None:
     if arguments.probe:
         print(json.dumps(pack_store(arguments.probe, arguments.row_length)))
         return
+    settings = {name: getattr(arguments, name) for name in ("tokens", "rounds", "row_length", "corpus_gib")}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         measured = {
-            "manifest": build_manifest("bench_packing", vars(arguments)),
+            "manifest": build_manifest("bench_packing", settings),
             "speed": [found for length in (4096, 65_536) for found in speed(arguments, length)],
             "memory": [memory(Path(folder), size, arguments.row_length) for size in arguments.corpus_gib],
             "policies": [found for length in (4096, 65_536) for found in policies(Path(folder), length)],

@@ -106,7 +106,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     found = [row for row in measured["speed"] if row["row_length"] == 4096]
     bars = speed.barh([row["way"] for row in found][::-1], [row["tokens_per_second"] / 1e6 for row in found][::-1])
     speed.bar_label(bars, fmt=" %.0f", fontsize=8)
-    speed.set(xscale="log", xlabel="million tokens a second", title="Speed, rows of 4,096")
+    speed.set(xscale="log", xlim=(4, 3000), xlabel="million tokens a second", title="Speed, rows of 4,096")
     sizes = measured["memory"]
     memory.plot([row["corpus_gib"] for row in sizes], [row["peak_gib"] for row in sizes], marker="o")
     memory.set(xlabel="corpus, GiB", ylabel="peak memory, GiB", ylim=(0, 1.05), title="Memory")

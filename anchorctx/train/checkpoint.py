@@ -7,7 +7,10 @@ learning rate are pure functions of the step, so there is nothing else to save.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import fcntl
+import io
 import json
 import logging
 import random
@@ -104,11 +107,71 @@ def save(engine: Any, root: Path, state: dict[str, Any], ranks: Ranks, config: C
     return final
 
 
-def load(engine: Any, folder: Path, ranks: Ranks) -> None:
-    """Restore the engine's states and this rank's random states from a complete checkpoint."""
-    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
+def load(engine: Any, folder: Path, ranks: Ranks, processes: int) -> None:
+    """Restore the engine's states from a complete checkpoint, and this rank's random states.
+
+    `processes` wrote it. Where there are others now, the states are divided anew, and ranks that were not there before
+    keep the random states that they start with.
+    """
+    if processes == ranks.world:
+        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
+    else:
+        logger.info("%s was written by %d processes: dividing its states for %d", folder, processes, ranks.world)
+        path = _load_divided(engine, folder, ranks)
     assert path is not None, f"DeepSpeed found no states in {folder}"
-    _restore_random(torch.load(folder / f"random_{ranks.rank}.pt", weights_only=False))
+    states = folder / f"random_{ranks.rank}.pt"
+    if states.is_file():
+        _restore_random(torch.load(states, weights_only=False))
+
+
+def _load_divided(engine: Any, folder: Path, ranks: Ranks) -> str | None:
+    """Through DeepSpeed's universal checkpoint, which knows parameters and no partitions; it is removed afterwards."""
+    universal = folder.parent / f".{folder.name}.universal"
+    if ranks.is_main:
+        shutil.rmtree(universal, ignore_errors=True)
+        _convert(folder / ENGINE, universal / ENGINE)
+    barrier()
+    engine._config.load_universal_checkpoint = True
+    with _apart(engine.optimizer.optimizer):
+        path, _ = engine.load_checkpoint(str(universal), tag=ENGINE)
+    engine._config.load_universal_checkpoint = False
+    barrier()
+    if ranks.is_main:
+        shutil.rmtree(universal)
+    return path
+
+
+@contextmanager
+def _apart(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo what ZeRO 3's loading of a universal checkpoint does to the optimizer (tried with DeepSpeed 0.19.8).
+
+    It gives all groups the settings of the first, so that weight decay reaches what has none, and all states one and
+    the same `step`, which each of them then counts up.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    yield
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Make the universal checkpoint `target`; DeepSpeed's converter talks a lot."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Trainer:
             accumulation=accumulation(config, self.mesh, rows),
         )
         if self.resume_from is not None:
-            checkpoint.load(self.engine, self.resume_from, ranks)
+            checkpoint.load(self.engine, self.resume_from, ranks, int(state["processes"]))
         self.callbacks = self._callbacks()
         self.interrupted = False  # this process was asked to end
         self.stopping = False  # all processes agreed to
@@ -198,6 +198,7 @@ class Trainer:
         """Write a checkpoint from every rank."""
         rows = self.loader.rows_before(self.step)
         state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
+        state["processes"] = self.ranks.world
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
 
     def _loss_sum(self, mine: Share) -> torch.Tensor:
@@ -244,7 +245,6 @@ class Trainer:
             "seed": self.config.seed,
             "shuffle": self.config.data.shuffle,
             "balance": self.config.data.balance,
-            "processes": self.ranks.world,
             "zero_stage": self.config.parallel.zero_stage,
         }
 

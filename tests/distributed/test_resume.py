@@ -1,19 +1,24 @@
 """Runs that end early continue as if they had not, and runs that cannot be continued say why."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import load_file
 
 import anchorctx
+from anchorctx.data.loader import RowLoader
+from anchorctx.data.shards import PackedSet
+from anchorctx.layout import Pattern
 from anchorctx.train.export import ExportConfig, export
 
-from .runs import metrics
+from .runs import LENGTH, metrics
 
 pytestmark = pytest.mark.distributed
 LONG = ("steps=60", "checkpoint.every=5", "validate_every=20", "checkpoint.keep_last=100")
@@ -81,6 +86,45 @@ def test_sigterm_on_one_rank_saves_and_ends_cleanly(launcher, whole, tmp_path):
     assert (terminated / "checkpoints" / f"step_{int(stopped_at):08d}" / "COMPLETE").exists()
     launcher.run("terminated", 2, *LONG)
     same_run(terminated, whole, tmp_path)
+
+
+def stopped_at(launcher, run, name, step):
+    """A copy of a finished run that looks as if it had been ended after `step`."""
+    copy = shutil.copytree(run, launcher.root / name)
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+def same_curve(run, whole):
+    """To 1e-6: sums are taken in another order."""
+    ours, theirs = metrics(run), metrics(whole)
+    assert [(row["step"], row["tokens"]) for row in ours] == [(row["step"], row["tokens"]) for row in theirs]
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        assert [row.get(key) for row in ours] == pytest.approx([row.get(key) for row in theirs], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_processes(launcher, whole, stage):
+    if stage != 2:
+        whole = launcher.run(f"whole_{stage}", 2, *LONG, f"parallel=zero{stage}")
+    for processes in (1, 4)[: 1 if stage == 2 else 2]:
+        run = stopped_at(launcher, whole, f"divided_{stage}_{processes}", 30)
+        launcher.run(run.name, processes, *LONG, f"parallel=zero{stage}")
+        same_curve(run, whole)
+        assert not [path for path in (run / "checkpoints").iterdir() if "universal" in path.name]
+
+
+def test_a_run_goes_on_with_another_batch_from_its_trained_tokens(launcher, whole):
+    run = stopped_at(launcher, whole, "larger_batch", 30)
+    launcher.run(run.name, 2, *LONG, f"tokens_per_step={LENGTH * 16}")
+    packed = PackedSet.open(launcher.train)
+    seen = {row["step"]: row["tokens"] for row in metrics(run)}
+    assert [seen[step] for step in range(31)] == [row["tokens"] for row in metrics(whole)][:31]
+    stream = RowLoader(packed, Pattern.anchor, rows_per_step=1, micro_rows=1)
+    trained = np.cumsum([packed.row_trained[stream.rows(i)[0]] for i in range(30 * 8 + 30 * 16)])
+    assert [seen[30 + step] for step in range(31)] == [trained[30 * 8 + step * 16 - 1] for step in range(31)]
 
 
 CANNOT = [

@@ -59,6 +59,10 @@ class Workspace(threading.local):
     def __init__(self) -> None:
         self._memory: dict[str, np.ndarray] = {}
 
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        """Another process begins with an empty one."""
+        return type(self), ()
+
     def array(self, name: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
         """An array with whatever was there before."""
         size = shape[0] * shape[1] * dtype.itemsize
