@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from anchorctx.data.facts import FactTokens, loss_weights, plant
 from anchorctx.data.sources import SourceConfig
@@ -19,6 +19,7 @@ from anchorctx.evals.perplexity import Perplexity, PerplexityConfig, score_docum
 from anchorctx.evals.retrieval import Retrieval, RetrievalConfig, answered, text_stream
 from anchorctx.evals.runner import EvalConfig, EvalName, evaluate
 from anchorctx.results import read_results
+from anchorctx.testing.tiny import text_model
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (i + 1) for i in range(12)]
 
@@ -30,17 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+    return text_model(tokenizer, 256)
 
 
 def ignore(done: int, total: int) -> None:
