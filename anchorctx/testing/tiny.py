@@ -11,7 +11,13 @@ from unittest import mock
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from anchorctx.models import ModelConfig, load_model
 
@@ -114,6 +120,24 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
+
+
+def text_model(tokenizer: PreTrainedTokenizerBase, reach: int) -> LlamaForCausalLM:
+    """A random Llama of two layers for a tokenizer's vocabulary and prompts of up to `reach` tokens."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=reach,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
+        eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from anchorctx.kvcomm.topology import TOPOLOGIES
 class CopyTaskConfig:
     """Lengths in tokens."""
 
-    problems: int = 4
+    problems: int = 8
     """Requests."""
     question: int = 384
     """Tokens of the question, which every agent reads."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from anchorctx.cli.main import main
 from anchorctx.data.stdlib import train_tokenizer
@@ -25,6 +25,7 @@ from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.report.kvcomm import find
 from anchorctx.results import Result, read_results
+from anchorctx.testing.tiny import text_model
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
 
@@ -34,19 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer that knows the facts, a corpus and three GSM8K-like questions."""
     path = tmp_path_factory.mktemp("kvcomm")
     tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.3,
-        bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
-        eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
-    )
-    LlamaForCausalLM(config).save_pretrained(path / "tiny")
+    text_model(tokenizer, 1024).save_pretrained(path / "tiny")
     tokenizer.save_pretrained(path / "tiny")
     (path / "corpus.jsonl").write_text(json.dumps({"text": LINES}) + "\n")
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)]

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from anchorctx.data.stdlib import train_tokenizer
+from anchorctx.testing.tiny import text_model
 
 DOCS = Path(__file__).parents[3] / "docs" / "kvcomm.md"
 
@@ -18,9 +17,7 @@ def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) < 25
     tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **small)).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    text_model(tokenizer, 2048).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     exec(code.replace("runs/quickstart/exported", str(tmp_path)), {})
     lines = capsys.readouterr().out.splitlines()
