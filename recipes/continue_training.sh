@@ -14,7 +14,7 @@
 set -euo pipefail
 name=$1 && shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PATH="$PWD/.venv/bin:$PATH"
+command -v anchorctx >/dev/null || export PATH="$PWD/.venv/bin:$PATH"  # your own environment, with its CUDA, wins
 
 recipe=recipes/$name
 : "${CORPUS:?set CORPUS to the documents to train on, such as CORPUS=books.jsonl.zst}"
@@ -39,7 +39,12 @@ pack packed "$CORPUS"
 pack packed_validation "$HELD_OUT"
 torchrun --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx.cli.train --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
     data.train="$out/packed" data.validation="$out/packed_validation" model.path="$model" "$@"
-[ -d "$out/exported" ] || anchorctx export run="$out/run" out_dir="$out/exported" dtype=bfloat16
+newest=$(basename "$(ls -d "$out"/run/checkpoints/step_* | tail -n 1)")
+if [ "$(cat "$out/exported_step" 2>/dev/null)" != "$newest" ]; then # none yet, or training went on since
+    rm -rf "$out/exported" "$out/eval" "$out/precision"
+    anchorctx export run="$out/run" out_dir="$out/exported" dtype=bfloat16
+    echo "$newest" >"$out/exported_step"
+fi
 mkdir -p "$out/eval"
 evaluate before "$model" "{max_position_embeddings: $length}"
 evaluate after "$out/exported" '{}'

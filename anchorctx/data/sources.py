@@ -129,6 +129,10 @@ def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:
 
 def open_source(config: SourceConfig) -> Source:
     """Find the source's files (or dataset) and what identifies them; UserError when there are none."""
+    if config.format is SourceFormat.stdlib and config.path:
+        raise UserError(
+            f"path={config.path} is not read with format=stdlib, the embedded corpus: set format=auto as well"
+        )
     if config.format is SourceFormat.stdlib:
         part = StdlibPart.of(config.stdlib)
         name = config.name or f"stdlib {config.stdlib.split.value}"

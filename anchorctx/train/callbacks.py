@@ -81,7 +81,7 @@ class JsonlMetrics:
 
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         path = out_dir / METRICS
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+        kept = [line for line in _lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
         beside = path.with_suffix(".partial")
         beside.write_text("".join(kept))
         os.replace(beside, path)
@@ -126,15 +126,22 @@ class Wandb:
             raise UserError(
                 f"logging.wandb={config.wandb.value} needs wandb: pip install 'anchorctx[wandb]'"
             ) from error
-        self._run = wandb.init(
-            project=config.project,
-            name=config.name or out_dir.name,
-            id=_run_id(out_dir, lambda: secrets.token_hex(4)),
-            resume="allow",
-            mode=config.wandb.value,
-            dir=str(out_dir),
-            config=settings,
-        )
+        try:
+            self._run = wandb.init(
+                project=config.project,
+                name=config.name or out_dir.name,
+                id=_run_id(out_dir, lambda: secrets.token_hex(4)),
+                resume="allow",
+                mode=config.wandb.value,
+                dir=str(out_dir),
+                config=settings,
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise UserError(
+                f"logging.wandb={config.wandb.value} cannot start ({reason}): run `wandb login`, or set "
+                "logging.wandb=offline and upload later with `wandb sync`"
+            ) from error
         self._run.define_metric("tokens")
         for group in ("train", "val", "eval", "perf", "memory", "data"):
             self._run.define_metric(f"{group}/*", step_metric="tokens")

@@ -102,7 +102,7 @@ def save(engine: Any, root: Path, state: dict[str, Any], ranks: Ranks, config: C
         write_json(partial / MARKER, _sizes(partial))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _prune(root, config)
+        _prune(root, config, final)
     barrier()
     return final
 
@@ -222,8 +222,11 @@ def check_same_run(state: dict[str, Any], identity: dict[str, Any], folder: Path
             )
 
 
-def _prune(root: Path, config: CheckpointConfig) -> None:
+def _prune(root: Path, config: CheckpointConfig, newest: Path) -> None:
+    """Remove older checkpoints; never `newest`, which may be of an earlier step than an abandoned run's."""
     for folder in complete(root)[: -config.keep_last]:
+        if folder == newest:
+            continue
         step = int(folder.name.removeprefix("step_"))
         if not (config.keep_every and step % config.keep_every == 0):
             (folder / MARKER).unlink()  # first, so that a kill in between leaves nothing that looks complete

@@ -141,7 +141,13 @@ class Trainer:
         self.step += 1
         self.tokens += step.trained_tokens
         layouts = tuple(layout for batch in step.micro_batches for layout in batch.layouts)
-        row = {"train/loss": loss, "train/lr": lr, "train/grad_norm": float(self.engine.get_global_grad_norm())}
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise UserError(
+                f"the gradient norm of step {self.step} is {norm}: lower optim.lr, or see rows {list(step.rows)} of "
+                f"{self.packed.fingerprint}; the last checkpoint is intact"
+            )
+        row = {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
         return row | self.meter.row(step, layouts, waited) | {"perf/waiting_seconds": self.waiting}
 
     def _forward_backward(self, step: Step) -> float:
@@ -246,6 +252,9 @@ class Trainer:
             "shuffle": self.config.data.shuffle,
             "balance": self.config.data.balance,
             "zero_stage": self.config.parallel.zero_stage,
+            "rope": dataclasses.asdict(self.config.model.rope),
+            "rope_dtype": self.config.model.rope_dtype.value,
+            "dtype": self.config.model.dtype.value,
         }
 
     def _write_run(self, model: PreTrainedModel) -> None:

@@ -34,7 +34,12 @@ OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m anchorctx.cli.trai
     data.train="$out/packed" data.validation="$out/packed_validation" model.path="$out/base" "$@"
 
 step 4 "export to a Hugging Face folder"
-[ -d "$out/exported" ] || anchorctx export run="$out/run" out_dir="$out/exported"
+newest=$(basename "$(ls -d "$out"/run/checkpoints/step_* | tail -n 1)")
+if [ "$(cat "$out/exported_step" 2>/dev/null)" != "$newest" ]; then # none yet, or training went on since
+    rm -rf "$out/exported" "$out/eval" "$out/precision"
+    anchorctx export run="$out/run" out_dir="$out/exported"
+    echo "$newest" >"$out/exported_step"
+fi
 
 step 5 "held-out perplexity and retrieval, before and after; needles by depth"
 anchorctx eval out_dir="$out/eval" 'evals=[perplexity,retrieval,needle]' "models=[\

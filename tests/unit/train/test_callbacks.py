@@ -33,6 +33,12 @@ def test_a_resume_drops_what_it_will_compute_again_and_a_torn_line(tmp_path: Pat
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_run_that_starts_again_from_nothing_keeps_no_row(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "tokens": 0}\n')
+    JsonlMetrics(tmp_path, 0).close()
+    assert rows(tmp_path / "metrics.jsonl") == []
+
+
 def test_the_bar_shows_rate_and_loss(capsys: pytest.CaptureFixture[str]) -> None:
     bar = ProgressBar(steps=10, start=4)
     bar.log({"step": 8, "tokens": 80, "train/loss": 1.25, "perf/tokens_per_second": 1234.0})
@@ -43,6 +49,8 @@ def test_the_bar_shows_rate_and_loss(capsys: pytest.CaptureFixture[str]) -> None
 
 class Recorder:
     """What W&B's module is asked to do."""
+
+    Error = OSError
 
     def __init__(self) -> None:
         self.started: list[dict[str, Any]] = []

@@ -62,6 +62,12 @@ def test_the_newest_and_every_so_manieth_are_kept(tmp_path: Path) -> None:
     assert steps(tmp_path) == [4, 8, 9, 10]
 
 
+def test_the_one_just_written_stays_though_an_abandoned_run_went_further(tmp_path: Path) -> None:
+    for step in (100, 200, 300, 150):
+        save(tmp_path, step, keep_last=2)
+    assert steps(tmp_path) == [150, 200, 300]
+
+
 def test_older_ones_stay_until_the_new_one_is_complete(tmp_path: Path) -> None:
     save(tmp_path, 1, keep_last=1)
     with pytest.raises(OSError, match="no space left"):
@@ -131,7 +137,7 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     expected = torch.rand(3), np.random.rand(3)
     torch.rand(17), np.random.rand(5)
-    checkpoint.load(FakeEngine(), folder, ALONE)
+    checkpoint.load(FakeEngine(), folder, ALONE, 1)
     assert torch.rand(3).equal(expected[0])
     np.testing.assert_array_equal(np.random.rand(3), expected[1])
 
