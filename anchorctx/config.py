@@ -22,6 +22,7 @@ from anchorctx.errors import UserError
 
 SCHEMAS = {
     "prepare": "anchorctx.data.prepare:PrepareConfig",
+    "plan": "anchorctx.plan.config:PlanConfig",
     "train": "anchorctx.train.config:TrainConfig",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",

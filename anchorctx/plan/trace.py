@@ -116,22 +116,27 @@ def trace(
         sequence: processes that share each row.
         cuda: allocate as the kernels of a GPU do, else as those of a CPU.
     """
-    shadow.register(cuda)
     layouts = tuple(padded(layout, sequence) for layout in layouts)
     layers = config.get_text_config().num_hidden_layers
     few, more = (2 * max(every, 1), 4 * max(every, 1))
 
     def at(depth: int) -> Traced:
-        model = meta_model(config, depth, dtype, rope_dtype)
+        model = meta_model(config, depth, dtype, rope_dtype, cuda=cuda)
         return _run(model, layouts, memory, every, sequence)
 
     return at(layers) if layers <= more else at(few).extended(at(more), few, more, layers)
 
 
 def meta_model(
-    config: PretrainedConfig, layers: int, dtype: torch.dtype, rope_dtype: RopeDtype = RopeDtype.float32
+    config: PretrainedConfig,
+    layers: int,
+    dtype: torch.dtype,
+    rope_dtype: RopeDtype = RopeDtype.float32,
+    *,
+    cuda: bool = True,
 ) -> PreTrainedModel:
     """The model with so many layers, on the meta device, attending through `plan.shadow`."""
+    shadow.register(cuda)
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
