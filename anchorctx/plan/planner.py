@@ -13,7 +13,7 @@ from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.layout import PackedLayout
 from anchorctx.parallel import ulysses
-from anchorctx.parallel.config import MemoryConfig, ParallelConfig
+from anchorctx.parallel.config import ActivationStore, MemoryConfig, ParallelConfig
 from anchorctx.parallel.mesh import check_mesh
 from anchorctx.plan.compute import Cost, Job, Shape, cost
 from anchorctx.plan.config import PlanConfig
@@ -95,6 +95,27 @@ class Planner:
     def cost(self, job: Job) -> Cost:
         """Operations, communication and time of a step."""
         return cost(self.shape, self.rows, job, self.config.machine, self.config.assume)
+
+    def inputs(self, parallel: ParallelConfig) -> float:
+        """Bytes of the inputs of all layers, of one micro-batch in one process."""
+        text = self.hf_config.get_text_config()
+        tokens = self.config.micro_rows * self.row_length / parallel.sequence_parallel
+        return text.num_hidden_layers * tokens * text.hidden_size * self.dtype.itemsize
+
+    def least(self, parallel: ParallelConfig, memory: MemoryConfig) -> float:
+        """Bytes that a configuration needs at least, without tracing it: its states and the layers' inputs.
+
+        A layer that is not recomputed keeps eight times as much as its input (q, k, v, o, two norms, the MLP's).
+        """
+        every = memory.recomputed(parallel)
+        again = 1 / every if every else 0.0
+        held = again if memory.offload_activations is ActivationStore.device else 0.0
+        kept = self.inputs(parallel) * (held + (1 - again) * 8)
+        nothing = Traced(kept, 0.0, kept, kept, kept)
+        runtime = self.config.assume.runtime_gib * GIB
+        return worst_moment(
+            self.weights, nothing, parallel, world=self.config.gpus, accumulation=1, runtime=runtime, overlap=True
+        ).total
 
     def traced(self, parallel: ParallelConfig, memory: MemoryConfig) -> Traced:
         """The trace of one micro-batch."""

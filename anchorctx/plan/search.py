@@ -14,6 +14,9 @@ from anchorctx.parallel.config import ActivationStore, MemoryConfig, ParallelCon
 from anchorctx.parallel.mesh import sequence_sizes
 from anchorctx.plan.planner import Plan, Planner
 
+PCIE, CPU_MEMORY = 25e9, 10e9
+"""Bytes a second, for one GPU of eight: PCIe 4 x16, and its share of the CPU's memory."""
+
 
 def search(planner: Planner) -> Plan:
     """The fastest of all configurations that fit; of equally fast ones the one that needs the fewest switches.
@@ -24,6 +27,8 @@ def search(planner: Planner) -> Plan:
     ranked = sorted(_candidates(planner), key=lambda found: found[0])
     smallest: Plan | None = None
     for _, parallel, memory in tqdm(ranked, desc="search", unit="configuration", leave=False):
+        if planner.least(parallel, memory) > planner.config.usable and smallest is not None:
+            continue
         plan = planner.plan(parallel, memory)
         if plan.fits:
             return plan
@@ -55,25 +60,27 @@ def _candidates(planner: Planner) -> Iterator[tuple[tuple[float, int], ParallelC
             seconds = planner.cost(planner.job(parallel, memory)).seconds
         except UserError:
             continue  # a batch that does not divide on this mesh
-        seconds += _offload_seconds(planner, parallel)
+        seconds += _offload_seconds(planner, parallel, memory)
         count = sum((stage > 1, stage > 2, size > 1, every > 0, tiled, store is ActivationStore.cpu, offloaded))
         yield (seconds, count), parallel, memory
 
 
-def _offload_seconds(planner: Planner, parallel: ParallelConfig) -> float:
-    """The optimizer on the CPU: gradients and weights cross PCIe, and the update runs at the memory's pace."""
-    if not parallel.offload_optimizer:
-        return 0.0
-    share = planner.weights.count / planner.config.gpus
-    return share * (2 * planner.weights.element / 25e9 + 28 / 10e9)
+def _offload_seconds(planner: Planner, parallel: ParallelConfig, memory: MemoryConfig) -> float:
+    """What crosses PCIe, and an optimizer that runs at the pace of the CPU's memory (28 bytes a weight)."""
+    seconds, assume = 0.0, planner.config.assume
+    if parallel.offload_optimizer:
+        share = planner.weights.count / planner.config.gpus
+        seconds += share * (2 * planner.weights.element / PCIE + 28 / CPU_MEMORY)
+    if memory.offload_activations is not ActivationStore.device:
+        seconds += (1 - assume.overlap) * 2 * planner.inputs(parallel) / PCIE
+    return seconds
 
 
 def _nothing_fits(planner: Planner, smallest: Plan | None) -> str:
     config = planner.config
     if smallest is None:
-        return (
-            f"no configuration exists for {config.gpus} GPUs and tokens_per_step={config.tokens_per_step}: change one"
-        )
+        tokens = config.tokens_per_step
+        return f"no configuration exists for {config.gpus} GPUs and tokens_per_step={tokens}: change one"
     need, have = smallest.parts.total / 2**30, smallest.usable / 2**30
     parallel = smallest.parallel
     return (

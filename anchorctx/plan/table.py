@@ -76,10 +76,8 @@ def _head(planner: Planner, plan: Plan) -> list[str]:
 
 def _bytes(planner: Planner, plan: Plan) -> list[str]:
     parts = plan.parts
-    lines = [
-        f"memory of a GPU when it holds most, in the {parts.moment}"
-        + ("" if parts.moment in ("loss", "update") else " pass")
-    ]
+    moment = parts.moment if parts.moment in ("loss", "update") else f"{parts.moment} pass"
+    lines = [f"memory of a GPU when it holds most, in the {moment}"]
     for name, note in PART_NOTES.items():
         lines.append(f"  {name:<12} {getattr(parts, name) / GIB:8.2f} GiB   {note}")
     room = plan.usable - parts.total
