@@ -22,6 +22,7 @@ from anchorctx.errors import UserError
 
 SCHEMAS = {
     "prepare": "anchorctx.data.prepare_config:PrepareConfig",
+    "plan": "anchorctx.plan.config:PlanConfig",
     "train": "anchorctx.cli.train:TrainCommand",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",

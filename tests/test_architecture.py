@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "parallel": {"attention"},
     "attention": set(),
     "data": set(),
-    "plan": set(),
+    "plan": {"models", "parallel", "data", "attention"},
     "report": set(),
     "testing": PARTS | {"kvcomm", "config"},
 } | {name: set() for name in FOUNDATION}

@@ -13,6 +13,7 @@ from anchorctx.errors import UserError
 
 COMMANDS = {
     "prepare": "documents -> tokens -> packed rows, on disk",
+    "plan": "memory and time of a run, and the cheapest configuration that fits, before renting a machine",
     "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
     "export": "a run's checkpoint -> a Hugging Face folder",
     "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",

@@ -8,6 +8,13 @@ from enum import StrEnum
 from anchorctx.errors import UserError
 from anchorctx.parallel.loss import LossKind
 
+BUCKET = 50_000_000
+"""Weights whose gradients are reduced, or that are gathered, in one call: 100 MB in bfloat16. DeepSpeed's own 5e8 holds
+1 GB twice."""
+LIVE = 500_000_000
+"""Weights that ZeRO 3 keeps gathered at once, at most, beside the module that runs; DeepSpeed's own is 1e9."""
+SUBGROUP = 250_000_000
+"""Weights that the optimizer updates at once under ZeRO 3."""
 SMALLEST_TILE = 128
 """Tokens of a tile of an MLP, at least: below, the calls cost more than the matrices."""
 

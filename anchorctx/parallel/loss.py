@@ -136,11 +136,12 @@ class CausalLMLoss(nn.Module):
         hidden, targets, weights = hidden[trained], targets[trained], weights[trained]  # (N, D), (N,), (N,)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
-        return call_as(head, self._head_loss, hidden, targets, weights)
+        return call_as(head, self.head_loss, hidden, targets, weights)
 
-    def _head_loss(
+    def head_loss(
         self, head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        """Summed loss of (N, D) hidden states against (N,) targets with (N,) weights."""
         if self.kind is LossKind.liger:
             return _liger_loss(head, hidden, targets, weights, self.transform)
         if self.kind is LossKind.whole:

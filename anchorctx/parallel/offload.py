@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import tempfile
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +130,13 @@ class FolderStore:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._held = tempfile.TemporaryDirectory(prefix="activations_", dir=folder)
+        self._folder = Path(tempfile.mkdtemp(prefix="activations_", dir=folder))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._names = itertools.count()
 
     def put(self, tensor: torch.Tensor) -> _Filed:
         """See `Store`."""
-        path = Path(self._held.name) / str(next(self._names))
+        path = self._folder / str(next(self._names))
         tensor.contiguous().cpu().view(torch.uint8).numpy().tofile(path)
         return _Filed(path, tensor.shape, tensor.dtype, tensor.device)
 
@@ -146,7 +148,7 @@ class FolderStore:
 
     def close(self) -> None:
         """Remove what is left."""
-        self._held.cleanup()
+        self._remove()
 
 
 def check_space(folder: Path, needed: int) -> None:

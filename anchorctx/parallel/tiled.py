@@ -41,7 +41,7 @@ def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
         raise UserError(f"memory.mlp_tile={tokens} finds no MLP in {config.model_type}: set memory.mlp_tile=0")
     for mlp in mlps:
         mlp.forward = partial(_tiled, mlp, tokens)
-        mlp.__dict__["_z3_leaf"] = True  # what deepspeed.utils.set_z3_leaf_modules sets
+        vars(mlp)["_z3_leaf"] = True  # what deepspeed.utils.set_z3_leaf_modules sets
 
 
 def _tiled(mlp: nn.Module, tokens: int, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from anchorctx.parallel.config import ParallelConfig
+from anchorctx.parallel.config import BUCKET, LIVE, SUBGROUP, ParallelConfig
 from anchorctx.parallel.dist import Ranks
 from anchorctx.train.optim import OptimConfig, parameter_groups
 
@@ -79,7 +79,12 @@ def _zero(parallel: ParallelConfig, pin: bool) -> dict[str, Any]:
         "contiguous_gradients": True,
         "overlap_comm": pin,  # separate streams: on CUDA only
         "reduce_scatter": True,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
     }
+    if parallel.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": BUCKET, "sub_group_size": SUBGROUP}
+        zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = cpu
     if parallel.offload_parameters:

@@ -49,7 +49,7 @@ def command(folder: Path, out: Path, *more: str) -> int:
             "kvcomm",
             f"model={folder / 'tiny'}",
             f"out_dir={out}",
-            f"corpus={{path: {folder / 'corpus.jsonl'}}}",
+            f"corpus={{path: {folder / 'corpus.jsonl'}, format: auto}}",
             "retrieval={problems: 3, document_tokens: 60, facts: 2}",
             "copy={problems: 3, question: 40, prefix: 20, output: 6}",
             f"gsm8k={{path: {folder / 'gsm8k.jsonl'}, problems: 2, max_new_tokens: 6}}",

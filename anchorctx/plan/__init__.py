@@ -1,0 +1,1 @@
+"""Before renting: memory, time and the cheapest configuration of a run, from its configuration alone."""

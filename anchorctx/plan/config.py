@@ -1,0 +1,113 @@
+"""What a plan is asked: a run's own settings, the machine, the corpus, and what to assume of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from anchorctx.errors import UserError
+from anchorctx.layout import Pattern
+from anchorctx.models import ModelConfig
+from anchorctx.parallel.config import MemoryConfig, ParallelConfig
+from anchorctx.plan.machines import Machine, machine
+
+
+@dataclass(kw_only=True, slots=True)
+class CorpusConfig:
+    """Lengths of documents: a packed set's own, a list, or a log-normal law."""
+
+    packed: str | None = None
+    """Folder of a packed set: its rows are taken as they are."""
+    lengths: str | None = None
+    """Text file with the tokens of one document a line."""
+    median: float = 800.0
+    """Median tokens of a document, where neither is given."""
+    sigma: float = 1.2
+    """Standard deviation of the logarithm of the length."""
+    rows: int = 64
+    """Rows to draw, or to look at in a packed set."""
+    seed: int = 0
+    """Seed of the draw."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Assumptions:
+    """Shares of peak rates that are reached; the plan's times are no better than these."""
+
+    linear: float = 0.60
+    """Of the dense bfloat16 peak, in matrix products."""
+    attention: float = 0.45
+    """Of the same, in attention, forward and backward."""
+    link: float = 0.70
+    """Of a link's rate, in large exchanges."""
+    overlap: float = 0.80
+    """Of ZeRO's communication that is hidden behind computation."""
+    network_gb: float = 50.0
+    """Gigabytes a second that a GPU sends to other machines (400 Gbit/s each)."""
+    gpus_per_machine: int = 8
+    """GPUs that a fast link joins."""
+    runtime_gib: float = 2.0
+    """CUDA context, cuBLAS and NCCL buffers, in GiB."""
+    fragmentation: float = 0.05
+    """Of a GPU's memory that the allocator cannot use."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """A run before it is run; `anchorctx plan --recipe RECIPE/recipe_train.yaml` takes the run's settings from it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model: `path` may also be a name that the planner knows."""
+    row_length: int | None = None
+    """Tokens of a row; null takes model.max_length, else the packed set's."""
+    pattern: Pattern = Pattern.anchor
+    """What a token may see: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
+    micro_rows: int = 1
+    """Rows that a process (or the processes that share them) runs at once."""
+    tokens_per_step: int | None = None
+    """Batch size in tokens; null is one row for each group of processes."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """ZeRO stage, sequence parallelism, offloading, activation checkpointing."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Recomputation, tiles and offloading of activations."""
+    gpu: str = "H100"
+    """Kind of GPU."""
+    gpus: int = 8
+    """How many."""
+    gpu_memory_gib: float | None = None
+    """Memory of one, in GiB, where it differs from the kind's."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """What the rows are packed from."""
+    assume: Assumptions = field(default_factory=Assumptions)
+    """Rates and overheads."""
+    search: bool = False
+    """Look for the cheapest configuration that fits, instead of planning the given one."""
+    simulate: bool = False
+    """Also scale to 1,024 GPUs on paper, and draw it; needs out_dir."""
+    out_dir: str | None = None
+    """Folder for plan.json and the picture; null writes nothing."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that cannot be meant."""
+        for name in ("gpus", "micro_rows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.simulate and self.out_dir is None:
+            raise UserError("simulate=true draws a picture: give out_dir=..., the folder for it")
+        for name in ("linear", "attention", "link"):
+            if not 0 < getattr(self.assume, name) <= 1:
+                raise UserError(f"assume.{name}={getattr(self.assume, name)} must be above 0 and at most 1")
+        machine(self.gpu)
+        if not self.search:
+            self.parallel.validate()
+            self.memory.validate()
+
+    @property
+    def machine(self) -> Machine:
+        """The GPU."""
+        return machine(self.gpu)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one GPU that tensors can have, the runtime included."""
+        total = self.machine.memory if self.gpu_memory_gib is None else self.gpu_memory_gib * 2**30
+        return total * (1 - self.assume.fragmentation)

@@ -1,0 +1,163 @@
+"""Bytes in one process's device, by part, at the moments when a training step holds most.
+
+States follow ZeRO (arXiv 1910.02054, section 3): with P weights, N processes and weights of `e` bytes,
+
+    stage   parameters   gradients   float32 copy and Adam's moments
+    1       eP           eP          12 P/N
+    2       eP           eP/N        12 P/N
+    3       eP/N         eP/N        12 P/N
+
+plus what DeepSpeed 0.19 needs to move them (its code read, and measured on a CPU: docs/scaling.md): buckets, gathered
+parameters, and at the update a float32 copy of the gradients and AdamW's temporary. Gradients of ZeRO 2 exist twice
+while micro-batches accumulate. Activations come from `plan.trace`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anchorctx.parallel.config import BUCKET, LIVE, SUBGROUP, ParallelConfig
+from anchorctx.plan.trace import Traced
+
+MASTER, MOMENTS = 4, 8
+"""Bytes a weight: DeepSpeed's float32 copy, also of float32 weights, and Adam's two moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Bytes at the worst moment of a step, per device; `host` is beside it, in CPU memory or files, per process."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    """The float32 copy, the moments, and during the update its temporaries."""
+    gathered: float
+    """Parameters that ZeRO 3 has gathered, and buckets in transit."""
+    activations: float
+    """What the model keeps for the backward pass."""
+    logits: float
+    """A tile's logits, their gradients and the head's gradient, where they are the worst moment."""
+    working: float
+    """What the layer (or update) at work needs beside."""
+    runtime: float
+    """CUDA context, communication buffers and fragmentation; on a CPU the process itself."""
+    host: float = 0.0
+    moment: str = ""
+    """When the worst moment is: forward, loss, backward or update."""
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        parts = self.parameters, self.gradients, self.optimizer, self.gathered, self.activations
+        return sum(parts) + self.logits + self.working + self.runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What is known of a model's weights."""
+
+    count: int
+    """All of them."""
+    largest: int
+    """In the largest module that ZeRO 3 gathers at once."""
+    element: int
+    """Bytes of one."""
+
+
+def worst_moment(
+    weights: Weights,
+    traced: Traced,
+    parallel: ParallelConfig,
+    *,
+    world: int,
+    accumulation: int,
+    runtime: float,
+    overlap: bool,
+) -> Parts:
+    """The parts at the moment of a step that holds most.
+
+    Args:
+        weights, traced: the model, and one micro-batch of it.
+        parallel: ZeRO stage and offloads.
+        world: processes.
+        accumulation: micro-batches of a step.
+        runtime: bytes that are there before any tensor.
+        overlap: communication overlaps with computation (CUDA), which takes a second bucket.
+    """
+    states, held = _states(weights, parallel, world), _gradients(weights, parallel, world, accumulation)
+    bucket = min(weights.count, BUCKET) * weights.element * (2 if overlap else 1)
+    spread = parallel.zero_stage == 3
+    whole = weights.element * min(weights.count, LIVE + weights.largest) if spread and world > 1 else 0.0
+    resident = bucket if spread else 0.0  # ZeRO 3 keeps its bucket
+    transit = 2 * bucket / world if spread else bucket
+    kept, update = traced.kept, _update(weights, parallel, world)
+
+    def at(moment: str, gradients: float, gathered: float, working: float, *, logits: float = 0.0) -> Parts:
+        updating = moment == "update"
+        return Parts(
+            parameters=states.parameters,
+            gradients=gradients,
+            optimizer=states.optimizer + (working if updating else 0.0),
+            gathered=gathered,
+            activations=0.0 if updating else kept,
+            logits=logits,
+            working=0.0 if updating else working,
+            runtime=runtime,
+            host=states.host + traced.moved,
+            moment=moment,
+        )
+
+    moments = [
+        at("forward", held.before, whole + resident + (bucket if whole else 0.0), traced.forward - kept),
+        at("loss", held.before, whole + resident, 0.0, logits=traced.loss - kept),
+        at("backward", held.most, whole + resident + transit, traced.backward - kept),
+        at("update", held.after, resident, update),
+    ]
+    return max(moments, key=lambda found: found.total)
+
+
+@dataclass(frozen=True, slots=True)
+class _States:
+    parameters: float
+    optimizer: float
+    host: float
+
+
+def _states(weights: Weights, parallel: ParallelConfig, world: int) -> _States:
+    share = weights.count / world
+    parameters = weights.element * (share if parallel.zero_stage == 3 else weights.count)
+    master, host = (MASTER + MOMENTS) * share, 0.0
+    if parallel.offload_optimizer:
+        master, host = 0.0, host + master + MASTER * share  # and the gradients in float32
+    if parallel.offload_parameters:
+        parameters, host = 0.0, host + parameters
+    return _States(parameters, master, host)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Gradients that are held in the last micro-batch: before its backward pass, at most within it, and after it."""
+
+    before: float
+    most: float
+    after: float
+
+
+def _gradients(weights: Weights, parallel: ParallelConfig, world: int, accumulation: int) -> _Held:
+    whole, share = weights.element * weights.count, weights.element * weights.count / world
+    several = accumulation > 1
+    if parallel.offload_optimizer and parallel.zero_stage > 1:
+        return _Held(0.0, 0.0, 0.0)
+    if parallel.zero_stage == 1:
+        return _Held(whole if several else 0.0, whole, share)
+    if parallel.zero_stage == 2:
+        return _Held(share if several else 0.0, share * (2 if several else 1), share)
+    return _Held(share, share, share)
+
+
+def _update(weights: Weights, parallel: ParallelConfig, world: int) -> float:
+    """Gradients in float32 and AdamW's temporary, for all of this process's weights or ZeRO 3's subgroup of them."""
+    if parallel.offload_optimizer:
+        return 0.0
+    share = weights.count / world
+    return 2 * MASTER * (min(share, SUBGROUP) if parallel.zero_stage == 3 else share)

@@ -1,0 +1,112 @@
+"""A plan as text: the table of bytes, the verdict, the step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from anchorctx.plan.machines import GIB
+from anchorctx.plan.planner import Plan, Planner
+
+PART_NOTES = {
+    "parameters": "weights that stay on the GPU",
+    "gradients": "held between micro-batches, or being reduced",
+    "optimizer": "float32 copy and Adam's moments",
+    "gathered": "ZeRO 3's gathered weights, and communication buckets",
+    "activations": "kept for the backward pass",
+    "logits": "a tile's logits and the head's gradient",
+    "working": "the layer at work",
+    "runtime": "CUDA, NCCL (assumed)",
+}
+
+
+def text(planner: Planner, plan: Plan) -> str:
+    """The whole plan."""
+    return "\n".join([*_head(planner, plan), "", *_bytes(planner, plan), "", *_step(planner, plan)])
+
+
+def facts(planner: Planner, plan: Plan) -> dict[str, Any]:
+    """The same for a file: bytes, operations and seconds."""
+    cost = plan.cost
+    return {
+        "settings": overrides(plan),
+        "row_length": planner.row_length,
+        "weights": planner.weights.count,
+        "fits": plan.fits,
+        "usable": plan.usable,
+        "total": plan.parts.total,
+        "parts": asdict(plan.parts),
+        "cost": asdict(cost)
+        | {
+            "seconds": cost.seconds,
+            "tokens_per_second": cost.tokens / cost.seconds,
+            "mfu": cost.utilisation(plan.job.gpus, planner.config.machine.peak),
+        },
+    }
+
+
+def overrides(plan: Plan) -> list[str]:
+    """What to add to `anchorctx train` to run this plan."""
+    parallel, memory = plan.parallel, plan.memory
+    wanted = {
+        "parallel.zero_stage": parallel.zero_stage,
+        "parallel.sequence_parallel": parallel.sequence_parallel,
+        "parallel.offload_optimizer": parallel.offload_optimizer,
+        "parallel.offload_parameters": parallel.offload_parameters,
+        "memory.checkpoint_every": plan.job.every,
+        "memory.mlp_tile": memory.mlp_tile,
+        "memory.offload_activations": memory.offload_activations.value,
+    }
+    return [f"{key}={str(value).lower()}" for key, value in wanted.items()]
+
+
+def _head(planner: Planner, plan: Plan) -> list[str]:
+    config, parallel, job = planner.config, plan.parallel, plan.job
+    model = config.model.path or planner.hf_config.model_type
+    lines = [
+        f"{model}: {planner.weights.count / 1e9:.2f} billion weights, {config.model.dtype.value}; "
+        f"rows of {planner.row_length:,} tokens, pattern {config.pattern.value}",
+        f"{config.gpus} x {config.gpu}: {config.gpus // parallel.sequence_parallel} data-parallel x "
+        f"{parallel.sequence_parallel} sequence-parallel, ZeRO {parallel.zero_stage}; "
+        f"{job.rows} rows ({plan.cost.tokens:,} tokens) a step in {job.accumulation} micro-batch"
+        + ("es" if job.accumulation > 1 else ""),
+    ]
+    return [*lines, "settings: " + " ".join(overrides(plan))]
+
+
+def _bytes(planner: Planner, plan: Plan) -> list[str]:
+    parts = plan.parts
+    moment = parts.moment if parts.moment in ("loss", "update") else f"{parts.moment} pass"
+    lines = [f"memory of a GPU when it holds most, in the {moment}"]
+    for name, note in PART_NOTES.items():
+        lines.append(f"  {name:<12} {getattr(parts, name) / GIB:8.2f} GiB   {note}")
+    room = plan.usable - parts.total
+    verdict = f"fits, {room / GIB:.1f} GiB to spare" if plan.fits else f"DOES NOT FIT, {-room / GIB:.1f} GiB too much"
+    lines.append(f"  {'total':<12} {parts.total / GIB:8.2f} GiB   of {plan.usable / GIB:.1f} usable: {verdict}")
+    if parts.host:
+        lines.append(f"  {'host':<12} {parts.host / GIB:8.2f} GiB   in CPU memory (or files), for each GPU")
+    lines.append(f"  {'keys, values':<12} {_kv(planner, plan) / GIB:8.2f} GiB   of one layer, within the above")
+    return lines
+
+
+def _kv(planner: Planner, plan: Plan) -> float:
+    shape, sequence = planner.shape, plan.parallel.sequence_parallel
+    heads = max(shape.kv_heads, sequence) / sequence
+    return 2 * planner.config.micro_rows * planner.row_length * heads * shape.head_dim * shape.element
+
+
+def _step(planner: Planner, plan: Plan) -> list[str]:
+    cost, assume = plan.cost, planner.config.assume
+    mfu = cost.utilisation(plan.job.gpus, planner.config.machine.peak)
+    return [
+        "a step",
+        f"  operations   {cost.linear / 1e15:,.1f} PFLOP in matrices, {cost.attention / 1e15:,.1f} in attention",
+        f"  attention    {cost.saved:.1%} of full attention's operations are left out for this corpus",
+        f"  sent         {cost.sequence_bytes / 1e9:,.1f} GB for sequence parallelism, {cost.zero_bytes / 1e9:,.1f} GB "
+        "for ZeRO, by each GPU",
+        f"  time         {cost.seconds:,.1f} s: {cost.compute_seconds:,.1f} computing, {cost.exchange_seconds:,.1f} in "
+        f"exchanges, {cost.zero_seconds:,.1f} waiting for ZeRO",
+        f"  rate         {cost.tokens / cost.seconds:,.0f} tokens/s, MFU {mfu:.0%}",
+        f"  assumed      {assume.linear:.0%} of the peak in matrices, {assume.attention:.0%} in attention, "
+        f"{assume.link:.0%} of links, {assume.overlap:.0%} of ZeRO hidden (assume.*)",
+    ]

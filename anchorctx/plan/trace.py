@@ -1,0 +1,221 @@
+"""Bytes that a forward and backward pass of one micro-batch holds, counted on a model without values.
+
+Formulas for activations are a formula per architecture, and rot. Instead the real model, loss and memory switches run
+on torch's meta device, where tensors have shapes and no data, and every storage is counted from its creation to its
+end. That takes seconds for any row length. Two depths are traced, and the rest is linear in the number of layers.
+
+Parameters are not counted, nor are gradients once they have been handed to ZeRO; see `plan.memory`.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.layout import PackedLayout
+from anchorctx.models import checkpoint_activations
+from anchorctx.parallel.config import ActivationStore, MemoryConfig
+from anchorctx.parallel.loss import CausalLMLoss, LossKind
+from anchorctx.parallel.offload import Offload
+from anchorctx.parallel.sharder import padded
+from anchorctx.parallel.tiled import tile_mlps
+from anchorctx.plan import shadow
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators create inside the context, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def restart(self) -> None:
+        """Let the peak begin anew."""
+        self.peak = self.now
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Never count this tensor's storage."""
+        self._known.add(tensor.untyped_storage()._cdata)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Bytes of one micro-batch in one process."""
+
+    kept: float
+    """What the model keeps for the backward pass when its forward pass is done."""
+    moved: float
+    """Inputs of recomputed layers that an offload takes away, not in `kept`."""
+    forward: float
+    """The most that exists at once during the forward pass."""
+    loss: float
+    """The same during the loss: `kept`, a tile's logits and the head's gradient."""
+    backward: float
+    """The same during the backward pass; a parameter's gradient counts until it is handed to ZeRO."""
+
+    @property
+    def peak(self) -> float:
+        """The most that exists at any time."""
+        return max(self.forward, self.loss, self.backward)
+
+    def extended(self, deeper: Traced, layers: int, deep: int, wanted: int) -> Traced:
+        """The line through this trace of `layers` and a `deeper` one of `deep`, at `wanted` layers."""
+        step = (wanted - layers) / (deep - layers)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Traced(**{name: v + step * (getattr(deeper, name) - v) for name, v in values.items()})
+
+
+def trace(
+    config: PretrainedConfig,
+    layouts: tuple[PackedLayout, ...],
+    *,
+    dtype: torch.dtype,
+    rope_dtype: RopeDtype,
+    memory: MemoryConfig,
+    every: int,
+    sequence: int,
+    cuda: bool,
+) -> Traced:
+    """Trace a micro-batch of rows with these layouts.
+
+    Args:
+        config: the model's transformers configuration.
+        layouts: one a row, whole rows.
+        dtype, rope_dtype: as `ModelConfig` has them.
+        memory: the switches; `every` is `MemoryConfig.recomputed`.
+        sequence: processes that share each row.
+        cuda: allocate as the kernels of a GPU do, else as those of a CPU.
+    """
+    layouts = tuple(padded(layout, sequence) for layout in layouts)
+    layers = config.get_text_config().num_hidden_layers
+    few, more = (2 * max(every, 1), 4 * max(every, 1))
+
+    def at(depth: int) -> Traced:
+        model = meta_model(config, depth, dtype, rope_dtype, cuda=cuda)
+        return _run(model, layouts, memory, every, sequence)
+
+    return at(layers) if layers <= more else at(few).extended(at(more), few, more, layers)
+
+
+def meta_model(
+    config: PretrainedConfig,
+    layers: int,
+    dtype: torch.dtype,
+    rope_dtype: RopeDtype = RopeDtype.float32,
+    *,
+    cuda: bool = True,
+) -> PreTrainedModel:
+    """The model with so many layers, on the meta device, attending through `plan.shadow`."""
+    shadow.register(cuda)
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=shadow.NAME)
+    set_rope_dtype(model, rope_dtype)
+    return model.train()
+
+
+def _run(
+    model: PreTrainedModel, layouts: tuple[PackedLayout, ...], memory: MemoryConfig, every: int, sequence: int
+) -> Traced:
+    store = _Elsewhere()
+    if every:
+        checkpoint_activations(model, every=every)
+    if memory.mlp_tile:
+        tile_mlps(model, memory.mlp_tile)
+    offload = {} if memory.offload_activations is ActivationStore.device else {"saving": Offload(store)}
+    tile = _liger_tile(model, layouts, sequence) if memory.loss is LossKind.liger else memory.loss_tile
+    kind = LossKind.tiled if memory.loss is LossKind.liger else memory.loss
+    module = CausalLMLoss(model, tile_tokens=tile, kind=kind, **offload)
+    with LiveBytes() as live:
+        store.live = live
+        for parameter in model.parameters():
+            live.ignore(parameter)
+            parameter.register_post_accumulate_grad_hook(_hand_over)
+        return _passes(module, layouts, sequence, live, store)
+
+
+def _passes(
+    module: CausalLMLoss, layouts: tuple[PackedLayout, ...], sequence: int, live: LiveBytes, store: _Elsewhere
+) -> Traced:
+    rows, tokens = len(layouts), layouts[0].length // sequence
+    ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+    ready = torch.empty(1, 1, 1, 1, device="meta")  # transformers looks at the values of positions unless it has a mask
+    with module.saving():
+        hidden = module.model.base_model(
+            input_ids=ids, position_ids=ids, attention_mask=ready, layouts=layouts, use_cache=False
+        ).last_hidden_state
+    kept, forward = live.now, live.peak
+    live.restart()
+    trained = hidden.flatten(0, 1).clone()  # what picking the trained tokens copies: at most all
+    weights = torch.empty(rows * tokens, dtype=torch.float32, device="meta")
+    head: Any = module.model.get_output_embeddings()
+    loss = module.head_loss(head, trained, ids.flatten(), weights)
+    peak_loss = live.peak
+    live.restart()
+    del hidden, trained
+    loss.backward()
+    return Traced(kept, store.moved, forward, peak_loss, live.peak)
+
+
+def _hand_over(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+class _Elsewhere:
+    """A store that counts; what comes back is a new tensor."""
+
+    def __init__(self) -> None:
+        self.moved = 0
+        self.live: LiveBytes | None = None
+
+    def put(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """See `parallel.offload.Store`."""
+        self.moved += tensor.nbytes
+        shape, dtype = tensor.shape, tensor.dtype
+        return lambda: torch.empty(shape, dtype=dtype, device="meta")
+
+    def get(self, kept: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """See `parallel.offload.Store`."""
+        return kept()
+
+
+def _liger_tile(model: PreTrainedModel, layouts: tuple[PackedLayout, ...], sequence: int) -> int:
+    """Tokens of a chunk in Liger's fused loss: its logits take about as much as the hidden states (2410.10989)."""
+    config = model.config.get_text_config()
+    tokens = len(layouts) * layouts[0].length // sequence
+    chunks = -(-config.vocab_size // config.hidden_size)
+    return 1 << (max(-(-tokens // chunks), 1) - 1).bit_length()

@@ -1,0 +1,206 @@
+"""Peak memory of real training steps on this machine's CPU, beside what `anchorctx plan` predicts for them.
+
+    python scripts/bench_memory.py            about ten minutes on two cores; writes benchmarks/memory_cpu.*
+    python scripts/bench_memory.py --quick    a minute, to see that it works
+
+Every point is a run of `anchorctx train` in processes of its own (two steps of one row, float32), whose peak resident
+memory is read from its metrics. The prediction is that of `anchorctx.plan`, with the memory of a run that is too small
+to matter in place of CUDA's. The allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that resident
+memory is what is in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_attention import lognormal_documents, processor
+from tokenizers import Tokenizer, models
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from anchorctx.attention.rope import RopeDtype
+from anchorctx.data.shards import Row, ShardWriter
+from anchorctx.layout import PackedLayout
+from anchorctx.manifest import build_manifest, write_json
+from anchorctx.parallel.config import MemoryConfig, ParallelConfig
+from anchorctx.parallel.loss import LossKind
+from anchorctx.plan.memory import Parts, worst_moment
+from anchorctx.plan.planner import weights_of
+from anchorctx.plan.trace import meta_model, trace
+from anchorctx.report.scaling import memory_figure
+
+VOCABULARY = 8192
+MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704}
+MODEL |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+TINY = MODEL | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+TINY |= {"num_key_value_heads": 1}
+MIB = 2**20
+LONG = {"checkpoint_every": 1, "mlp_tile": 1024}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration, and the row lengths that it is run at."""
+
+    name: str
+    pattern: str
+    lengths: tuple[int, ...]
+    memory: dict[str, Any] = field(default_factory=dict)
+    zero_stage: int = 2
+    processes: int = 1
+    """All of which share each row."""
+
+
+K = 1024
+ARMS = (
+    Arm("full, naive", "full", (2 * K, 4 * K, 8 * K, 16 * K), {"loss": "whole"}),
+    Arm("full, our switches", "full", (4 * K, 8 * K, 16 * K, 32 * K), LONG),
+    Arm("anchor, our switches", "anchor", (8 * K, 16 * K, 32 * K, 64 * K, 128 * K), LONG),
+    Arm(
+        "anchor, ZeRO 3, SP 2, every 2nd layer",
+        "anchor",
+        (4 * K, 8 * K, 16 * K, 32 * K),
+        {"checkpoint_every": 2},
+        zero_stage=3,
+        processes=2,
+    ),
+)
+QUICK = (Arm("anchor, our switches", "anchor", (1 * K, 2 * K), LONG),)
+
+
+def main() -> None:
+    """Measure, predict, print the table, write JSON and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="folder written to")
+    parser.add_argument("--quick", action="store_true", help="two short rows")
+    arguments = parser.parse_args()
+    manifest = build_manifest("bench_memory", {"quick": arguments.quick, "model": MODEL}, **processor())
+    arms = QUICK if arguments.quick else ARMS
+    rows, runtime = [], {}
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=sum(len(a.lengths) for a in arms), unit="run") as bar:
+        for arm in arms:
+            bar.set_description(arm.name)
+            if arm.processes not in runtime:
+                runtime[arm.processes] = measure(Path(folder), arm, 64, TINY)
+            for tokens in arm.lengths:
+                rows.append(row(Path(folder), arm, tokens, runtime[arm.processes]))
+                bar.update()
+    print(table(rows))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "memory_cpu.json"
+    write_json(path, {"manifest": manifest, "runtime": runtime, "rows": rows})
+    title = "Peak memory of a training step on a CPU, measured and planned (4 layers of 256, float32)"
+    memory_figure(rows, title, path.with_suffix(".png"))
+    print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
+
+
+def row(folder: Path, arm: Arm, tokens: int, runtime: float) -> dict[str, Any]:
+    """One measured point and its prediction, in bytes."""
+    parts = predict(arm, tokens, runtime)
+    return {
+        "arm": arm.name,
+        "tokens": tokens,
+        "measured": measure(folder, arm, tokens, MODEL),
+        "predicted": parts.total,
+        "runtime": runtime,
+        "states": parts.parameters + parts.gradients + parts.optimizer + parts.gathered,
+        "moment": parts.moment,
+    }
+
+
+def layout(tokens: int) -> PackedLayout:
+    """The row of every run: documents of log-normal length behind an anchor."""
+    return lognormal_documents(tokens, seed=0)
+
+
+def predict(arm: Arm, tokens: int, runtime: float) -> Parts:
+    """What the planner says of the run."""
+    from anchorctx.layout import Pattern
+
+    fields = dict(arm.memory)
+    loss = LossKind(fields.pop("loss", "tiled"))
+    memory = MemoryConfig(loss=loss, **fields)
+    config = AutoConfig.for_model(**MODEL)
+    traced = trace(
+        config,
+        (Pattern(arm.pattern).apply(layout(tokens)),),
+        dtype=torch.float32,
+        rope_dtype=RopeDtype.float32,
+        memory=memory,
+        every=memory.checkpoint_every,
+        sequence=arm.processes,
+        cuda=False,
+    )
+    weights = weights_of(meta_model(config, config.num_hidden_layers, torch.float32))
+    parallel = ParallelConfig(zero_stage=arm.zero_stage)
+    return worst_moment(weights, traced, parallel, world=arm.processes, accumulation=1, runtime=runtime, overlap=False)
+
+
+def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> float:
+    """Peak resident bytes of the largest process of a real run."""
+    packed = make_packed(folder / f"packed_{tokens}", tokens)
+    out = folder / f"run_{arm.name}_{tokens}_{model['hidden_size']}"
+    fields = ", ".join(f"{k}: {v}" for k, v in (model | {"max_position_embeddings": tokens}).items())
+    overrides = [f"model.config={{{fields}}}", f"out_dir='{out}'", f"data.train={packed}", f"tokens_per_step={tokens}"]
+    overrides += [f"pattern={arm.pattern}", "steps=2", "checkpoint.every=0", "data.verify=false"]
+    overrides += [f"parallel.zero_stage={arm.zero_stage}", f"parallel.sequence_parallel={arm.processes}"]
+    overrides += [f"memory.{name}={value}" for name, value in arm.memory.items()]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arm.processes)]
+    command = [sys.executable, *launcher, "-m", "anchorctx.cli.train", *overrides]
+    threads = str(max((os.cpu_count() or 1) // arm.processes, 1))
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | allocator)
+    if done.returncode:
+        raise RuntimeError(f"{arm.name} at {tokens} tokens failed: {done.stderr[-2000:]}")
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return metrics[-1]["memory/peak_gib"] * 2**30
+
+
+def make_packed(folder: Path, tokens: int) -> Path:
+    """A packed set of two random rows."""
+    if folder.exists():
+        return folder
+    vocabulary = {f"t{i}": i for i in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), bos_token="t1", eos_token="t2"
+    )
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, tokens, VOCABULARY, 1) as writer:
+        for _ in range(2):
+            weights = np.ones(tokens, np.float32)
+            weights[list(layout(tokens).doc_offsets[:-1])] = 0
+            writer.add(Row(rng.integers(3, VOCABULARY, tokens), weights, layout(tokens)), documents=1)
+        tokenizer.save_pretrained(writer.folder / "tokenizer")
+        facts = {"fingerprint": f"{tokens:012x}", "row_length": tokens, "anchor_len": 1, "vocab_size": VOCABULARY}
+        writer.close({**facts, "tokenizer_fingerprint": "bench"})
+    return folder
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The figures in Markdown."""
+    lines = [
+        "| run | tokens | measured MiB | planned MiB | off | activations, bytes a token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for found in rows:
+        off = found["predicted"] / found["measured"] - 1
+        own = (found["measured"] - found["runtime"] - found["states"]) / found["tokens"]
+        lines.append(
+            f"| {found['arm']} | {found['tokens']:,} | {found['measured'] / MIB:,.0f} | "
+            f"{found['predicted'] / MIB:,.0f} | {off:+.1%} | {own:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Training on the GPUs of one machine, through torchrun.
+#
+#   bash scripts/launch/one_node.sh --recipe recipes/llama3_8b_128k/recipe_train.yaml [key=value ...]
+#
+#   GPUS=8        processes, one a GPU
+#   DRY_RUN=1     print the command and stop
+# What follows goes to `anchorctx train`. Exit code: that of the first process that failed, whose error is printed.
+set -euo pipefail
+here="$(dirname "${BASH_SOURCE[0]}")"
+source "$here/environment.sh"
+launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx.cli.train "$@"
