@@ -7,8 +7,8 @@ rotates in it. In bfloat16 this breaks the property that RoPE is relative (arXiv
 dtype and device. Its cosines and sines then come out in float32, transformers' own rotation promotes q and k to
 float32, and `anchorctx.attention.interface` casts them to the values' dtype, once.
 
-`bfloat16_emulated` has the modules that make q and k hand them out in bfloat16, and asks the rotary modules for bfloat16:
-transformers then rotates, and differentiates the rotation, as it does in a bfloat16 model.
+`bfloat16_emulated` has the modules that make q and k hand them out in bfloat16, and asks the rotary modules for
+bfloat16: transformers then rotates, and differentiates the rotation, as it does in a bfloat16 model.
 
 Known departures in transformers' own rotation (5.24): OLMo 2 and OLMo 3 always take float32 cosines and sines, so both
 settings are the same for them; Cohere 2 rotates in float32 and OLMo 2 and 3 promote, but all three cast q and k back to
@@ -36,8 +36,8 @@ class RopeDtype(StrEnum):
     float32 = "float32"
     """Rotate in float32 and cast once, afterwards."""
     bfloat16_emulated = "bfloat16_emulated"
-    """Rotate in bfloat16 whatever the activations' dtype, which stay as they are: the defect alone, on machines that are
-    quick in float32 only."""
+    """Rotate in bfloat16 whatever the activations' dtype, which stay as they are: the defect alone, on machines that
+    are quick in float32 only."""
 
 
 def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:

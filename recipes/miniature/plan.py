@@ -90,7 +90,7 @@ def _train(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
 
 
 def _evaluate(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
-    """One call a dtype of the rotation; the base is read past its limit, as it is and with theta raised."""
+    """One call a dtype of the rotation; the base is read past its limit as it is."""
     evaluation, folder = recipe["evaluation"], out / f"seed_{seed}"
     for dtype in dict.fromkeys(arm.get("rope_dtype", "float32") for arm in recipe["arms"].values()):
         names = [name for name, arm in recipe["arms"].items() if arm.get("rope_dtype", "float32") == dtype]
