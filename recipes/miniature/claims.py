@@ -123,6 +123,8 @@ def _logarithm(measure: Callable[..., float], *more: str) -> Callable[[Rows, int
     return lambda rows, seed: math.log(measure(rows, seed, "full", *more) / measure(rows, seed, "anchor", *more))
 
 
+TWO = ("two_hop", "override")
+"""Kinds of problems that take two documents."""
 BF16 = "_bf16"
 INTRA, RESET, ANCHOR = (("intra_doc", "intra_doc" + BF16), ("intra_doc_reset", "intra_doc_reset" + BF16),
                         ("anchor", "anchor" + BF16))  # fmt: skip
@@ -170,5 +172,3 @@ CLAIMS = (
         0.0,
     ),
 )
-TWO = ("two_hop", "override")
-"""Kinds of problems that take two documents."""

@@ -50,10 +50,15 @@ def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
     found = [_base(recipe, out, seed) for seed in recipe["seeds"]]
     found += [_corpus(recipe, out, name) for name in dict.fromkeys(["ordinary", *corpora])]
     for name in recipe["arms"]:
-        found += [_train(recipe, out, seed, name) for seed in recipe["seeds"]]
+        found += [_train(recipe, out, seed, name) for seed in seeds_of(recipe, name)]
     for part in (_evaluate, _study):
         found += [stage for seed in recipe["seeds"] for stage in part(recipe, out, seed)]
     return found
+
+
+def seeds_of(recipe: dict[str, Any], name: str) -> list[int]:
+    """Seeds that an arm is trained with: all, or the fewer that it names."""
+    return recipe["arms"][name].get("seeds", recipe["seeds"])
 
 
 def _base(recipe: dict[str, Any], out: Path, seed: int) -> Stage:
@@ -93,7 +98,8 @@ def _evaluate(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
     """One call a dtype of the rotation; the base is read past its limit as it is."""
     evaluation, folder = recipe["evaluation"], out / f"seed_{seed}"
     for dtype in dict.fromkeys(arm.get("rope_dtype", "float32") for arm in recipe["arms"].values()):
-        names = [name for name, arm in recipe["arms"].items() if arm.get("rope_dtype", "float32") == dtype]
+        arms = [(name, arm) for name, arm in recipe["arms"].items() if seed in seeds_of(recipe, name)]
+        names = [name for name, arm in arms if arm.get("rope_dtype", "float32") == dtype]
         models: list[dict[str, Any]] = [{"path": str(folder / name), "label": name} for name in names]
         longest = max(recipe["row_length"], *evaluation["lengths"])
         if dtype == "float32":
@@ -113,7 +119,7 @@ def _study(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
     """Precision and reuse of KV caches."""
     folder = out / f"seed_{seed}"
     for kind in ("kvcomm", "precision"):
-        for name in ["base", *recipe[kind]["arms"]]:
+        for name in (name for name, seeds in recipe[kind]["models"].items() if seed in seeds):
             target, length = folder / kind / name, recipe["row_length"]
             command = [*ANCHORCTX, kind, f"model={folder / name}", f"label={name}", f"out_dir={target}"]
             command += [f"config={{max_position_embeddings: {length}}}"] if name == "base" else []
