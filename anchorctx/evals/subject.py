@@ -103,12 +103,6 @@ def load(
     return Subject(loaded.eval(), tokenizer)
 
 
-def load_one(config: EvalConfig) -> Subject:
-    """The one model that the configuration names, loaded."""
-    (model,) = models_of(config)
-    return load(model, read_config(model), read_tokenizer(model), config)
-
-
 def check_reach(model: EvaluatedModel, hf_config: PretrainedConfig, evaluator: Evaluator) -> None:
     """Raise UserError when an evaluation gives the model more tokens than its positions reach."""
     text = hf_config.get_text_config()
