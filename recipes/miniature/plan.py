@@ -22,6 +22,8 @@ CORPORA: dict[str, list[str]] = {
 }
 """Overrides of `anchorctx prepare`; `unique` is made from `ordinary`."""
 
+REACH = {"max_position_embeddings": 4096}
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -51,7 +53,7 @@ def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
     found += [_corpus(recipe, out, name) for name in dict.fromkeys(["ordinary", *corpora])]
     for name in recipe["arms"]:
         found += [_train(recipe, out, seed, name) for seed in seeds_of(recipe, name)]
-    for part in (_evaluate, _study):
+    for part in (_evaluate, _study, _ruler):
         found += [stage for seed in recipe["seeds"] for stage in part(recipe, out, seed)]
     return found
 
@@ -130,6 +132,20 @@ def _study(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
                 command += [f"lengths=[512,{length}]", "shifts=[16]", "cost=false", "control=false"]
             needs = [f"base/{seed}" if name == "base" else f"train/{seed}/{name}"]
             yield Stage(f"{kind}/{seed}/{name}", [["rm", "-rf", str(target)], command], 60, needs)
+
+
+def _ruler(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
+    """The offline tasks of RULER, for what they are worth at this size, with the quickstart's settings."""
+    names = [name for name, seeds in recipe.get("ruler", {}).get("models", {}).items() if seed in seeds]
+    if not names:
+        return
+    folder = out / f"seed_{seed}"
+    models = [{"path": str(folder / name), "label": name, "config": REACH} for name in names]
+    command = [*ANCHORCTX, "eval", "--recipe", str(QUICKSTART / "recipe_eval.yaml"), "evals=[ruler]"]
+    command += [f"out_dir={folder / 'ruler'}", f"models={_flow(models)}", f"ruler.limit={recipe['ruler']['limit']}"]
+    yield Stage(
+        f"ruler/{seed}", [command], 120, [f"base/{seed}" if n == "base" else f"train/{seed}/{n}" for n in names]
+    )
 
 
 def _flow(value: Any) -> str:

@@ -74,6 +74,7 @@ class Summary:
         yield self._precision()
         yield self._reuse()
         yield self._variation()
+        yield self._ruler()
         yield self._time()
 
     def _claims(self) -> str:
@@ -160,6 +161,13 @@ class Summary:
                 lines.append([model, *cells])
         head = ["model", "other prefix: keys", "values", "moved: keys", "values"]
         return table("A document's KV in the second layer, relative error", head, lines)
+
+    def _ruler(self) -> str:
+        """Without means: it is for one seed."""
+        rows = self.rows.all("lm_eval")
+        models, tasks = ([*dict.fromkeys(row.context[key] for row in rows)] for key in ("model", "task"))
+        at = {(row.context["model"], row.context["task"]): f"{row.value:.2f} (n={row.n})" for row in rows}
+        return table("RULER", ["task", *models], [[task, *(at.get((m, task), "") for m in models)] for task in tasks])
 
     def _time(self) -> str:
         kinds: dict[str, list[float]] = {}

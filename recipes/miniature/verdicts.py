@@ -62,6 +62,10 @@ class Rows:
         """All seeds, those without rows too."""
         return list(self._by_seed)
 
+    def all(self, metric: str) -> list[Result]:
+        """Of every seed."""
+        return [row for rows in self._by_seed.values() for row in rows if row.metric == metric]
+
     def row(self, seed: int, metric: str, **context: Any) -> Result:
         """The one row whose context has all of `context`; KeyError when it was not measured."""
         wanted = context.items()
