@@ -47,14 +47,17 @@ class Stage:
 
 
 def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
-    """All stages in an order in which each comes after those that it needs; arm by arm."""
+    """All stages, each after those that it needs: arm by arm, and measured as soon as it can be."""
     corpora = dict.fromkeys(arm.get("corpus", "ordinary") for arm in recipe["arms"].values())
     found = [_base(recipe, out, seed) for seed in recipe["seeds"]]
     found += [_corpus(recipe, out, name) for name in dict.fromkeys(["ordinary", *corpora])]
+    measured = [
+        stage for part in (_evaluate, _study, _ruler) for s in recipe["seeds"] for stage in part(recipe, out, s)
+    ]
     for name in recipe["arms"]:
         found += [_train(recipe, out, seed, name) for seed in seeds_of(recipe, name)]
-    for part in (_evaluate, _study, _ruler):
-        found += [stage for seed in recipe["seeds"] for stage in part(recipe, out, seed)]
+        have = {stage.name for stage in found}
+        found += [stage for stage in measured if stage.name not in have and have.issuperset(stage.needs)]
     return found
 
 
@@ -97,24 +100,27 @@ def _train(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
 
 
 def _evaluate(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
-    """One call a dtype of the rotation; the base is read past its limit as it is."""
+    """One call a dtype of the rotation and corpus; the base is read past its limit as it is."""
     evaluation, folder = recipe["evaluation"], out / f"seed_{seed}"
-    for dtype in dict.fromkeys(arm.get("rope_dtype", "float32") for arm in recipe["arms"].values()):
-        arms = [(name, arm) for name, arm in recipe["arms"].items() if seed in seeds_of(recipe, name)]
-        names = [name for name, arm in arms if arm.get("rope_dtype", "float32") == dtype]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, arm in recipe["arms"].items():
+        if seed in seeds_of(recipe, name):
+            kind = (arm.get("rope_dtype", "float32"), arm.get("corpus", "ordinary"))
+            groups.setdefault(kind, []).append(name)
+    for (dtype, corpus), names in groups.items():
         models: list[dict[str, Any]] = [{"path": str(folder / name), "label": name} for name in names]
         longest = max(recipe["row_length"], *evaluation["lengths"])
-        if dtype == "float32":
+        if (dtype, corpus) == ("float32", "ordinary"):
             models.append(
                 {"path": str(folder / "base"), "label": "base", "config": {"max_position_embeddings": longest}}
             )
-        command = [*ANCHORCTX, "eval", f"out_dir={folder / 'eval' / dtype}", f"models={_flow(models)}"]
+        command = [*ANCHORCTX, "eval", f"out_dir={folder / 'eval' / f'{dtype}_{corpus}'}", f"models={_flow(models)}"]
         command += [f"rope_dtype={dtype}", "evals=[retrieval,perplexity,needle]"]
         command += [f"retrieval.lengths={evaluation['lengths']}", f"retrieval.rows={evaluation['rows']}"]
         command += ["perplexity.max_length=512", "perplexity.documents=64"]
         command += [f"needle.lengths=[{recipe['row_length']}]", f"needle.rows={evaluation.get('needles', 16)}"]
         budget = 25 * len(models)
-        yield Stage(f"eval/{seed}/{dtype}", [command], budget, [f"train/{seed}/{name}" for name in names])
+        yield Stage(f"eval/{seed}/{dtype}_{corpus}", [command], budget, [f"train/{seed}/{name}" for name in names])
 
 
 def _study(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
@@ -127,9 +133,11 @@ def _study(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
             command += [f"config={{max_position_embeddings: {length}}}"] if name == "base" else []
             if kind == "kvcomm":
                 command += ["tasks=[retrieval]", f"retrieval.problems={recipe[kind]['problems']}"]
-                command += recipe[kind].get("options", [])
+                some = seed not in recipe[kind]["every_arm"]
+                command += [f"arms={_flow(recipe[kind]['arms'])}"] if some else []
             else:
                 command += [f"lengths=[512,{length}]", "shifts=[16]", "cost=false", "control=false"]
+                command += ["packed=false", "end_to_end=false"]
             needs = [f"base/{seed}" if name == "base" else f"train/{seed}/{name}"]
             yield Stage(f"{kind}/{seed}/{name}", [["rm", "-rf", str(target)], command], 60, needs)
 
