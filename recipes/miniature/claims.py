@@ -77,8 +77,8 @@ def mended(rows: Rows, seed: int, model: str = "intra_doc") -> float:
 
 def sink(rows: Rows, seed: int, model: str = "intra_doc") -> float:
     """P4: mean attention on the first token, above a tenth."""
-    where = {"arithmetic": "float32", "length": ROW, "layer": "all", "shift": 16, "weights": "trained", "rows": "shift"}
-    return rows.value(seed, "precision_first_attention", model=model, **where) - 0.1
+    where = {"length": ROW, "layer": "all", "shift": 16, "weights": "trained", "rows": "shift", "first": None}
+    return rows.value(seed, "precision_first_attention", model=model, arithmetic="float32", **where) - 0.1
 
 
 def varies(rows: Rows, seed: int, model: str) -> float:

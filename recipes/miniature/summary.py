@@ -126,7 +126,7 @@ class Summary:
                         ("float32_rotation", "kept"),
                     )
                 ]
-                attention = self.mean("precision_first_attention", arithmetic="float32", **at)
+                attention = self.mean("precision_first_attention", arithmetic="float32", first=None, **at)
                 if attention.values:
                     lines.append([model, f"{length:,}", *(shown(c, 5) for c in cells), shown(attention, 4)])
         head = ["model", "tokens", "change, bfloat16", "first token hidden", "rotated in float32", "attention on it"]

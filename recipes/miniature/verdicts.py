@@ -67,9 +67,9 @@ class Rows:
         return [row for rows in self._by_seed.values() for row in rows if row.metric == metric]
 
     def row(self, seed: int, metric: str, **context: Any) -> Result:
-        """The one row whose context has all of `context`; KeyError when it was not measured."""
-        wanted = context.items()
-        found = [r for r in self._by_seed[seed] if r.metric == metric and wanted <= plain(r.context).items()]
+        """The one row whose context has all of `context` (None: has no such key); KeyError when it was not measured."""
+        rows = (row for row in self._by_seed[seed] if row.metric == metric)
+        found = [row for row in rows if all(row.context.get(key) == value for key, value in context.items())]
         if len(found) != 1:
             raise KeyError(f"{len(found)} rows of {metric} with {context} for seed {seed}")
         return found[0]
@@ -92,8 +92,3 @@ def estimate(seeds: Sequence[int], measure: Any) -> Estimate:
         except KeyError:
             continue
     return Estimate(tuple(values))
-
-
-def plain(context: dict[str, Any]) -> dict[str, Any]:
-    """The part of a context that can be compared by value."""
-    return {key: value for key, value in context.items() if not isinstance(value, list | dict)}

@@ -90,6 +90,14 @@ def test_a_row_measured_twice_is_not_chosen_from(module) -> None:
         rows.row(0, "m")
 
 
+def test_a_key_that_must_not_be_there_tells_rows_apart(module) -> None:
+    contexts: list[dict] = [{"length": 1}, {"length": 1, "first": "dropped"}]
+    rows = module("verdicts").Rows(
+        {0: [Result(metric="m", value=float(len(c)), unit="1", n=1, context=c) for c in contexts]}
+    )
+    assert rows.value(0, "m", length=1, first=None) == 1.0
+
+
 def test_every_claim_written_down_beforehand_has_its_margin(module) -> None:
     """HYPOTHESES.md's tables and the code agree on names and numeric margins."""
     page = (MINIATURE / "HYPOTHESES.md").read_text()
