@@ -100,14 +100,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     settings = {"lengths": options.lengths, "turns": options.turns, "threads": options.threads}
-    found = {length: measure(options.base, options.out, length, options.turns) for length in options.lengths}
     stamp = write_manifest(options.out, build_manifest("miniature speed", settings))
     (options.out / FILE).unlink(missing_ok=True)
-    rows = [row for length, seconds in found.items() for row in rows_of(length, seconds)]
-    append_results(options.out / FILE, [dataclasses.replace(row, manifest=stamp) for row in rows])
-    for row in rows:
-        ends = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
-        print(f"{row.context['length']:>7,} {row.context['pattern']:<16} {row.metric:<13} {row.value:.3f}{ends}")
+    for length in options.lengths:
+        rows = list(rows_of(length, measure(options.base, options.out, length, options.turns)))
+        append_results(options.out / FILE, [dataclasses.replace(row, manifest=stamp) for row in rows])
+        for row in rows:
+            ends = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
+            print(f"{length:>7,} {row.context['pattern']:<16} {row.metric:<13} {row.value:.3f}{ends}", flush=True)
     return 0
 
 
