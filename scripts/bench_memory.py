@@ -49,8 +49,8 @@ MIB = 2**20
 LONG = {"checkpoint_every": 1, "mlp_tile": 1024}
 HEAD = """# Peak memory of training steps
 
-`scripts/bench_memory.py` on two CPU cores: Llama of 4 layers of 256 (8,192 words), float32, one row a step, documents of
-log-normal lengths (median 800). Measured: the most resident memory of a real run's process. Planned: what
+`scripts/bench_memory.py` on two CPU cores: Llama of 4 layers of 256 (8,192 words), float32, one row a step, documents
+of log-normal lengths (median 800). Measured: the most resident memory of a real run's process. Planned: what
 `anchorctx plan`'s formulas say beforehand, given what a process takes that trains almost nothing. "Our switches":
 `memory.checkpoint_every=1 memory.mlp_tile=1024`. Bytes a token: what is measured, less the process and the states.
 

@@ -83,6 +83,11 @@ def test_every_choice_of_a_group_composes(path: Path) -> None:
         ("prepare", ["rowlength=4"], "did you mean 'row_length'"),
         ("export", ["run=x"], "needs out_dir"),
         ("plot", ["out_dir=x", "run=[1]"], "run"),
+        (
+            "train",
+            ["parallel=zero4"],
+            "parallel=zero4 is no .*did you mean zero3.* choose ulysses8, zero1, zero2, zero3",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(command: str, overrides: list[str], sentence: str) -> None:
