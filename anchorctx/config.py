@@ -100,12 +100,14 @@ def _sentence(error: BaseException, command: str) -> str:
     cause = next((e for e in reversed(chain) if isinstance(e, OmegaConfBaseException)), chain[-1])
     full_key = getattr(cause, "full_key", None)
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and full_key:
-        return _unknown_key(str(full_key), command)
+        return _unknown_key(str(full_key), command, getattr(cause, "object_type", None))
     if isinstance(error, MissingConfigException) and error.options:
         return _unknown_choice(error)
     if isinstance(cause, MissingMandatoryValue):
         return f"anchorctx {command}: {_first_line(cause)}"
     if isinstance(cause, OmegaConfBaseException) and full_key:
+        if "is not a ListConfig" in str(cause):
+            return f"{full_key} is a list: write {full_key}=[...] (anchorctx {command} --help has an example)"
         return f"{full_key}: {_first_line(cause)}"
     return _first_line(error)
 
@@ -118,20 +120,14 @@ def _unknown_choice(error: MissingConfigException) -> str:
     return f"{group}={choice} is no ready-made choice: {hint}choose {', '.join(error.options or ())}"
 
 
-def _unknown_key(full_key: str, command: str) -> str:
-    """Names the valid keys beside the unknown one, the nearest first."""
+def _unknown_key(full_key: str, command: str, owner: Any) -> str:
+    """Names the valid keys of its `owner`, a dataclass, the nearest first."""
     parent, _, key = full_key.rpartition(".")
-    owner: Any = schema(command)
-    for part in filter(None, parent.split(".")):
-        fields = {f.name: f for f in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
-        if part not in fields:
-            break
-        default = fields[part].default_factory
-        owner = default() if callable(default) else fields[part].type
     valid = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
     near = difflib.get_close_matches(key, valid, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    place = f"in {parent}" if parent else f"of anchorctx {command}"
+    whole = f"of anchorctx {command}" if owner is schema(command) else "beside it"  # in an element of a list
+    place = f"in {parent}" if parent else whole
     return f"unknown key '{full_key}': {hint}valid keys {place} are {', '.join(valid)}"
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-from anchorctx.errors import UserError
+from anchorctx.errors import InterruptedRun, UserError
 
 COMMANDS = {
     "prepare": "documents -> tokens -> packed rows, on disk",
@@ -57,7 +57,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: the command's own or 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: its own or 0, 2 for a user's mistake, 130 or 143 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")
@@ -84,6 +84,10 @@ def _guarded(command: str, argv: list[str]) -> int:
             time.sleep(PATIENCE_S)
         print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return 2
+    except InterruptedRun as notice:
+        if _rank() == 0:
+            print(f"anchorctx {command}: {notice}", file=sys.stderr, flush=True)
+        return 143  # 128 + SIGTERM: schedulers requeue it, and scripts do not take it for a finished run
     except KeyboardInterrupt:
         print(f"anchorctx {command}: interrupted", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +15,9 @@ from anchorctx.errors import UserError
 MAX_DOCUMENT_BYTES = 2**26
 """A longer text, or line of a file, is taken for a mistake (a whole corpus as one JSON array, say): a tokenizer needs
 some 100 bytes a token, all at once, so that such a text would take the machine's memory rather than an error."""
+
+SHOWN_CHARS = 40
+"""Characters of a wrong value in a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ class Reading:
 def check_text(text: Any, where: str, what: str) -> None:
     """Raise BadRow unless `text` is a non-empty string that UTF-8 can hold."""
     if not isinstance(text, str):
-        raise BadRow("text not a string", f"{where} has a {type(text).__name__} as {what}, not a string: mend the row")
+        raise BadRow("text not a string", f"{where} has {shown(text)} as {what}, not a string: mend the row")
     if not text:
         raise BadRow("empty text", f"{where} has an empty text as {what}: remove the row")
     try:
@@ -99,4 +103,12 @@ def too_long(where: str, what: str) -> str:
 
 def wrong_type(reason: str, where: str, value: Any, field_name: str | None, wanted: str) -> NoReturn:
     """Raise BadRow about a field that holds something else than it should."""
-    raise BadRow(reason, f"{where} has a {type(value).__name__} as field {field_name}, not {wanted}: mend the row")
+    raise BadRow(reason, f"{where} has {shown(value)} as field {field_name}, not {wanted}: mend the row")
+
+
+def shown(value: Any) -> str:
+    """A value as its file has it, cut to what fits into a sentence."""
+    few = value[:SHOWN_CHARS] if isinstance(value, str | list | np.ndarray) else value
+    plain = few.tolist() if isinstance(few, np.ndarray) else few
+    text = json.dumps(plain, ensure_ascii=False, default=str)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."

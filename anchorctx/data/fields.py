@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anchorctx.data.documents import BadRow, Document, Tokens, check_text, wrong_type
+from anchorctx.data.documents import BadRow, Document, Tokens, check_text, shown, wrong_type
 from anchorctx.data.pretokenized import cut_ids, token_ids
 
 
@@ -28,7 +28,7 @@ class Fields:
     def documents(self, row: Any, where: str) -> list[Document] | list[Tokens]:
         """The row's documents, in order; raises BadRow when the row has no usable text, ids or domain."""
         if not isinstance(row, Mapping):
-            raise BadRow("not an object", f"{where} is a JSON {type(row).__name__}, not an object: mend the row")
+            raise BadRow("not an object", f"{where} is {shown(row)}, not a JSON object: mend the row")
         domain = self.constant_domain if self.domain is None else self._get(row, self.domain, "domain_field", where)
         if not isinstance(domain, str):
             wrong_type("domain not a string", where, domain, self.domain, "a string")

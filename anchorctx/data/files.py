@@ -35,6 +35,8 @@ KINDS = {
 """Format by file name ending, when the configuration does not say."""
 PARQUET_ROWS = 128
 """Rows decoded at once: bounds the memory when rows are whole books."""
+PARQUET_READING = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**18}
+"""Read as a stream: by default pyarrow holds all of a file that it has read, until the last row is through."""
 
 
 def find_files(path: str, kind: str | None) -> list[Path]:
@@ -156,7 +158,7 @@ def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> 
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as parquet:
+        with pyarrow.parquet.ParquetFile(file, **PARQUET_READING) as parquet:
             try:
                 columns = fields.columns(parquet.schema_arrow.names, str(file))
             except BadRow as row:  # every row is without: no skipping will help

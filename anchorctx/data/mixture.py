@@ -146,7 +146,7 @@ def _copies(lengths: np.ndarray, wanted: float, rng: np.random.Generator) -> np.
 def _strata(
     config: MixtureConfig, names: Sequence[str], group: np.ndarray, lengths: np.ndarray, usable: np.ndarray
 ) -> list[Stratum]:
-    _check_names(config, names)
+    check_names(config, names)
     whole = sum(config.weights.values())
     long = lengths >= (config.long_from or 0)
     strata = []
@@ -171,7 +171,8 @@ def _stratum(name: str, group: int, share: float, chosen: np.ndarray, lengths: n
     return Stratum(name, group, share, members, int(lengths[members].sum()))
 
 
-def _check_names(config: MixtureConfig, names: Sequence[str]) -> None:
+def check_names(config: MixtureConfig, names: Sequence[str]) -> None:
+    """UserError unless the weights name just these sources (or domains)."""
     known = ", ".join(names)
     for option, keys in (("weights", config.weights), ("long_share", config.long_share)):
         for name in keys:

@@ -26,7 +26,7 @@ from anchorctx.data.documents import Document, OnBadRow, Reading
 from anchorctx.data.engine import Engine, open_engine
 from anchorctx.data.facts import FactTokens
 from anchorctx.data.ingest import Ingest, Progress
-from anchorctx.data.mixture import MixtureBy
+from anchorctx.data.mixture import MixtureBy, check_names
 from anchorctx.data.once import in_use, remove_unused, sole_writer
 from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
 from anchorctx.data.packing.config import Policy
@@ -82,6 +82,8 @@ class Preparation:
         self.special = SpecialIds.of(self.tokenizer)
         facts = FactTokens.of(self.tokenizer) if config.weights is LossWeights.facts else None
         self.sources = open_sources(config.sources)
+        if config.mixture.weights and config.mixture.by is MixtureBy.source:  # domains are known after reading only
+            check_names(config.mixture, [source.name for source in self.sources])
         self.vocab_size = vocab_size(self.tokenizer)
         self.tokens_folder = Path(config.out_dir) / TOKENS
         self.ingest = Ingest(

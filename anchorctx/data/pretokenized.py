@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anchorctx.data.documents import BadRow, Tokens, wrong_type
+from anchorctx.data.documents import BadRow, Tokens, shown, wrong_type
 
 
 def token_ids(value: Any, where: str, name: str) -> np.ndarray:
@@ -78,7 +78,7 @@ def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int
     if any(not isinstance(end, int) or isinstance(end, bool) for end in entries):
         raise BadRow(
             "bad boundaries",
-            f'{where} has a {name} that is neither a list of ends, of [start, end] nor of {{"end": ...}}: '
+            f'{where} has {shown(boundaries)} as field {name}, neither ends, [start, end] nor {{"end": ...}}: '
             "set boundaries_field to the field that is, or mend the row",
         )
     return (list(entries[1:]), domains[1:]) if entries and entries[0] == 0 else (list(entries), domains)

@@ -42,7 +42,7 @@ class SourceConfig:
 
     path: str = ""
     """File, folder (searched recursively) or glob; with format=datasets a dataset's name or saved folder; unused
-    with format=stdlib."""
+    with format=stdlib. Evaluations without a path read the embedded corpus."""
     format: SourceFormat = SourceFormat.auto
     """auto, jsonl, parquet, text, datasets or stdlib."""
     name: str = ""

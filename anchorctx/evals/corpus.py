@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from anchorctx.data.documents import Reading
-from anchorctx.data.sources import SourceConfig, SourceFormat, open_source
+from anchorctx.data.sources import Source, SourceConfig, SourceFormat, open_source
 from anchorctx.data.stdlib import Split, StdlibConfig
 
 
 def embedded() -> SourceConfig:
-    """The validation files of the embedded corpus."""
-    return SourceConfig(format=SourceFormat.stdlib, stdlib=StdlibConfig(split=Split.validation))
+    """No path: `open_corpus` then takes the validation files of the embedded corpus."""
+    return SourceConfig(stdlib=StdlibConfig(split=Split.validation))
+
+
+def open_corpus(config: SourceConfig) -> Source:
+    """The source that was named; the embedded corpus where none was."""
+    is_named = config.path or config.format is not SourceFormat.auto
+    return open_source(config if is_named else dataclasses.replace(config, format=SourceFormat.stdlib))
 
 
 class Corpus(Sequence[str]):
     """The texts of a source's documents, read when they are first asked for."""
 
     def __init__(self, config: SourceConfig) -> None:
-        self._source, self._on_bad_row = open_source(config), config.on_bad_row
+        self._source, self._on_bad_row = open_corpus(config), config.on_bad_row
         self.identity = self._source.identity
         self._texts: list[str] | None = None
 

@@ -16,9 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.data.documents import Reading
 from anchorctx.data.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactTokens, lines_of
-from anchorctx.data.sources import SourceConfig, open_source
+from anchorctx.data.sources import SourceConfig
 from anchorctx.errors import UserError
-from anchorctx.evals.config import EvalConfig, EvalDtype, embedded
+from anchorctx.evals.config import EvalConfig, EvalDtype
+from anchorctx.evals.corpus import embedded, open_corpus
 from anchorctx.evals.kvcomm_gate import GateConfig, Verdict, check_gate, judge
 from anchorctx.evals.kvcomm_measures import context_error
 from anchorctx.evals.kvcomm_rows import record_rows, variation_rows
@@ -232,7 +233,7 @@ def _task(
 
 
 def _few(config: KvcommConfig) -> Iterator[Any]:
-    documents = open_source(config.corpus).texts(Reading(on_bad_row=config.corpus.on_bad_row))
+    documents = open_corpus(config.corpus).texts(Reading(on_bad_row=config.corpus.on_bad_row))
     return (document for document, _ in zip(documents, range(CORPUS_TEXTS), strict=False))
 
 

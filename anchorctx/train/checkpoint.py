@@ -222,8 +222,17 @@ def check_same_run(state: dict[str, Any], identity: dict[str, Any], folder: Path
             )
 
 
+def say_changes(state: dict[str, Any], schedule: dict[str, Any], folder: Path) -> None:
+    """Warn of settings that this run has otherwise than the one that wrote the checkpoint."""
+    before = json.loads(json.dumps(state.get("schedule", {})))
+    now = json.loads(json.dumps(schedule))
+    changed = [f"{key}={now.get(key)} (was {value})" for key, value in before.items() if now.get(key) != value]
+    if changed:
+        logger.warning("continuing %s with %s", folder.name, ", ".join(changed))
+
+
 def _prune(root: Path, config: CheckpointConfig, newest: Path) -> None:
-    """Remove older checkpoints; never `newest`, which may be of an earlier step than an abandoned run's."""
+    """Remove older and half-written checkpoints; never `newest`, which may precede an abandoned run's."""
     for folder in complete(root)[: -config.keep_last]:
         if folder == newest:
             continue
@@ -231,6 +240,8 @@ def _prune(root: Path, config: CheckpointConfig, newest: Path) -> None:
         if not (config.keep_every and step % config.keep_every == 0):
             (folder / MARKER).unlink()  # first, so that a kill in between leaves nothing that looks complete
             shutil.rmtree(folder)
+    for left in {*root.glob("step_*"), *root.glob(".step_*.partial")} - set(complete(root)):
+        shutil.rmtree(left)  # of a kill in the middle of writing or pruning; the run's lock says that nobody uses it
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -58,10 +58,13 @@ def export(config: ExportConfig) -> Path:
     model = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(run / MODEL).save_pretrained(partial)
-    verify_export(model, partial)
-    partial.rename(out)
+    try:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(run / MODEL).save_pretrained(partial)
+        verify_export(model, partial)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 

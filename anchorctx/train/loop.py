@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, set_seed
 
 from anchorctx.data.loader import RowLoader, Step, validation_batches
 from anchorctx.data.shards import PackedSet
-from anchorctx.errors import UserError
+from anchorctx.errors import InterruptedRun, UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.manifest import build_manifest, write_manifest
 from anchorctx.models import check_attention, check_length, check_vocabulary
@@ -42,7 +42,7 @@ MODEL = "model"
 def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
     """Run (or resume) a training run in this process, one of those that torchrun started; returns `out_dir`.
 
-    `probes` measure the live model on the way.
+    `probes` measure the live model on the way. Raises InterruptedRun after SIGTERM, once a checkpoint is written.
     """
     config.validate()
     ranks = dist.start(config.parallel.timeout_s)
@@ -129,6 +129,12 @@ class Trainer:
             self.meter.go()
         for callback in self.callbacks:
             callback.close()
+        dist.barrier()  # nobody leaves, which makes torchrun end the others, before all have closed
+        if self.step < self.config.steps:
+            raise InterruptedRun(
+                f"ended by SIGTERM after step {self.step} of {self.config.steps}, with a checkpoint in {self.out_dir}: "
+                "type the same command to go on"
+            )
 
     def train_step(self) -> dict[str, float]:
         """One optimizer update; returns its metrics."""
@@ -204,7 +210,7 @@ class Trainer:
         """Write a checkpoint from every rank."""
         rows = self.loader.rows_before(self.step)
         state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
-        state["processes"] = self.ranks.world
+        state |= {"processes": self.ranks.world, "schedule": self._schedule()}
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
 
     def _loss_sum(self, mine: Share) -> torch.Tensor:
@@ -240,6 +246,7 @@ class Trainer:
             return {"step": 0, "tokens": 0}
         state = checkpoint.read_state(self.resume_from)
         checkpoint.check_same_run(state, self._identity(), self.resume_from)
+        checkpoint.say_changes(state, self._schedule(), self.resume_from)
         return state
 
     def _identity(self) -> dict[str, Any]:
@@ -256,6 +263,11 @@ class Trainer:
             "rope_dtype": self.config.model.rope_dtype.value,
             "dtype": self.config.model.dtype.value,
         }
+
+    def _schedule(self) -> dict[str, Any]:
+        """What may change between a checkpoint and the run that continues it, and is then said."""
+        settings = {f"optim.{name}": value for name, value in dataclasses.asdict(self.config.optim).items()}
+        return settings | {"steps": self.config.steps, "tokens_per_step": self.config.tokens_per_step}
 
     def _write_run(self, model: PreTrainedModel) -> None:
         """The manifest, and what the export needs beside the weights; before the first step."""

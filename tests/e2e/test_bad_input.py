@@ -68,7 +68,7 @@ def prepare(run: Run, folder: Path, *overrides: str, corpus: str = "corpus.jsonl
         ),
         ("corpus.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"corpus.jsonl:2 has no field text .it has: body.: set te"),
         ("corpus.jsonl", b'{"text": "a"}\n{"text": ""}\n', r"corpus.jsonl:2 has an empty text .*remove the row"),
-        ("corpus.jsonl", b'{"text": 3}\n', r"corpus.jsonl:1 has a int as field text, not a string: mend the row"),
+        ("corpus.jsonl", b'{"text": 3}\n', r"corpus.jsonl:1 has 3 as field text, not a string: mend the row"),
         ("corpus.jsonl", b'{"text": "\xff"}\n', r"corpus.jsonl:1 is not valid UTF-8 .*convert the file"),
         ("corpus.jsonl", b"", r"path=.*corpus.jsonl holds no documents: name a source that has some"),
         ("corpus.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"corpus.jsonl.gz is corrupt or cut short"),

@@ -81,6 +81,8 @@ def test_every_choice_of_a_group_composes(path: Path) -> None:
         ("train", [], "anchorctx train needs data.train and out_dir: add data.train=... out_dir=..."),
         ("train", ["out_dir"], "out_dir"),
         ("prepare", ["rowlength=4"], "did you mean 'row_length'"),
+        ("prepare", ["sources=[{pth: x}]"], "'pth': did you mean 'path'. valid keys beside it are path, format, name"),
+        ("prepare", ["sources=x.jsonl"], r"sources is a list: write sources=\[...\] .anchorctx prepare --help"),
         ("export", ["run=x"], "needs out_dir"),
         ("plot", ["out_dir=x", "run=[1]"], "run"),
         (

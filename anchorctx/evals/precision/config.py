@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from anchorctx.data.sources import SourceConfig
-from anchorctx.evals.config import embedded
+from anchorctx.evals.corpus import embedded
 
 
 class Arithmetic(StrEnum):

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.data.documents import Reading
-from anchorctx.data.sources import SourceConfig, open_source
+from anchorctx.data.sources import SourceConfig
 from anchorctx.errors import UserError
+from anchorctx.evals.corpus import open_corpus
 from anchorctx.evals.precision import arms
 from anchorctx.evals.precision.bfloat16 import emulates
 from anchorctx.evals.precision.config import Arithmetic, PrecisionConfig
@@ -245,4 +246,4 @@ def _cost_rows(config: PrecisionConfig, setting: Setting, subject: arms.Subject,
 
 
 def _read(corpus: SourceConfig) -> list[str]:
-    return [document.text for document in open_source(corpus).texts(Reading(on_bad_row=corpus.on_bad_row))]
+    return [document.text for document in open_corpus(corpus).texts(Reading(on_bad_row=corpus.on_bad_row))]

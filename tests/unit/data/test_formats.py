@@ -177,14 +177,14 @@ BAD_LINES: dict[str, tuple[bytes, str, str]] = {
         "is not valid UTF-8 (byte 12): convert the file",
         "invalid UTF-8",
     ),
-    "list": (b'["text"]', "is a JSON list, not an object: mend the row", "not an object"),
+    "list": (b'["text"]', 'is ["text"], not a JSON object: mend the row', "not an object"),
     "no_field": (
         b'{"body": "x", "id": 1}',
         "has no field text (it has: body, id): set text_field to one of them",
         "no text field",
     ),
-    "number": (b'{"text": 3}', "has a int as field text, not a string: mend the row", "text not a string"),
-    "null": (b'{"text": null}', "has a NoneType as field text, not a string: mend the row", "text not a string"),
+    "number": (b'{"text": 3}', "has 3 as field text, not a string: mend the row", "text not a string"),
+    "null": (b'{"text": null}', "has null as field text, not a string: mend the row", "text not a string"),
     "empty": (b'{"text": ""}', "has an empty text as field text: remove the row", "empty text"),
     "surrogate": (
         b'{"text": "half \\ud83d"}',
@@ -220,9 +220,26 @@ def test_a_row_without_its_domain(tmp_path: Path) -> None:
 def test_bad_parquet_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["good", None, "", "good"]}), file)
-    assert sentence(file).startswith(f"{file}:2 has a NoneType as field text, not a string: mend the row")
+    assert sentence(file).startswith(f"{file}:2 has null as field text, not a string: mend the row")
     documents, reading = read(file, on_bad_row=OnBadRow.skip)
     assert len(documents) == 2 and dict(reading.skipped) == {"text not a string": 1, "empty text": 1}
+
+
+def test_parquet_is_read_as_a_stream(tmp_path: Path) -> None:
+    """A file of 32 MiB, in 16 groups of rows and in one, never takes 8 MiB."""
+    texts = [f"{i:04d} " + "x" * 2**14 for i in range(2048)]
+    for rows in (128, 2048):
+        file = tmp_path / f"{rows}.parquet"
+        table = pyarrow.table({"text": texts})
+        pages = {"compression": "none", "use_dictionary": False, "write_batch_size": 16}
+        pyarrow.parquet.write_table(table, file, row_group_size=rows, **pages)  # a page is held as a whole
+        del table
+        before, most = pyarrow.total_allocated_bytes(), 0
+        source = open_source(SourceConfig(path=str(file)))
+        for document, text in zip(source.documents(Reading()), texts, strict=True):
+            assert isinstance(document, Document) and document.text == text
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+        assert 0 < most < 2**23
 
 
 def test_bad_texts(tmp_path: Path) -> None:

@@ -224,6 +224,13 @@ def test_what_is_mixed_changes_the_fingerprint(config: PrepareConfig) -> None:
     assert len(fingerprints) == 5
 
 
+def test_weights_of_unknown_sources_stop_it_before_anything_is_tokenised(config: PrepareConfig) -> None:
+    config.mixture.weights = {"web": 1, "boks": 1}
+    with pytest.raises(UserError, match="mixture.weights names boks, but the sources are web, books: correct it"):
+        prepare(config)
+    assert not Path(config.out_dir).exists()
+
+
 def test_two_sources_of_one_name(config: PrepareConfig) -> None:
     config.sources[1].name = "web"
     with pytest.raises(UserError, match="2 sources have name=web: give each a name of its own, or none"):

@@ -115,38 +115,38 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "mixed": (
         {"input_ids": [1, 2, 3], "bounds": [1, "3"]},
-        'has a bounds that is neither a list of ends, of [start, end] nor of {"end": ...}: set boundaries_field to the '
+        'has [1, "3"] as field bounds, neither ends, [start, end] nor {"end": ...}: set boundaries_field to the '
         "field that is, or mend the row",
         "bad boundaries",
     ),
     "number": (
         {"input_ids": [1, 2, 3], "bounds": 3},
-        "has a int as field bounds, not a list: mend the row",
+        "has 3 as field bounds, not a list: mend the row",
         "bad boundaries",
     ),
     "text": (
         {"input_ids": "abc", "bounds": [1]},
-        "has a str as field input_ids, not a list of integers: mend the row",
+        'has "abc" as field input_ids, not a list of integers: mend the row',
         "ids not integers",
     ),
     "mixed ids": (
         {"input_ids": [1, "2"], "bounds": [1]},
-        "has a list as field input_ids, not a list of integers: mend the row",
+        'has [1, "2"] as field input_ids, not a list of integers: mend the row',
         "ids not integers",
     ),
     "floats": (
         {"input_ids": [1.5], "bounds": [1]},
-        "has a list as field input_ids, not a list of integers: mend the row",
+        "has [1.5] as field input_ids, not a list of integers: mend the row",
         "ids not integers",
     ),
     "nested": (
         {"input_ids": [[1], [2, 3]], "bounds": [1]},
-        "has a list as field input_ids, not a list of integers: mend the row",
+        "has [[1], [2, 3]] as field input_ids, not a list of integers: mend the row",
         "ids not integers",
     ),
     "huge": (
         {"input_ids": [10**30], "bounds": [1]},
-        "has a list as field input_ids, not a list of integers: mend the row",
+        "has [1000000000000000000000000000000] as field input_ids, not a list of integers: mend the row",
         "ids not integers",
     ),
     "empty": ({"input_ids": [], "bounds": []}, "has no token in field input_ids: remove the row", "no tokens"),

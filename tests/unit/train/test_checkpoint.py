@@ -146,3 +146,21 @@ def test_random_states_come_back(tmp_path: Path) -> None:
 def test_settings_that_would_lose_a_checkpoint(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match="checkpoint.every="):
         CheckpointConfig(**options).validate()
+
+
+def test_what_a_kill_left_half_done_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "COMPLETE").unlink()  # a kill in the middle of pruning
+    (tmp_path / ".step_00000002.partial").mkdir()  # and one in the middle of writing
+    (tmp_path / "notes").mkdir()  # the user's own
+    save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_00000003"]
+
+
+def test_a_changed_schedule_is_said_and_an_unchanged_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"schedule": {"steps": 10, "optim.lr": 1e-4, "optim.betas": [0.9, 0.95]}}
+    checkpoint.say_changes(state, {"steps": 10, "optim.lr": 1e-4, "optim.betas": (0.9, 0.95)}, tmp_path)
+    assert not caplog.records
+    checkpoint.say_changes(state, {"steps": 20, "optim.lr": 1e-4, "optim.betas": (0.9, 0.95)}, tmp_path / "step_5")
+    assert caplog.messages == ["continuing step_5 with steps=20 (was 10)"]
