@@ -164,8 +164,9 @@ class Preparation:
         ingest = self.ingest if engine.is_local else dataclasses.replace(self.ingest, workers=1)
         with ReadingBar(self.sources, len(items)) as bar:
             done = engine.map(bar.running(run_part) if engine.is_local else run_part, ingest, items)
-            parts = [TokenPart.open(folder) for _, folder in bar.counting(done)]
-        owners = [item.source for item in items]
+            stretches = [(item.source, folder) for item, folders in bar.counting(done) for folder in folders]
+        owners = [source for source, _ in stretches]
+        parts = [TokenPart.open(folder) for _, folder in stretches]
         for index, source in enumerate(self.sources):
             own = [part for part, owner in zip(parts, owners, strict=True) if owner == index]
             reading = Reading(documents=sum(part.facts["read"] for part in own))
@@ -254,7 +255,7 @@ class PartOf:
     part: Part
 
 
-def run_part(ingest: Ingest, item: PartOf, progress: Progress | None = None) -> Path:
+def run_part(ingest: Ingest, item: PartOf, progress: Progress | None = None) -> list[Path]:
     """The first stage of one part."""
     return ingest.run(item.part, item.on_bad_row, progress)
 

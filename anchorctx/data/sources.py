@@ -168,9 +168,9 @@ def _open_files(config: SourceConfig, fields: Fields) -> Source:
     kind = None if config.format is SourceFormat.auto else config.format.value
     files = find_files(config.path, kind)
     contents = content_identity(files)
-    facts = _facts(config, fields)
+    facts = {"fields": dataclasses.asdict(fields)}
     parts = file_parts(files, contents, kind, fields, facts)
-    identity = {"format": kind, "files": contents, **facts}
+    identity = {"format": kind, "files": contents, **facts, "on_bad_row": config.on_bad_row.value}
     total = sum(content["bytes"] for content in contents)
     described = f"path={config.path}"
     return Source(config.name or Path(config.path).name, described, identity, parts, total, config.on_bad_row)
@@ -179,13 +179,8 @@ def _open_files(config: SourceConfig, fields: Fields) -> Source:
 def _open_dataset(config: SourceConfig, fields: Fields) -> Source:
     name = hub.DatasetName(config.path, config.subset, config.split, config.revision, config.streaming)
     dataset = hub.open_dataset(name)
-    facts = _facts(config, fields)
-    identity = {"dataset": hub.dataset_identity(dataset, name), **facts}
+    facts = {"fields": dataclasses.asdict(fields)}
+    identity = {"dataset": hub.dataset_identity(dataset, name), **facts, "on_bad_row": config.on_bad_row.value}
     parts = dataset_parts(dataset, name, fields, facts)
     described, size = f"the dataset {config.path}", hub.dataset_bytes(dataset)
     return Source(config.name or Path(config.path).name, described, identity, parts, size, config.on_bad_row)
-
-
-def _facts(config: SourceConfig, fields: Fields) -> dict[str, Any]:
-    """What decides, beside the content, which documents there are."""
-    return {"fields": dataclasses.asdict(fields), "on_bad_row": config.on_bad_row.value}

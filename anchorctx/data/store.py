@@ -1,13 +1,13 @@
 """Tokenised documents on disk: what a part of a source becomes, once, before anything is packed.
 
-    FINGERPRINT/            of the part's content, the tokenizer and whatever else decides the tokens
+    FINGERPRINT/            of the part's content, the tokenizer, whatever else decides the tokens, and the stretch
       part.json             documents, skipped rows, domains, sizes; written last
       tokens.bin            all documents' token ids end to end, uint16, or uint32 for vocabularies above 65,536
       weights.bin           their loss weights, float16; only where documents have some
       documents.npy         (D,) DOCUMENT: where each lies, its domain and its hash
 
 Packing reads lengths first and tokens once, so that it needs memory for neither; and a preparation that was interrupted
-finds the parts that were whole.
+finds the stretches that were whole.
 """
 
 from __future__ import annotations
@@ -163,8 +163,11 @@ class TokenWriter:
         self._documents.append((self.tokens, length, eos, number, digest))
         self.tokens += length
 
-    def close(self, reading: Reading) -> Path:
-        """Write the index, and give the folder its name."""
+    def close(self, reading: Reading, is_last: bool, is_clean: bool) -> Path:
+        """Write the index, and give the folder its name.
+
+        `is_last` says that nothing of the part comes after it, `is_clean` that no row was left out so far.
+        """
         self._close_files()
         folder = self._staged.folder
         documents = np.zeros(len(self._documents), DOCUMENT)
@@ -182,6 +185,8 @@ class TokenWriter:
             "domains": list(self._domains),
             "read": reading.documents,
             "skipped": dict(reading.skipped),
+            "is_last": is_last,
+            "is_clean": is_clean,
             "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
         }
         write_json(folder / FILE, facts)

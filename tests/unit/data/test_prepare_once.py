@@ -154,7 +154,7 @@ def test_what_was_tokenised_before_an_error_is_not_tokenised_again(
     assert len(tokens_in(config)) == 2
     (tmp_path / "2.jsonl").write_text(good)
     real, closed = TokenWriter.close, []
-    monkeypatch.setattr(TokenWriter, "close", lambda self, reading: closed.append(1) or real(self, reading))
+    monkeypatch.setattr(TokenWriter, "close", lambda *given: closed.append(1) or real(*given))
     assert texts_in(prepare(config)) == sorted(TEXTS)
     assert len(closed) == 1 and tokens_in(config) == []
 
