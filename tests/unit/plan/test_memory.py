@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -38,7 +40,7 @@ def traced(memory: MemoryConfig, layout: PackedLayout = LAYOUT, sequence: int = 
     )
 
 
-def real(memory: MemoryConfig) -> dict[str, int]:
+def real(memory: MemoryConfig, layout: PackedLayout = LAYOUT) -> dict[str, int]:
     """Bytes that a real forward and backward pass on the CPU holds at its moments."""
     model: PreTrainedModel = load_model(ModelConfig(config=SMALL, attention="cpu")).train()
     if memory.checkpoint_every:
@@ -46,13 +48,13 @@ def real(memory: MemoryConfig) -> dict[str, int]:
     if memory.mlp_tile:
         tile_mlps(model, memory.mlp_tile)
     module = CausalLMLoss(model, tile_tokens=memory.loss_tile, kind=memory.loss)
-    ids = torch.arange(LAYOUT.length)[None] % 500
-    labels = ids.masked_fill(torch.arange(LAYOUT.length) < 1, -100)
+    ids = torch.arange(layout.length)[None] % 500
+    labels = ids.masked_fill(torch.arange(layout.length) < 1, -100)
     with LiveBytes() as live:
         for parameter in model.parameters():
             live.ignore(parameter)
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        loss = module(ids, LAYOUT.position_ids()[None], (LAYOUT,), labels)
+        loss = module(ids, layout.position_ids()[None], (layout,), labels)
         forward = live.peak
         live.restart()
         loss.backward()
@@ -92,6 +94,18 @@ def test_bytes_of_activations_grow_with_the_row_and_shrink_with_its_sharing() ->
     assert long.kept / 8193 == pytest.approx(short.kept / 4097, rel=0.05)
     row = PackedLayout((0, 1, 4096), 1)
     assert traced(memory, row, sequence=2).kept == pytest.approx(traced(memory, row).kept / 2, rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_real_steps_bytes_a_token_are_constant_from_8k_to_64k() -> None:
+    """Slow: real steps of 8,192 to 65,536 tokens, recomputed and tiled; the bytes that each further token takes."""
+    memory = MemoryConfig(checkpoint_every=1, mlp_tile=256, loss_tile=128)
+    peaks = []
+    for length in (4096, 8192, 16_384, 32_768, 65_536):
+        layout = PackedLayout((0, *range(1, length - 511, 512), length), 1)
+        peaks.append((length, real(memory, layout)["backward"]))
+    grown = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(peaks)]
+    assert max(grown) < 1.05 * min(grown), grown
 
 
 WEIGHTS = Weights(count=1_000_000, largest=100_000, element=2)
