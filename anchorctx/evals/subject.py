@@ -98,7 +98,7 @@ def load(
         raise _cannot_load(model, error) from error
     if config.device_map is None:
         loaded.to(device)  # type: ignore[arg-type]
-    if config.rope_dtype is RopeDtype.float32:
+    if config.rope_dtype is not RopeDtype.bfloat16:
         set_rope_dtype(loaded, config.rope_dtype)
     return Subject(loaded.eval(), tokenizer)
 
