@@ -76,8 +76,8 @@ def _map(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Figure:
     what = f"{name}: shares by arm"
     chart = heat_map(cells, arms, columns, what, row_label="", column_label="share, 1 is best")
     caption = (
-        "Agreement: tokens with dense's most likely one. Accuracy: answers right. Judge: decisions like dense's. Reuse: "
-        "prompt tokens that were not computed; below 0 where an arm computes more."
+        "Agreement: tokens with dense's most likely one. Accuracy: answers right. Judge: decisions like dense's. "
+        "Reuse: prompt tokens that were not computed; below 0 where an arm computes more."
     )
     return Figure(what, chart, caption)
 
