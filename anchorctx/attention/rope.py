@@ -7,6 +7,9 @@ rotates in it. In bfloat16 this breaks the property that RoPE is relative (arXiv
 dtype and device. Its cosines and sines then come out in float32, transformers' own rotation promotes q and k to
 float32, and `anchorctx.attention.interface` casts them to the values' dtype, once.
 
+`bfloat16_emulated` has the modules that make q and k hand them out in bfloat16, and asks the rotary modules for
+bfloat16: transformers then rotates, and differentiates the rotation, as it does in a bfloat16 model.
+
 Known departures in transformers' own rotation (5.24): OLMo 2 and OLMo 3 always take float32 cosines and sines, so both
 settings are the same for them; Cohere 2 rotates in float32 and OLMo 2 and 3 promote, but all three cast q and k back to
 the activations' dtype themselves: still one cast, a little earlier.
@@ -32,6 +35,9 @@ class RopeDtype(StrEnum):
     """The activations' own dtype, as transformers does: with a bfloat16 model, the defect that the paper studies."""
     float32 = "float32"
     """Rotate in float32 and cast once, afterwards."""
+    bfloat16_emulated = "bfloat16_emulated"
+    """Rotate in bfloat16 whatever the activations' dtype, which stay as they are: the defect alone, on machines that
+    are quick in float32 only."""
 
 
 def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:
@@ -45,16 +51,39 @@ def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:
     modules = rotary_modules(model)
     if not modules:
         raise UserError(f"{type(model).__name__} has no rotary position embeddings: use a RoPE decoder")
-    for module in modules:
+    makers = _makers(model)
+    if rope_dtype is RopeDtype.bfloat16_emulated and not makers:
+        raise UserError(
+            f"{type(model).__name__} has no q_proj and k_proj whose output could be rounded: use rope_dtype=bfloat16 "
+            "with a bfloat16 model, or a model that has them, such as llama"
+        )
+    for module in [*modules, *makers]:
         module.__dict__.pop("forward", None)
-        if rope_dtype is RopeDtype.float32:
-            module.forward = partial(_float32_forward, module)
+    for module in modules:
+        if rope_dtype is not RopeDtype.bfloat16:
+            dtype = torch.float32 if rope_dtype is RopeDtype.float32 else torch.bfloat16
+            module.forward = partial(_asked_for, module, dtype)
+    if rope_dtype is RopeDtype.bfloat16_emulated:
+        for module in makers:
+            module.forward = partial(_rounded_forward, module)
 
 
 def get_rope_dtype(model: torch.nn.Module) -> RopeDtype:
     """What `set_rope_dtype` set last."""
+    if any("forward" in module.__dict__ for module in _makers(model)):
+        return RopeDtype.bfloat16_emulated
     wrapped = any("forward" in module.__dict__ for module in rotary_modules(model))
     return RopeDtype.float32 if wrapped else RopeDtype.bfloat16
+
+
+def _makers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules whose outputs are rotated: each attention's norms of queries and keys, or else its projections."""
+    found = []
+    for module in model.modules():
+        for name in ("q", "k"):
+            children = (getattr(module, f"{name}_{kind}", None) for kind in ("norm", "proj"))
+            found += [child for child in children if isinstance(child, torch.nn.Module)][:1]
+    return found
 
 
 def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -66,14 +95,19 @@ def _frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: x for name, x in module._buffers.items() if name.endswith("inv_freq") and x is not None}
 
 
-def _float32_forward(module: torch.nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The rotary module's own forward, asked for float32."""
+def _rounded_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The module's own forward, rounded to bfloat16."""
+    return type(module).forward(module, *args, **kwargs).to(torch.bfloat16)
+
+
+def _asked_for(module: torch.nn.Module, dtype: torch.dtype, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The rotary module's own forward, asked for `dtype`."""
     for name, frequencies in _frequencies(module).items():
         if frequencies.dtype not in (torch.float32, torch.float64):
             # A blanket model.to(bfloat16) rounds them: the angles would be wrong by radians at long distances.
             raise RuntimeError(f"{name} was cast to {frequencies.dtype}: load the model in its dtype, do not cast it")
     with _exact_matmul():
-        return type(module).forward(module, x.new_empty(0, dtype=torch.float32), *args, **kwargs)
+        return type(module).forward(module, x.new_empty(0, dtype=dtype), *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -18,20 +18,20 @@ from anchorctx.data.documents import Reading
 from anchorctx.data.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactTokens, lines_of
 from anchorctx.data.sources import SourceConfig
 from anchorctx.errors import UserError
-from anchorctx.evals.config import EvalConfig, EvalDtype
+from anchorctx.evals.config import EvalConfig, EvalDtype, EvaluatedModel
 from anchorctx.evals.corpus import embedded, open_corpus
 from anchorctx.evals.kvcomm_gate import GateConfig, Verdict, check_gate, judge
 from anchorctx.evals.kvcomm_measures import context_error
 from anchorctx.evals.kvcomm_rows import record_rows, variation_rows
 from anchorctx.evals.kvcomm_trial import Lab, Trial
-from anchorctx.evals.subject import load_one
+from anchorctx.evals.subject import load, models_of, read_config, read_tokenizer
 from anchorctx.kvcomm.arms import Arm, RotateGlue
 from anchorctx.kvcomm.controls import RandomMoments
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.exemplars import PoolConfig
 from anchorctx.kvcomm.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.registry import ARMS, CONTROLS
-from anchorctx.kvcomm.tasks.base import Task
+from anchorctx.kvcomm.tasks.base import Task, fingerprint
 from anchorctx.kvcomm.tasks.copy import CopyTask, CopyTaskConfig
 from anchorctx.kvcomm.tasks.humaneval import HumanEval
 from anchorctx.kvcomm.tasks.questions import Gsm8k, Mmlu, QuestionTaskConfig
@@ -87,8 +87,12 @@ class ArmsConfig:
 class KvcommConfig:
     """What `anchorctx kvcomm` does."""
 
-    model: str
-    """Hugging Face folder (or hub name) with weights and tokenizer, which all agents run."""
+    model: Any = None
+    """Hugging Face folder (or hub name) with weights and tokenizer, which all agents run; several, as
+    model=[runs/a,runs/b], are evaluated one after another on the same problems."""
+    models: list[EvaluatedModel] = field(default_factory=list)
+    """Instead of model, where each needs settings of its own: [{path: runs/a, label: base}, {path: runs/b}]; keys are
+    label, config, rope and max_length."""
     out_dir: str
     """Folder for results.jsonl (appended to), manifest.json and pictures."""
     label: str | None = None
@@ -147,41 +151,71 @@ class Outcome:
 
 
 def evaluate_reuse(config: KvcommConfig) -> Outcome:
-    """Run the tasks through the arms; rows are appended to `out_dir`/results.jsonl once a task is done."""
+    """Run the tasks through the arms; rows are appended to `out_dir`/results.jsonl once a task is done.
+
+    Several models run one after another, on the same problems where their tokenizers are the same.
+    """
     arms = arm_makers(config)
     disable_progress_bar()  # ours are enough
+    settings = _model_settings(config)
+    models = models_of(settings)
     texts = [document.text for document in _few(config)]
-    subject = load_one(
-        EvalConfig(
-            model=config.model,
-            out_dir=config.out_dir,
-            config=config.config,
-            dtype=config.dtype,
-            device=config.device,
-        )
-    )
-    model, tokenizer = subject.model, subject.tokenizer
-    lab = Lab(model, tokenizer, Decoder(model), arms, config.decision_dense, config.compare_tokens, config.seed)
-    lines = _lines(texts, tokenizer)
-    tasks = [_task(name, config, model, tokenizer, lines) for name in config.tasks]
-    # Everything is read and checked before anything is written.
-    trials = {task.name: [Trial(lab, task, team) for team in task.teams()] for task in tasks}
-    stamp = write_manifest(Path(config.out_dir), build_manifest("kvcomm", dataclasses.asdict(config)))
-    context = {"model": config.label or Path(config.model).name}
+    if len(models) > 1:  # a model that cannot be used is found before hours are spent on the others
+        for model in models:
+            Bench(config, settings, model, arms, texts)
+    bench, stamp = None, ""
     found: list[Result] = []
-
-    def keep(rows: Sequence[Result]) -> None:
-        stamped = [dataclasses.replace(r, manifest=stamp, context=context | r.context) for r in rows]
-        append_results(Path(config.out_dir) / FILE, stamped)
-        found.extend(stamped)
-
-    for task in tasks:
-        work = [(trial, problem) for trial in trials[task.name] for problem in trial.team.problems]
-        for trial, problem in tqdm(work, desc=f"{task.name}, {len(arms)} arms", unit="problem"):
-            trial.run(problem)
-        keep(record_rows(task.name, [record for trial in trials[task.name] for record in trial.records.values()]))
-    keep(_variation(lab, lines))
+    for model in models:
+        bench = None  # its memory is needed
+        bench = Bench(config, settings, model, arms, texts)
+        if not stamp:  # everything is read and checked before anything is written
+            stamp = write_manifest(Path(config.out_dir), build_manifest("kvcomm", dataclasses.asdict(config)))
+        for rows in bench.run():
+            context = {"model": model.label}
+            stamped = [dataclasses.replace(r, manifest=stamp, context=context | r.context) for r in rows]
+            append_results(Path(config.out_dir) / FILE, stamped)
+            found.extend(stamped)
     return Outcome(found, judge(found, config.gate))
+
+
+class Bench:
+    """One loaded model with its tasks, read and checked."""
+
+    def __init__(
+        self,
+        config: KvcommConfig,
+        settings: EvalConfig,
+        model: EvaluatedModel,
+        arms: dict[str, Callable[[], Arm]],
+        texts: Sequence[str],
+    ) -> None:
+        subject = load(model, read_config(model), read_tokenizer(model), settings)
+        model_, tokenizer = subject.model, subject.tokenizer
+        self._lab = Lab(
+            model_, tokenizer, Decoder(model_), arms, config.decision_dense, config.compare_tokens, config.seed
+        )
+        self._label, self._lines = model.label, _lines(texts, tokenizer)
+        tasks = [_task(name, config, model_, tokenizer, self._lines) for name in dict.fromkeys(config.tasks)]
+        self._trials = {task.name: [Trial(self._lab, task, team) for team in task.teams()] for task in tasks}
+
+    def run(self) -> Iterator[list[Result]]:
+        """The rows of each task once it is done, and those of the split of errors."""
+        for name, trials in self._trials.items():
+            work = [(trial, problem) for trial in trials for problem in trial.team.problems]
+            for trial, problem in tqdm(work, desc=f"{self._label}: {name}, {len(self._lab.arms)} arms", unit="problem"):
+                trial.run(problem)
+            records = [record for trial in trials for record in trial.records.values()]
+            yield record_rows(name, records, fingerprint([problem for _, problem in work]))
+        yield _variation(self._lab, self._lines)
+
+
+def _model_settings(config: KvcommConfig) -> EvalConfig:
+    """What `evals.subject` needs to load the models."""
+    averaged = next((model for model in config.models if model.average is not None), None)
+    if averaged is not None:
+        raise UserError(f"average={averaged.average} is not known to kvcomm, which compares models one by one: drop it")
+    shared = {name: getattr(config, name) for name in ("model", "models", "out_dir", "label", "config")}
+    return EvalConfig(**shared, dtype=config.dtype, device=config.device)
 
 
 def arm_makers(config: KvcommConfig) -> dict[str, Callable[[], Arm]]:

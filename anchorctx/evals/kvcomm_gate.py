@@ -11,7 +11,7 @@ from anchorctx.results import Result
 
 @dataclass(kw_only=True, slots=True)
 class GateConfig:
-    """Bounds on one arm, for every task that runs; null asks for no gate."""
+    """Bounds on one arm, for every model and task that runs; null asks for no gate."""
 
     arm: str | None = None
     """The arm that must stay within the bounds."""
@@ -27,7 +27,7 @@ class Verdict:
 
     passed: bool
     text: str
-    """One line a task."""
+    """One line a model and task."""
 
 
 def check_gate(gate: GateConfig) -> None:
@@ -39,21 +39,22 @@ def check_gate(gate: GateConfig) -> None:
 
 
 def judge(rows: Sequence[Result], gate: GateConfig) -> Verdict | None:
-    """Compare the arm's rows over all tokens of every task with the bounds; None without a gate."""
+    """Compare the arm's rows over all tokens of every model and task with the bounds; None without a gate."""
     if gate.arm is None:
         return None
     lines, passed = [], True
-    for task in dict.fromkeys(row.context["task"] for row in rows if row.metric == "kvcomm_kl"):
-        kl, agreement = (_value(rows, metric, gate.arm, task) for metric in ("kvcomm_kl", "kvcomm_agreement"))
+    found = [row.context for row in rows if row.metric == "kvcomm_kl"]
+    for model, task in dict.fromkeys((context.get("model"), context["task"]) for context in found):
+        where = {"arm": gate.arm, "task": task, "kind": "all", "tokens": "all"} | ({"model": model} if model else {})
+        kl, agreement = (_value(rows, metric, where) for metric in ("kvcomm_kl", "kvcomm_agreement"))
         good = kl <= gate.max_kl and agreement >= gate.min_agreement
         passed &= good
         lines.append(
-            f"gate {'passed' if good else 'FAILED'}: {gate.arm} on {task}: KL {kl:.4g} (at most {gate.max_kl:g}), "
-            f"agreement {agreement:.4f} (at least {gate.min_agreement:g})"
+            f"gate {'passed' if good else 'FAILED'}: {gate.arm} on {task}{f' with {model}' if model else ''}: "
+            f"KL {kl:.4g} (at most {gate.max_kl:g}), agreement {agreement:.4f} (at least {gate.min_agreement:g})"
         )
     return Verdict(passed, "\n".join(lines))
 
 
-def _value(rows: Sequence[Result], metric: str, arm: str, task: str) -> float:
-    wanted = {"arm": arm, "task": task, "kind": "all", "tokens": "all"}
-    return next(r.value for r in rows if r.metric == metric and wanted.items() <= r.context.items())
+def _value(rows: Sequence[Result], metric: str, where: dict[str, str]) -> float:
+    return next(r.value for r in rows if r.metric == metric and where.items() <= r.context.items())

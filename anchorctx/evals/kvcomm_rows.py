@@ -1,7 +1,9 @@
 """From records to result rows, all named `kvcomm_*`, with the arm, task and kind in their context.
 
-Figures over tokens are means over turns, so that a long answer does not outvote a short one. `kind` is `all` for the
-rows over every kind of a task.
+Figures over tokens are means over turns, so that a long answer does not outvote a short one; turns of one problem are
+no independent observations, so that intervals are over problems. `kind` is `all` for the rows over all kinds.
+`values` in the context are a figure's problems, in order, so that the rows of two models or arms can be compared paired
+where `problems` (a fingerprint) is equal.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from anchorctx.results import Result, wilson_interval
 PARTS = ("key", "value")
 
 
-def record_rows(task: str, records: Sequence[Record]) -> list[Result]:
+def record_rows(task: str, records: Sequence[Record], problems: str = "") -> list[Result]:
     """All rows of one task: for each arm over all kinds, and for each kind where there are several."""
     kinds = list(dict.fromkeys(record.kind for record in records))
     rows: list[Result] = []
@@ -26,7 +28,7 @@ def record_rows(task: str, records: Sequence[Record]) -> list[Result]:
         for arm in dict.fromkeys(record.arm for record in chosen):
             own = [record for record in chosen if record.arm == arm]
             dense = [record for record in chosen if record.arm == "dense"]
-            context = {"task": task, "kind": kind, "arm": arm}
+            context = {"task": task, "kind": kind, "arm": arm, "problems": problems}
             rows += _words(own, context)
             rows += _answers(own, dense, context)
             rows += _reuse(own, context)
@@ -48,17 +50,21 @@ def variation_rows(found: Sequence[tuple[KvError, KvError]], length: int) -> lis
 
 
 def _words(own: Sequence[Record], context: dict) -> Iterator[Result]:
-    close = [c for record in own for c in record.closeness]
-    yield _mean("kvcomm_kl", [c.kl[0] for c in close], context | {"tokens": "first"}, "nat")
-    yield _mean("kvcomm_kl", [c.kl.mean() for c in close], context | {"tokens": "all"}, "nat")
-    yield _share("kvcomm_agreement", [bool(c.agree[0]) for c in close], context | {"tokens": "first"})
-    yield _mean("kvcomm_agreement", [c.agree.mean() for c in close], context | {"tokens": "all"})
+    turns = [problem for record in own for problem in record.closeness]
+    for tokens, span in (("first", slice(1)), ("all", slice(None))):
+        where = context | {"tokens": tokens}
+        kl, agree = (
+            [float(np.mean([getattr(c, name)[span].mean() for c in problem])) for problem in turns]
+            for name in ("kl", "agree")
+        )
+        yield _mean("kvcomm_kl", kl, where | {"values": kl}, "nat")
+        yield _mean("kvcomm_agreement", agree, where | {"values": agree})
 
 
 def _answers(own: Sequence[Record], dense: Sequence[Record], context: dict) -> Iterator[Result]:
     mine, theirs = ([x for record in records for x in record.correct] for records in (own, dense))
     if mine:
-        yield _share("kvcomm_accuracy", mine, context)
+        yield _share("kvcomm_accuracy", mine, context | {"values": [int(x) for x in mine]})
         value, low, high = paired_difference(mine, theirs)
         yield Result(
             metric="kvcomm_accuracy_difference",
@@ -72,7 +78,8 @@ def _answers(own: Sequence[Record], dense: Sequence[Record], context: dict) -> I
     for shuffled in (False, True):
         judged = [x for record in own for x in record.judged[shuffled]]
         if judged:
-            yield _share("kvcomm_judge_consistency", judged, context | {"shuffled": shuffled})
+            values = {"values": [int(x) for x in judged]}
+            yield _share("kvcomm_judge_consistency", judged, context | {"shuffled": shuffled} | values)
 
 
 def _reuse(own: Sequence[Record], context: dict) -> Iterator[Result]:

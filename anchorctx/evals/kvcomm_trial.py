@@ -28,8 +28,8 @@ class Record:
     arm: str
     kind: str
     by_construction: bool
-    closeness: list[Closeness] = field(default_factory=list)
-    """By turn."""
+    closeness: list[list[Closeness]] = field(default_factory=list)
+    """By problem and turn."""
     errors: list[KvError] = field(default_factory=list)
     """By turn with placeholders."""
     correct: list[bool] = field(default_factory=list)
@@ -122,6 +122,7 @@ class Trial:
         for agent, model in dense.items():
             # What is passed on is whole, even where only its beginning is compared.
             turns[agent] = request.run(agent, answer=model.ids[: self._lab.compare_tokens], message=model.message)
+        record.closeness.append([])
         for agent, turn in turns.items():
             self._note(record, turn, (truth or turns)[agent], final=agent == self.team.decision)
         record.ttft.append({agent: turn.ttft for agent, turn in turns.items()})
@@ -132,8 +133,7 @@ class Trial:
         return turns
 
     def _note(self, record: Record, turn: Turn, true: Turn, *, final: bool) -> None:
-        close = closeness(true, turn)
-        record.closeness.append(close)
+        record.closeness[-1].append(closeness(true, turn))
         error = turn_error(true, turn)
         if error is not None:
             record.errors.append(error)

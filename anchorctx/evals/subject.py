@@ -98,15 +98,9 @@ def load(
         raise _cannot_load(model, error) from error
     if config.device_map is None:
         loaded.to(device)  # type: ignore[arg-type]
-    if config.rope_dtype is RopeDtype.float32:
+    if config.rope_dtype is not RopeDtype.bfloat16:
         set_rope_dtype(loaded, config.rope_dtype)
     return Subject(loaded.eval(), tokenizer)
-
-
-def load_one(config: EvalConfig) -> Subject:
-    """The one model that the configuration names, loaded."""
-    (model,) = models_of(config)
-    return load(model, read_config(model), read_tokenizer(model), config)
 
 
 def check_reach(model: EvaluatedModel, hf_config: PretrainedConfig, evaluator: Evaluator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,20 @@ def find(rows: Sequence[Result], metric: str, **context: Any) -> Result | None:
 
 
 def reuse_table(rows: Sequence[Result]) -> str:
-    """A Markdown table for each task: one line an arm."""
+    """A Markdown table for each model and task: one line an arm."""
+    models = _by_model(rows)
+    parts = []
+    for model, own in models.items():
+        parts += [*([f"### {model}"] if len(models) > 1 else []), *_task_tables(own)]
+    return "\n\n".join([*parts, "* reuses everything by construction"])
+
+
+def _by_model(rows: Sequence[Result]) -> dict[str, list[Result]]:
+    models = _distinct(rows, "model")
+    return {model: [row for row in rows if row.context["model"] == model] for model in models}
+
+
+def _task_tables(rows: Sequence[Result]) -> list[str]:
     parts = []
     for task in _distinct(rows, "task"):
         head = ["arm", "KL, nat", "agreement", "accuracy (difference to dense, 95 %)", "judge", "judge, shuffled"]
@@ -32,14 +46,19 @@ def reuse_table(rows: Sequence[Result]) -> str:
         for arm in _distinct([r for r in rows if r.context.get("task") == task], "arm"):
             lines.append("| " + " | ".join(_cells(rows, task, arm)) + " |")
         parts.append("\n".join(lines))
-    return "\n\n".join([*parts, "* reuses everything by construction"])
+    return parts
 
 
 def draw_reuse(rows: Sequence[Result], folder: Path) -> list[Path]:
-    """All pictures that the rows allow."""
-    drawn = [reuse_figure(rows, task, folder / f"kvcomm_{task}.png") for task in _distinct(rows, "task")]
-    tasks = [task for task in _distinct(rows, "task") if find(rows, "kvcomm_kv_error", task=task)]
-    return drawn + [error_figure(rows, task, folder / f"kvcomm_{task}_cache.png") for task in tasks[:1]]
+    """All pictures that the rows allow; with several models each one's name is in the files' names."""
+    models, drawn = _by_model(rows), []
+    for model, own in models.items():
+        stem = "kvcomm_" + (re.sub(r"[^\w.-]+", "_", model) + "_" if len(models) > 1 else "")
+        tasks = _distinct(own, "task")
+        drawn += [reuse_figure(own, task, folder / f"{stem}{task}.png") for task in tasks]
+        split = [task for task in tasks if find(own, "kvcomm_kv_error", task=task)]
+        drawn += [error_figure(own, task, folder / f"{stem}{task}_cache.png") for task in split[:1]]
+    return drawn
 
 
 @styled
@@ -122,7 +141,9 @@ def _grouped(axes: Any, series: Sequence[tuple[str, list[float]]]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     if len(series) > 1:
-        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+        axes.legend(
+            fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5
+        )  # under the label
 
 
 def _series(
@@ -186,8 +207,8 @@ def _value(rows: Sequence[Result], metric: str, arm: str, **context: Any) -> flo
 
 
 def _title(rows: Sequence[Result], task: str) -> str:
-    turns = find(rows, "kvcomm_kl", arm="dense", kind="all", tokens="all")
-    return f"{rows[0].context['model']}: {task}, {turns.n if turns else 0} agent turns"
+    problems = find(rows, "kvcomm_kl", arm="dense", kind="all", tokens="all")
+    return f"{rows[0].context['model']}: {task}, {problems.n if problems else 0} problems"
 
 
 def _distinct(rows: Sequence[Result], name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ class Team:
     problems: tuple[Problem, ...]
     decision: str | None = DECISION
     """Whose answer is scored; None for a team that is only timed."""
+
+
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """Twelve hex digits that change with the problems: figures of two models are paired only where these are equal."""
+    said = json.dumps([[sorted(p.texts.items()), str(p.expected), sorted((p.script or {}).items())] for p in problems])
+    return hashlib.sha256(said.encode()).hexdigest()[:12]
 
 
 class Task(Protocol):

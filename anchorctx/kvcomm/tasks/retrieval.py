@@ -12,17 +12,20 @@ the decision agent has all documents before it, hears the agents and answers. Fo
 
 An agent that is less sure of its first token than `confidence` says nothing, which is an empty answer to those who
 hear it. So the same rule decides in all four kinds, and guessing earns nothing.
+
+With `prefix` each agent has that much text of its own before its prompt, so that a document stands behind another
+text, and at another place, wherever it is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from anchorctx.errors import UserError
-from anchorctx.kvcomm.agents import Agent, Answer
+from anchorctx.kvcomm.agents import Agent, Answer, Template
 from anchorctx.kvcomm.tasks.base import DECISION, Problem, Team
 from anchorctx.kvcomm.topology import Topology
 
@@ -37,6 +40,10 @@ class RetrievalTaskConfig:
 
     problems: int = 24
     """Problems of each kind."""
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    """Kinds of problem: single, two_hop, override, absent; a kind's problems do not depend on the others."""
+    prefix: int = 0
+    """Tokens of text that each agent has before its prompt, other text for each; 0 is none."""
     document_tokens: int = 448
     """Length of each document in tokens."""
     facts: int = 4
@@ -71,20 +78,34 @@ class RetrievalTask:
         """`lines` are a text's lines in tokens, `tokens` the ids of the vocabulary's texts."""
         if agents < 3:
             raise UserError(f"retrieval with agents={agents} has too few readers: give at least 3, the last decides")
+        unknown = [kind for kind in config.kinds if kind not in KINDS]
+        if unknown or not config.kinds:
+            given = f"{unknown[0]!r}, which is none" if unknown else "none"
+            raise UserError(f"retrieval.kinds has {given}: choose {', '.join(KINDS)}")
+        least = {"problems": 1, "document_tokens": 1, "facts": 0, "prefix": 0}
+        for name in (name for name, bound in least.items() if getattr(config, name) < bound):
+            raise UserError(f"retrieval.{name}={getattr(config, name)} must be at least {least[name]}")
         used = config.facts * (agents - 1) + 2
         if used > len(vocabulary.keys):
             raise UserError(
                 f"{config.facts} facts in each of {agents - 1} documents need {used} keys, but there are "
                 f"{len(vocabulary.keys)}: lower retrieval.facts"
             )
-        if sum(map(len, lines)) < config.document_tokens:
-            raise UserError(f"the text is shorter than a document of {config.document_tokens} tokens: give more text")
+        room = config.document_tokens - 2 * (config.facts + 1)
+        if room < 0:
+            raise UserError(
+                f"retrieval.document_tokens={config.document_tokens} has no room for {config.facts + 1} facts of two "
+                "tokens: lower retrieval.facts"
+            )
+        for what, length in (("document", config.document_tokens), ("prefix", config.prefix)):
+            if sum(map(len, lines)) < length:
+                raise UserError(f"the text is shorter than a {what} of {length} tokens: give more text")
         self.config, self._readers, self._lines = config, agents - 1, lines
         self._vocabulary, self._tokens, self._seed = vocabulary, tokens, seed
 
     def teams(self) -> Sequence[Team]:
         """One a kind."""
-        return [self._team(kind) for kind in KINDS]
+        return [self._team(kind) for kind in dict.fromkeys(self.config.kinds)]
 
     def score(self, answer: Answer, problem: Problem) -> bool:
         """Exact: the first thing said is the value; or nothing is said where nothing is known."""
@@ -98,7 +119,8 @@ class RetrievalTask:
         documents = "".join(f"{{document_{i}}}" for i in range(self._readers, 0, -1))
         said = "".join(f"{{{name}}}" for name in reversed(names))
         ask = "" if kind == "two_hop" else "{question}"
-        agents.append(Agent(DECISION, f"# the readers' notes come last\n{documents}\n{said}{ask}", 1))
+        prompt = f"# the readers' notes come last\n{documents}\n{said}{ask}"
+        agents.append(Agent(DECISION, self._prefixed(prompt, self._readers), 1))
         rng = np.random.default_rng([self._seed, KINDS.index(kind)])
         problems = tuple(self._problem(kind, rng) for _ in range(self.config.problems))
         return Team(kind, tuple(agents), Topology.of(inputs | {DECISION: names}), problems)
@@ -122,7 +144,16 @@ class RetrievalTask:
         )
         # An overriding reader must not be asked after it heard the other value: it reads its own document alone.
         ask = "\n{question}" if kind == "override" and last else ask
-        return Agent(name, f"{role}{{document_{number + 1}}}{ask}", 1, speak)
+        return Agent(name, self._prefixed(f"{role}{{document_{number + 1}}}{ask}", number), 1, speak)
+
+    def _prefixed(self, prompt: str, number: int) -> Template:
+        """The prompt of agent `number` behind a text of its own, the same in every kind and problem."""
+        parts = Template.parse(prompt).parts
+        if not self.config.prefix:
+            return Template(parts)
+        starts = np.random.default_rng([self._seed, 7]).permutation(len(self._lines))
+        text = self._text(self.config.prefix, int(starts[number % len(starts)]))
+        return Template((tuple(token for line in text for token in line), *parts))
 
     def _problem(self, kind: str, rng: np.random.Generator) -> Problem:
         config, words = self.config, self._vocabulary
@@ -148,15 +179,20 @@ class RetrievalTask:
 
     def _document(self, facts: list[tuple[int, str]], rng: np.random.Generator) -> tuple[int, ...]:
         """Lines from a random place of the text, cut at the length, with the facts between them."""
-        room = self.config.document_tokens - 2 * len(facts)
-        at, lines, length = int(rng.integers(len(self._lines))), [], 0
-        while length < room:
-            line = self._lines[at % len(self._lines)][: room - length]
-            lines.append(line)
-            length, at = length + len(line), at + 1
+        start = int(rng.integers(len(self._lines)))
+        lines = self._text(self.config.document_tokens - 2 * len(facts), start)
         slots = np.sort(rng.integers(0, len(lines) + 1, len(facts)))
         order = rng.permutation(len(facts))
         for slot, i in reversed(list(zip(slots.tolist(), order.tolist(), strict=True))):
             key, value = facts[i]
             lines.insert(slot, (self._tokens[self._vocabulary.keys[key]], self._tokens[value]))
         return tuple(token for line in lines for token in line)
+
+    def _text(self, length: int, at: int) -> list[tuple[int, ...]]:
+        """The text's lines from line `at` on, `length` tokens of them; the last is cut."""
+        lines, found = [], 0
+        while found < length:
+            line = self._lines[at % len(self._lines)][: length - found]
+            lines.append(line)
+            found, at = found + len(line), at + 1
+        return lines

@@ -127,8 +127,34 @@ def test_bfloat16_is_plain_transformers_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_float32_models_do_not_change(name: str) -> None:
-    one, other = (build(name, rope_dtype, torch.float32) for rope_dtype in RopeDtype)
+    one, other = (build(name, d, torch.float32) for d in (RopeDtype.bfloat16, RopeDtype.float32))
     assert torch.equal(run(one), run(other))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_emulated_bfloat16_rotates_as_a_bfloat16_model_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotation's inputs rounded, its arithmetic and its results those of bfloat16; all else in float32."""
+    model = build(name, RopeDtype.bfloat16_emulated, torch.float32)
+    watch = Watch(model, monkeypatch)
+    run(model).square().sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+    assert len(watch.rotations) == len(watch.attended) == model.config.num_hidden_layers
+    for q, k, cos, sin, *out in watch.rotations:
+        assert {x.dtype for x in (q, k, cos, sin, *out)} == {torch.bfloat16}
+        half = q.shape[-1] // 2
+        turned = torch.cat([-q[..., half:], q[..., :half]], -1)
+        assert torch.equal(out[0], q * cos[:, None] + turned * sin[:, None])
+    for q, k in watch.attended:
+        assert q.dtype == k.dtype == torch.float32 and torch.equal(q, q.to(torch.bfloat16).float())
+    twin = copy.deepcopy(model)
+    assert get_rope_dtype(twin) is RopeDtype.bfloat16_emulated and torch.equal(run(twin), run(model))
+    set_rope_dtype(model, RopeDtype.float32)
+    assert torch.equal(run(model), run(build(name, RopeDtype.float32, torch.float32)))
+
+
+def test_models_without_projections_of_their_own_cannot_emulate() -> None:
+    with pytest.raises(UserError, match="no q_proj and k_proj"):
+        build("phi3", RopeDtype.bfloat16_emulated, torch.float32)
 
 
 def test_idempotent_and_without_parameters_or_buffers() -> None:

@@ -44,10 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, out: Path, *more: str) -> int:
+    named = any(word.startswith(("model=", "models=")) for word in more)
     return main(
         [
             "kvcomm",
-            f"model={folder / 'tiny'}",
+            *([] if named else [f"model={folder / 'tiny'}"]),
             f"out_dir={out}",
             f"corpus={{path: {folder / 'corpus.jsonl'}, format: auto}}",
             "retrieval={problems: 3, document_tokens: 60, facts: 2}",
@@ -135,9 +136,39 @@ def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> No
 def test_the_gate_decides_the_exit_code(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     only = ["tasks=[copy]", "arms=[rotate,dense_prefix_cache]"]
     assert command(folder, tmp_path / "a", *only, "gate.arm=dense_prefix_cache") == 0
-    assert "gate passed: dense_prefix_cache on copy: KL" in capsys.readouterr().out
+    assert "gate passed: dense_prefix_cache on copy with tiny: KL" in capsys.readouterr().out
     assert command(folder, tmp_path / "b", *only, "gate={arm: rotate, max_kl: 1e-9}") == 1
     assert "gate FAILED: rotate on copy" in capsys.readouterr().out
+
+
+def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: Path) -> None:
+    """Two models in one call, one of them twice: each has its rows, pictures and values by problem."""
+    tiny = folder / "tiny"
+    models = f"models=[{{path: {tiny}, label: a/full}}, {{path: {tiny}, label: anchor, rope: {{theta: 1e5}}}}]"
+    only = ["tasks=[retrieval]", "arms=[rotate]", "retrieval={problems: 3, document_tokens: 60, prefix: 50}"]
+    only.append("retrieval.kinds=[two_hop,override]")
+    assert command(folder, tmp_path, models, *only, "gate={arm: rotate, max_kl: 1e9, min_agreement: 0}") == 0
+    rows = list(read_results(tmp_path / "results.jsonl"))
+    assert len({r.manifest for r in rows}) == 1 and len({r.context.get("problems") for r in rows}) == 2
+    cells = {
+        model: [(r.metric, r.context | {"model": "", "values": len(r.context.get("values", []))}) for r in rows
+                if r.context["model"] == model]
+        for model in ("a/full", "anchor")
+    }  # fmt: skip
+    assert cells["a/full"] == cells["anchor"] and len(cells["anchor"]) * 2 == len(rows)
+    assert {r.context["kind"] for r in rows if "kind" in r.context} == {"all", "two_hop", "override"}
+    for model in cells:
+        for metric in ("kvcomm_kl", "kvcomm_agreement", "kvcomm_accuracy", "kvcomm_judge_consistency"):
+            row = find(rows, metric, model=model, arm="rotate", kind="all")
+            assert row is not None and row.n == len(row.context["values"]) == 6
+            assert np.mean(row.context["values"]) == pytest.approx(row.value)
+    assert value(rows, "kvcomm_kl", model="anchor", arm="rotate") != value(
+        rows, "kvcomm_kl", model="a/full", arm="rotate"
+    )
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        f"kvcomm_{model}_{what}.png" for model in ("a_full", "anchor") for what in ("retrieval", "retrieval_cache")
+    }
+    assert (tmp_path / "kvcomm.md").read_text().count("| rotate |") == 2
 
 
 @pytest.mark.parametrize(
@@ -151,13 +182,23 @@ def test_the_gate_decides_the_exit_code(folder: Path, capsys: pytest.CaptureFixt
         ("agents=2", "agents=2 has too few readers"),
         ("retrieval.document_tokens=900", "prompt of .* the model reaches 1024"),
         ("tasks=[humaneval]", "allow_code_execution=true"),
+        ("retrieval.kinds=[three_hop]", "retrieval.kinds has 'three_hop', which is none: choose single"),
+        ("retrieval.prefix=-1", "retrieval.prefix=-1 must be at least 0"),
+        ("retrieval.prefix=900", "prompt of .* the model reaches 1024"),
+        ("retrieval.document_tokens=4", "no room for 3 facts"),
+        ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
+        ("model=[TINY,TINY/none]", "TINY/none cannot be loaded"),
+        ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
         ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 from 0 to 1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
-    assert command(folder, tmp_path / "none", *override.split(" ")) == 2
+    tiny = str(folder / "tiny")
+    words = re.split(r" (?=[\w.]+=)", override.replace("TINY", tiny))
+    assert command(folder, tmp_path / "none", *words) == 2
+    message = message.replace("TINY", tiny)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("anchorctx kvcomm: ")
     assert re.search(message, error), error

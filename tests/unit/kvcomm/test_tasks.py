@@ -10,7 +10,7 @@ import pytest
 
 from anchorctx.errors import UserError
 from anchorctx.kvcomm.agents import Answer, Template
-from anchorctx.kvcomm.tasks.base import Problem, Team, panel, read_rows
+from anchorctx.kvcomm.tasks.base import Problem, Team, fingerprint, panel, read_rows
 from anchorctx.kvcomm.tasks.copy import CopyTask, CopyTaskConfig
 from anchorctx.kvcomm.tasks.humaneval import CodeProblem, HumanEval, program_of
 from anchorctx.kvcomm.tasks.questions import Gsm8k, Mmlu, QuestionTaskConfig, letter_of, number_of
@@ -86,6 +86,27 @@ def test_retrieval_problems_are_what_they_are_called() -> None:
                 assert found[1] == value != found[0]
             else:
                 assert not found and value is None
+
+
+def test_prefixes_stand_before_the_same_problems() -> None:
+    """Each agent has its own text before its prompt, the same in every problem; problems stay as they were."""
+    plain = {team.kind: team for team in retrieval().teams()}
+    (team,) = retrieval(prefix=17, kinds=["two_hop"]).teams()
+    assert team.problems == plain["two_hop"].problems
+    heads = [agent.template.parts[0] for agent in team.agents]  # type: ignore[union-attr]
+    assert all(len(head) == 17 for head in heads) and len(set(heads)) == len(heads) == 3
+    for agent, before in zip(team.agents, plain["two_hop"].agents, strict=True):
+        assert agent.template.parts[1:] == before.template.parts  # type: ignore[union-attr]
+    assert retrieval(prefix=17).teams()[2].agents[0].template.parts[0] == heads[0]  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="retrieval.kinds has none: choose single"):
+        retrieval(kinds=[])
+    with pytest.raises(UserError, match="shorter than a prefix of 151 tokens"):
+        retrieval(prefix=151)
+
+
+def test_problems_have_a_fingerprint() -> None:
+    one, other = (retrieval(document_tokens=n).teams()[0].problems for n in (60, 61))
+    assert fingerprint(one) == fingerprint(retrieval().teams()[0].problems) != fingerprint(other)
 
 
 def test_retrieval_scores_exactly() -> None:

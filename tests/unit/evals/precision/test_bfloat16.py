@@ -52,7 +52,7 @@ def test_other_dtypes_and_operations_are_left_alone():
         assert torch.equal(a.bfloat16() * a.bfloat16(), (a.bfloat16().float() * a.bfloat16().float()).bfloat16())
 
 
-@pytest.mark.parametrize("rope", list(RopeDtype))
+@pytest.mark.parametrize("rope", [RopeDtype.bfloat16, RopeDtype.float32])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt_neox"])
 def test_a_small_model_is_bit_equal(name: str, rope: RopeDtype):
     """Logits and every measured change: real kernels against the emulation. The seed's sums meet no tie."""

@@ -104,7 +104,7 @@ def instrument(model, layers: frozenset[int] = frozenset((0, 1)), rows_per_pass:
 FULL = PackedLayout((0, 48))
 
 
-@pytest.mark.parametrize("rope", list(RopeDtype))
+@pytest.mark.parametrize("rope", [RopeDtype.bfloat16, RopeDtype.float32])
 def test_isolated_layers_are_what_one_computes_by_hand(rope: RopeDtype):
     """Hidden states from transformers' own eager model; then projections, rotation and softmax for one layer."""
     model = tiny(rope=rope)
@@ -133,7 +133,7 @@ def test_isolated_layers_are_what_one_computes_by_hand(rope: RopeDtype):
 
 
 def test_a_copy_at_the_same_positions_does_not_change():
-    for dtype, rope in itertools.product((torch.float32, torch.bfloat16), RopeDtype):
+    for dtype, rope in itertools.product((torch.float32, torch.bfloat16), (RopeDtype.bfloat16, RopeDtype.float32)):
         model = tiny(dtype=dtype, rope=rope)
         same = [torch.arange(48)] * 3
         for change in instrument(model).changes(text(), FULL, same, late_queries(48, 9)):

@@ -1,0 +1,78 @@
+"""The miniature's pictures, drawn from the means over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from anchorctx.report.plots import BLUE, MARKERS, ORANGE, SERIES, new_figure, save, styled
+from anchorctx.results import Result
+
+
+def _bar(row: Result) -> tuple[list[float], list[float]]:
+    """Lengths of the interval's arms, below and above."""
+    low, high = (row.value if end is None else end for end in (row.low, row.high))
+    return [row.value - low], [high - row.value]
+
+
+@styled
+def trained_figure(rows: Sequence[Result], folder: Path) -> Path:
+    """Retrieval at the longest length: every seed as a point, the mean with its interval."""
+    found = [row for row in rows if row.metric == "mean_retrieval_accuracy"]
+    length = max(row.context["length"] for row in found)
+    found = [row for row in found if row.context["length"] == length]
+    figure, axes = new_figure(7, 0.42 * len(found) + 1.3)
+    for y, row in enumerate(reversed(found)):
+        color = ORANGE if "bf16" in row.context["model"] else BLUE
+        axes.errorbar(row.value, y, xerr=_bar(row), fmt="s", color=color, capsize=3)
+        axes.plot(row.context["values"], np.full(row.n, y + 0.22), "|", color="#555555", markersize=7)
+    axes.set_yticks(range(len(found)), [row.context["model"] for row in reversed(found)])
+    axes.set(xlabel=f"retrieval accuracy at {length:,} tokens: seeds, mean, 95 % interval", xlim=(0, 1.02))
+    axes.set_title("After continued training")
+    return save(figure, folder / "trained.png")
+
+
+@styled
+def reuse_figure(rows: Sequence[Result], folder: Path) -> Path:
+    """Divergence from dense by arm and model, on a logarithmic axis."""
+    found = [row for row in rows if row.metric == "mean_kvcomm_kl"]
+    arms, models = ([*dict.fromkeys(row.context[k] for row in found)] for k in ("arm", "model"))
+    figure, axes = new_figure(7, 0.42 * len(arms) + 1.6)
+    for number, model in enumerate(models):
+        for y, arm in enumerate(reversed(arms)):
+            for row in (r for r in found if (r.context["arm"], r.context["model"]) == (arm, model)):
+                height = y + 0.18 * (len(models) // 2 - number)
+                style = {"color": SERIES[number], "marker": MARKERS[number], "linestyle": ""}
+                axes.plot(max(row.value, 1e-7), height, label=model if y == 0 else None, **style)
+                seeds = np.maximum(row.context["values"], 1e-7)
+                axes.plot(seeds, np.full(len(seeds), height), color=SERIES[number], linewidth=1)
+    axes.set_yticks(range(len(arms)), arms[::-1])
+    axes.set_xscale("log")
+    axes.set(xlabel="KL from dense at the first token, nats (mean; the line spans the seeds)")
+    axes.set_title("Reuse of KV caches")
+    axes.legend(loc="best")
+    return save(figure, folder / "reuse.png")
+
+
+@styled
+def claims_figure(rows: Sequence[Result], folder: Path) -> Path:
+    """Effects with their intervals and the margins that they were to reach."""
+    found = [row for row in rows if row.metric == "claim"]
+    figure, axes = new_figure(7, 0.34 * len(found) + 1.4)
+    colors = {"supported": BLUE, "not supported": ORANGE, "undecided": "#7F7F7F"}
+    for y, row in enumerate(reversed(found)):
+        color = colors[row.context["answer"]]
+        axes.errorbar(row.value, y, xerr=_bar(row), fmt="s", color=color, capsize=3, markersize=4)
+        axes.plot(row.context["margin"], y, "|", color="black", markersize=11)
+    for answer, color in colors.items():
+        axes.plot([], [], "s", color=color, label=answer)
+    axes.plot([], [], "|", color="black", markersize=11, label="margin")
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    axes.set_xlim(-0.6, 1.0)
+    axes.set_yticks(range(len(found)), [row.context["claim"] for row in reversed(found)])
+    axes.set(xlabel="effect in the direction claimed, 95 % interval over seeds (units: HYPOTHESES.md)")
+    axes.set_title("What was claimed beforehand, and what came out")
+    axes.legend(loc="lower right")
+    return save(figure, folder / "claims.png")

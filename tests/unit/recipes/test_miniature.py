@@ -1,0 +1,187 @@
+"""The miniature's statistics, stages, keys and claims, and the comparison of a run with a recipe's figures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+
+from anchorctx.data.facts import FactTokens
+from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout
+from anchorctx.results import Result, append_results
+
+ROOT = Path(__file__).parents[3]
+MINIATURE = ROOT / "recipes" / "miniature"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch):
+    """Imports a script of the recipe, or of scripts/, as it is imported when it is run."""
+    monkeypatch.syspath_prepend(str(MINIATURE))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("values", "margin", "answer"),
+    [
+        ((0.10, 0.11, 0.12), 0.03, "supported"),
+        ((0.011, 0.010, 0.012), 0.03, "not supported"),  # there, but smaller than claimed
+        ((-0.10, -0.11, -0.12), 0.03, "not supported"),
+        ((0.0, 0.1, 0.2), 0.03, "undecided"),
+        ((0.1, 0.1, 0.1), 0.1, "supported"),
+        ((0.10, 0.11), 0.03, "undecided"),  # whatever the mean
+        ((), 0.03, "undecided"),
+    ],
+)
+def test_answers(module, values: tuple[float, ...], margin: float, answer: str) -> None:
+    assert module("verdicts").Estimate(values).answer(margin) == answer
+
+
+def test_the_interval_is_students(module) -> None:
+    found = module("verdicts").Estimate((1.0, 2.0, 4.0))
+    low, high = found.interval  # mean 7/3, standard error sqrt(7/3 / 3), t = 4.3027
+    assert found.mean == pytest.approx(7 / 3)
+    assert (low, high) == pytest.approx((7 / 3 - 4.3027 * (7 / 9) ** 0.5, 7 / 3 + 4.3027 * (7 / 9) ** 0.5), abs=1e-4)
+
+
+def rows_of(module, values: dict[int, dict[str, float]]):
+    """`Rows` with a retrieval accuracy at 4,096 for each seed and model."""
+    return module("verdicts").Rows(
+        {
+            seed: [
+                Result(metric="retrieval_accuracy", value=v, unit="1", n=1, context={"model": m, "length": 4096})
+                for m, v in models.items()
+            ]
+            for seed, models in values.items()
+        }
+    )
+
+
+def test_claims_are_paired_within_seeds(module) -> None:
+    """Seeds differ by far more than the patterns do; the pairs tell the effect all the same."""
+    by_seed = {s: {"anchor": 0.2 * s + 0.1, "full": 0.2 * s} for s in range(3)}
+    claim = next(c for c in module("claims").CLAIMS if c.name == "T1")
+    found = claim.estimate(rows_of(module, by_seed))
+    assert found.values == pytest.approx((0.1, 0.1, 0.1)) and found.answer(claim.margin) == "supported"
+
+
+def test_seeds_without_a_measurement_are_left_out(module) -> None:
+    claim = next(c for c in module("claims").CLAIMS if c.name == "T1")
+    found = claim.estimate(rows_of(module, {0: {"anchor": 0.5, "full": 0.4}, 1: {"anchor": 0.5}, 2: {}}))
+    assert found.values == pytest.approx((0.1,)) and found.answer(claim.margin) == "undecided"
+
+
+def test_a_row_measured_twice_is_not_chosen_from(module) -> None:
+    rows = module("verdicts").Rows({0: [Result(metric="m", value=v, unit="1", n=1) for v in (1.0, 2.0)]})
+    with pytest.raises(KeyError, match="2 rows"):
+        rows.row(0, "m")
+
+
+def test_every_claim_written_down_beforehand_has_its_margin(module) -> None:
+    """HYPOTHESES.md's tables and the code agree on names and numeric margins."""
+    page = (MINIATURE / "HYPOTHESES.md").read_text()
+    claims = {claim.name: claim for claim in module("claims").CLAIMS}
+    lines = [line.split("|") for line in page.splitlines() if line.startswith("| ") and line[2] in "TK"]
+    assert len(lines) == 18
+    for cells in lines:
+        wanted = cells[-2].strip().removeprefix("log ")
+        value = np.log(float(wanted)) if "log" in cells[-2] else float(wanted)
+        assert claims[cells[1].strip()].margin == pytest.approx(value)
+    assert {f"P{i}" for i in range(1, 5)} <= set(claims)
+
+
+def test_keys_become_unique_in_a_row_and_facts_stay_true(module) -> None:
+    tokens = FactTokens(np.arange(100, 164), np.arange(200, 264))
+    ids = np.array([1, 100, 200, 7, 101, 201, 100, 200, 8, 100, 202, 9, 101, 203, 100, 202])
+    layout = PackedLayout((0, 1, 8, 16), 1)
+    out = module("unique_keys").relabelled(ids, layout, tokens, np.random.default_rng(0))
+    keys = np.isin(ids, tokens.keys)
+    assert (out[~keys] == ids[~keys]).all() and np.isin(out[keys], tokens.keys).all()
+    assert out[1] == out[6] and out[9] == out[14]  # the same fact within a document
+    assert len({out[1], out[4], out[9], out[12]}) == 4  # and no key in two
+
+
+def test_too_many_facts_for_a_row_are_refused(module) -> None:
+    tokens = FactTokens(np.arange(100, 164), np.arange(200, 264))
+    ids = np.concatenate([[1], np.arange(100, 164), [100]])
+    with pytest.raises(UserError, match="more than 64"):
+        module("unique_keys").relabelled(ids, PackedLayout((0, 1, 65, 66), 1), tokens, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe_ci.yaml"])
+def test_stages_are_whole_and_in_order(module, name: str) -> None:
+    recipe = yaml.safe_load((MINIATURE / name).read_text())
+    found = module("plan").stages(recipe, Path("out"))
+    names = [stage.name for stage in found]
+    assert len(set(names)) == len(names)
+    for index, stage in enumerate(found):
+        assert set(stage.needs) <= set(names[:index]) and stage.budget > 0
+    trained = [n for n in names if n.startswith("train/")]
+    assert len(trained) == sum(len(arm.get("seeds", recipe["seeds"])) for arm in recipe["arms"].values())
+
+
+def test_continuations_of_a_seed_differ_in_what_the_recipe_says_alone(module) -> None:
+    recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
+    by_name = {s.name: s.commands[0] for s in module("plan").stages(recipe, Path("out"))}
+    one, other = by_name["train/1/full"], by_name["train/1/anchor"]
+    differ = {a.split("=")[0] for a, b in zip(one, other, strict=True) if a != b}
+    assert differ == {"out_dir", "pattern"}
+
+
+def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Path, capsys) -> None:
+    plan, run = module("plan"), module("run")
+    write = [sys.executable, "-c", f"open(r'{tmp_path / 'made'}', 'a').write('x')"]
+    stages = [plan.Stage("a/one", [write], 1), plan.Stage("b", [write], 1, ["a/one"])]
+    run.Runner(stages, tmp_path, 2).run()
+    run.Runner(stages, tmp_path, 2).run()
+    assert (tmp_path / "made").read_text() == "xx" and "2 of 2 stages are done already" in capsys.readouterr().out
+    changed = [plan.Stage("a/one", [[*write, "more"]], 1), stages[1]]
+    run.Runner(changed, tmp_path, 1).run()
+    assert (tmp_path / "made").read_text() == "xxx"
+    broken = [plan.Stage("c", [[sys.executable, "-c", "raise SystemExit('no such luck')"]], 1)]
+    with pytest.raises(SystemExit, match="c failed.*\n.*\nno such luck"):
+        run.Runner(broken, tmp_path, 1).run()
+
+
+def check(tmp_path: Path, *figures: dict) -> subprocess.CompletedProcess[str]:
+    """Run check_recipe.py over two rows."""
+    expected, results = tmp_path / "expected.json", tmp_path / "results.jsonl"
+    expected.write_text(json.dumps({"figures": list(figures)}))
+    results.unlink(missing_ok=True)
+    context = {"model": "after"}
+    rows = [
+        Result(metric="perplexity", value=71.0, unit="1", n=1, context=context),
+        Result(metric="retrieval_accuracy", value=0.9, unit="1", n=1, context=context | {"length": 512}),
+    ]
+    append_results(results, rows)
+    command = [sys.executable, str(ROOT / "scripts" / "check_recipe.py"), str(expected), str(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_figures_of_a_run_are_compared(tmp_path: Path) -> None:
+    perplexity = {"metric": "perplexity", "model": "after", "length": None}
+    retrieval = {"metric": "retrieval_accuracy", "model": "after", "length": 512}
+    done = check(tmp_path, perplexity | {"value": 70, "tolerance": 2}, retrieval | {"at_least": 0.8})
+    assert done.returncode == 0 and "2 of 2 figures are as expected" in done.stdout
+    done = check(tmp_path, perplexity | {"value": 70, "tolerance": 0.5}, retrieval | {"at_most": 0.8})
+    assert done.returncode == 1 and done.stdout.count("OUTSIDE") == 2
+    done = check(tmp_path, retrieval | {"length": 1024, "at_least": 0.0})
+    assert done.returncode == 1 and "0 rows" in done.stdout
+    for mistake in ({}, {"value": 1}, {"tolerance": 1}):
+        done = check(tmp_path, perplexity | mistake)
+        assert done.returncode == 2 and "has no bounds" in done.stderr
+    done = check(tmp_path)
+    assert done.returncode == 2 and "no figures" in done.stderr
