@@ -14,6 +14,8 @@ from anchorctx.results import Result
 
 PREFIX = "kvcomm_"
 ALL = {"kind": "all"}
+DRAWN = ("naive", "rotate", "rotate_glue", "kvcomm_ungated", "mean_offset", "anchored")
+"""Arms whose errors are drawn by layer: those with an error of their own, and few enough for a colour each."""
 SHARES: dict[str, tuple[str, dict[str, Any]]] = {
     "agreement": ("kvcomm_agreement", {"tokens": "all"}),
     "accuracy": ("kvcomm_accuracy", {}),
@@ -84,7 +86,7 @@ def _map(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Figure:
 
 def _layers(rows: Sequence[Result], arms: Sequence[str], part: str) -> list[Line]:
     lines = []
-    for i, arm in enumerate(arms):
+    for i, arm in enumerate(arm for arm in DRAWN if arm in arms):
         where = {"arm": arm, "part": part, "measure": "relative"}
         mine = {
             row.context["layer"]: row
