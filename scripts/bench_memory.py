@@ -1,6 +1,7 @@
 """Peak memory of real training steps on this machine's CPU, beside what `anchorctx plan` predicts for them.
 
-    python scripts/bench_memory.py            about ten minutes on two cores; writes benchmarks/memory_cpu.*
+    python scripts/bench_memory.py            about ten minutes on two cores; writes benchmarks/memory_cpu.*; goes on
+                                              where it was cut off
     python scripts/bench_memory.py --quick    a minute, to see that it works
 
 Every point is a run of `anchorctx train` in processes of its own (two steps of one row, float32), whose peak resident
@@ -94,34 +95,38 @@ def main() -> None:
     arguments = parser.parse_args()
     manifest = build_manifest("bench_memory", {"quick": arguments.quick, "model": MODEL}, **processor())
     arms = QUICK if arguments.quick else ARMS
+    path = arguments.out / "memory_cpu.json"
+    beside = path.with_suffix(".partial")  # every row at once, so that a run that is cut off goes on
+    known = json.loads(beside.read_text()) if beside.exists() else []
     rows, runtime = [], {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=sum(len(a.lengths) for a in arms), unit="run") as bar:
         for arm in arms:
             bar.set_description(arm.name)
             if arm.processes not in runtime:
-                runtime[arm.processes], _ = measure(Path(folder), arm, 64, TINY)
+                runtime[arm.processes] = measure(Path(folder), arm, 64, TINY)
             for tokens in arm.lengths:
-                rows.append(row(Path(folder), arm, tokens, runtime[arm.processes]))
+                done = [found for found in known if (found["arm"], found["tokens"]) == (arm.name, tokens)]
+                rows.append(done[0] if done else row(Path(folder), arm, tokens, runtime[arm.processes]))
+                beside.write_text(json.dumps(rows))
                 bar.update()
     print(table(rows))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "memory_cpu.json"
     write_json(path, {"manifest": manifest, "runtime": runtime, "rows": rows})
     path.with_suffix(".md").write_text(HEAD + table(rows) + "\n")
     title = "Peak memory of a training step (CPU, 4 layers of 256, float32)"
     memory_figure(rows, title, path.with_suffix(".png"))
+    beside.unlink()
     print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
 
 
 def row(folder: Path, arm: Arm, tokens: int, runtime: float) -> dict[str, Any]:
     """One measured point and its prediction, in bytes."""
     parts = predict(arm, tokens, runtime)
-    measured, seconds = measure(folder, arm, tokens, MODEL)
+    measured = measure(folder, arm, tokens, MODEL)
     return {
         "arm": arm.name,
         "tokens": tokens,
         "measured": measured,
-        "seconds": seconds,
         "predicted": parts.total,
         "runtime": runtime,
         "parts": dataclasses.asdict(parts),
@@ -157,8 +162,8 @@ def predict(arm: Arm, tokens: int, runtime: float) -> Parts:
     return worst_moment(weights, traced, parallel, world=arm.processes, accumulation=1, runtime=runtime, overlap=False)
 
 
-def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> tuple[float, float]:
-    """Peak resident bytes of the main process of a real run, and the seconds of its second step."""
+def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> float:
+    """Peak resident bytes of the main process of a real run of two steps."""
     packed = make_packed(folder / f"packed_{tokens}", tokens)
     out = folder / f"run_{arm.name}_{tokens}_{model['hidden_size']}"
     fields = ", ".join(f"{k}: {v}" for k, v in (model | {"max_position_embeddings": tokens}).items())
@@ -174,7 +179,7 @@ def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> tuple
     if done.returncode:
         raise RuntimeError(f"{arm.name} at {tokens} tokens failed: {done.stderr[-2000:]}")
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return metrics[-1]["memory/peak_gib"] * 2**30, metrics[-1]["perf/step_seconds"]
+    return metrics[-1]["memory/peak_gib"] * 2**30
 
 
 def make_packed(folder: Path, tokens: int) -> Path:
@@ -200,16 +205,15 @@ def make_packed(folder: Path, tokens: int) -> Path:
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures in Markdown."""
     lines = [
-        "| run | tokens | measured MiB | planned MiB | off | bytes a token | s a step |",
-        "|---|---|---|---|---|---|---|",
+        "| run | tokens | measured MiB | planned MiB | off | bytes a token |",
+        "|---|---|---|---|---|---|",
     ]
     for found in rows:
         off = found["predicted"] / found["measured"] - 1
         own = (found["measured"] - found["runtime"] - found["states"]) / found["tokens"]
         lines.append(
             f"| {found['arm']} | {found['tokens']:,} | {found['measured'] / MIB:,.0f} | "
-            f"{found['predicted'] / MIB:,.0f} | {off:+.1%} | {own:,.0f} | "
-            f"{found['seconds']:,.0f} |"
+            f"{found['predicted'] / MIB:,.0f} | {off:+.1%} | {own:,.0f} |"
         )
     return "\n".join(lines)
 
