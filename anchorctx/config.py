@@ -14,7 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -101,6 +101,8 @@ def _sentence(error: BaseException, command: str) -> str:
     full_key = getattr(cause, "full_key", None)
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and full_key:
         return _unknown_key(str(full_key), command, getattr(cause, "object_type", None))
+    if isinstance(error, MissingConfigException) and error.options:
+        return _unknown_choice(error)
     if isinstance(cause, MissingMandatoryValue):
         return f"anchorctx {command}: {_first_line(cause)}"
     if isinstance(cause, OmegaConfBaseException) and full_key:
@@ -108,6 +110,14 @@ def _sentence(error: BaseException, command: str) -> str:
             return f"{full_key} is a list: write {full_key}=[...] (anchorctx {command} --help has an example)"
         return f"{full_key}: {_first_line(cause)}"
     return _first_line(error)
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    """Names the ready-made choices of a group, the nearest first: `parallel=zero4`."""
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    near = difflib.get_close_matches(choice, error.options or (), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{group}={choice} is no ready-made choice: {hint}choose {', '.join(error.options or ())}"
 
 
 def _unknown_key(full_key: str, command: str, owner: Any) -> str:

@@ -124,42 +124,16 @@ class PackedLayout:
             pairs += 0 if is_anchor else length * self.anchor_len
         return pairs
 
-    # -- the same as tensors, cached per device -----------------------------------------------------------------
-
-    def allowed(self, device: torch.device | str = "cpu", window: int | None = None) -> torch.Tensor:
-        """(T, T) bool tensor of `allowed_array`; not cached, since it is quadratic."""
-        return _tensor(self.allowed_array(window), device)
-
-    def position_ids(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(T,) int64."""
-        return _derived(self, "position_array", str(device))
-
-    def cu_seqlens(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(N+1,) int32: boundaries of the documents after `by_document`, the anchor first; flash kernels' own form."""
-        return _derived(self, "cu_seqlens_array", str(device))
-
-    def order(self, device: torch.device | str = "cpu") -> torch.Tensor | None:
-        """(T,) int64 such that `row[order]` has documents together (see `by_document`); None when it already has."""
-        return None if self.doc_ids is None else _derived(self, "order_array", str(device))
-
-    def kv_index(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(T + A*(N-1),) int64: keys in `by_document` order with a copy of the anchor in front of every document."""
-        return _derived(self, "kv_index_array", str(device))
-
-    def cu_seqlens_k(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """(N+1,) int32: boundaries of the sequences that `kv_index` gathers."""
-        return _derived(self, "cu_seqlens_k_array", str(device))
-
     def cu_seqlens_array(self) -> np.ndarray:
-        """See `cu_seqlens`."""
+        """(N+1,) int32: boundaries of the documents after `by_document`, the anchor first; flash kernels' own form."""
         return np.asarray(self.by_document().doc_offsets, dtype=np.int32)
 
     def order_array(self) -> np.ndarray:
-        """See `order`."""
+        """(T,) int64 such that `row[order]` has documents together, as `by_document` has them."""
         return np.arange(self.length) if self.doc_ids is None else _grouped(self)[0]
 
     def kv_index_array(self) -> np.ndarray:
-        """See `kv_index`."""
+        """(T + A*(N-1),) int64: keys in `by_document` order with a copy of the anchor in front of every document."""
         offsets, anchor = self.by_document().doc_offsets, np.arange(self.anchor_len)
         spans = [np.arange(a, b) for a, b in zip(offsets, offsets[1:], strict=False)]
         if not self.anchor_len:
@@ -167,10 +141,20 @@ class PackedLayout:
         return np.concatenate([spans[0], *(part for span in spans[1:] for part in (anchor, span))])
 
     def cu_seqlens_k_array(self) -> np.ndarray:
-        """See `cu_seqlens_k`."""
+        """(N+1,) int32: boundaries of the sequences that `kv_index_array` gathers."""
         offsets = self.cu_seqlens_array()
         copies = np.maximum(np.arange(len(offsets)) - 1, 0) * self.anchor_len
         return (offsets + copies).astype(np.int32)
+
+    # -- as tensors; positions are cached per device ---------------------------------------------------------------
+
+    def allowed(self, device: torch.device | str = "cpu", window: int | None = None) -> torch.Tensor:
+        """(T, T) bool tensor of `allowed_array`; not cached, since it is quadratic."""
+        return _tensor(self.allowed_array(window), device)
+
+    def position_ids(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """(T,) int64."""
+        return _position_ids(self, str(device))
 
 
 class Pattern(StrEnum):
@@ -215,8 +199,8 @@ def _grouped(layout: PackedLayout) -> tuple[np.ndarray, PackedLayout]:
 
 
 @functools.lru_cache(maxsize=256)  # never called under a FakeTensorMode: real calls would meet fake tensors
-def _derived(layout: PackedLayout, name: str, device: str) -> torch.Tensor:
-    return _tensor(getattr(layout, name)(), device)
+def _position_ids(layout: PackedLayout, device: str) -> torch.Tensor:
+    return _tensor(layout.position_array(), device)
 
 
 def _tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -313,7 +313,7 @@ def draw(settings: Settings, result: dict, crossover: dict, path: Path) -> None:
     left.set_title(
         f"{settings.question:,} shared tokens, prefix {settings.prefix}, answers {settings.output}", fontsize=10
     )
-    left.legend(fontsize=7, ncols=2)
+    left.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5)
     for name, seconds in crossover["seconds"].items():
         right.plot(crossover["lengths"], [1e3 * s for s in seconds], marker="o", markersize=4, label=name)
     right.set(xscale="log", yscale="log", xlabel="shared text, tokens", ylabel="TTFT of both agents, ms (median)")

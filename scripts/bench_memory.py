@@ -1,6 +1,7 @@
 """Peak memory of real training steps on this machine's CPU, beside what `anchorctx plan` predicts for them.
 
-    python scripts/bench_memory.py            about ten minutes on two cores; writes benchmarks/memory_cpu.*
+    python scripts/bench_memory.py            about ten minutes on two cores; writes benchmarks/memory_cpu.*; goes on
+                                              where it was cut off
     python scripts/bench_memory.py --quick    a minute, to see that it works
 
 Every point is a run of `anchorctx train` in processes of its own (two steps of one row, float32), whose peak resident
@@ -12,6 +13,7 @@ memory is what is in use.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -42,10 +44,17 @@ from anchorctx.report.scaling import memory_figure
 VOCABULARY = 8192
 MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704}
 MODEL |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
-TINY = MODEL | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-TINY |= {"num_key_value_heads": 1}
+TINY = MODEL | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 MIB = 2**20
 LONG = {"checkpoint_every": 1, "mlp_tile": 1024}
+HEAD = """# Peak memory of training steps
+
+`scripts/bench_memory.py` on two CPU cores: Llama of 4 layers of 256 (8,192 words), float32, one row a step, documents
+of log-normal lengths (median 800). Measured: the most resident memory of a real run's process. Planned: what
+`anchorctx plan`'s formulas say beforehand, given what a process takes that trains almost nothing. "Our switches":
+`memory.checkpoint_every=1 memory.mlp_tile=1024`. Bytes a token: what is measured, less the process and the states.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -86,35 +95,42 @@ def main() -> None:
     arguments = parser.parse_args()
     manifest = build_manifest("bench_memory", {"quick": arguments.quick, "model": MODEL}, **processor())
     arms = QUICK if arguments.quick else ARMS
+    path = arguments.out / "memory_cpu.json"
+    beside = path.with_suffix(".partial")  # every row at once, so that a run that is cut off goes on
+    known = json.loads(beside.read_text()) if beside.exists() else []
     rows, runtime = [], {}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, tqdm(total=sum(len(a.lengths) for a in arms), unit="run") as bar:
         for arm in arms:
             bar.set_description(arm.name)
             if arm.processes not in runtime:
                 runtime[arm.processes] = measure(Path(folder), arm, 64, TINY)
             for tokens in arm.lengths:
-                rows.append(row(Path(folder), arm, tokens, runtime[arm.processes]))
+                done = [found for found in known if (found["arm"], found["tokens"]) == (arm.name, tokens)]
+                rows.append(done[0] if done else row(Path(folder), arm, tokens, runtime[arm.processes]))
+                beside.write_text(json.dumps(rows))
                 bar.update()
     print(table(rows))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "memory_cpu.json"
     write_json(path, {"manifest": manifest, "runtime": runtime, "rows": rows})
-    title = "Peak memory of a training step on a CPU, measured and planned (4 layers of 256, float32)"
+    path.with_suffix(".md").write_text(HEAD + table(rows) + "\n")
+    title = "Peak memory of a training step (CPU, 4 layers of 256, float32)"
     memory_figure(rows, title, path.with_suffix(".png"))
+    beside.unlink()
     print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
 
 
 def row(folder: Path, arm: Arm, tokens: int, runtime: float) -> dict[str, Any]:
     """One measured point and its prediction, in bytes."""
     parts = predict(arm, tokens, runtime)
+    measured = measure(folder, arm, tokens, MODEL)
     return {
         "arm": arm.name,
         "tokens": tokens,
-        "measured": measure(folder, arm, tokens, MODEL),
+        "measured": measured,
         "predicted": parts.total,
         "runtime": runtime,
+        "parts": dataclasses.asdict(parts),
         "states": parts.parameters + parts.gradients + parts.optimizer + parts.gathered,
-        "moment": parts.moment,
     }
 
 
@@ -147,7 +163,7 @@ def predict(arm: Arm, tokens: int, runtime: float) -> Parts:
 
 
 def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> float:
-    """Peak resident bytes of the largest process of a real run."""
+    """Peak resident bytes of the main process of a real run of two steps."""
     packed = make_packed(folder / f"packed_{tokens}", tokens)
     out = folder / f"run_{arm.name}_{tokens}_{model['hidden_size']}"
     fields = ", ".join(f"{k}: {v}" for k, v in (model | {"max_position_embeddings": tokens}).items())
@@ -189,7 +205,7 @@ def make_packed(folder: Path, tokens: int) -> Path:
 def table(rows: list[dict[str, Any]]) -> str:
     """The figures in Markdown."""
     lines = [
-        "| run | tokens | measured MiB | planned MiB | off | activations, bytes a token |",
+        "| run | tokens | measured MiB | planned MiB | off | bytes a token |",
         "|---|---|---|---|---|---|",
     ]
     for found in rows:

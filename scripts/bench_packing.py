@@ -3,8 +3,8 @@
   speed      packed tokens per second, without tokenising, of documents of log-normal lengths in memory, against
                trl         `trl.pack_dataset` (strategies bfd_split and wrapped), ids only
                token loop  plain Python, a token at a time, that makes what a row needs: ids, labels, document numbers
-               list loop   plain Python, the same three by `list.extend` and slices, a piece at a time
-               ids loop    plain Python, `list.extend` and slices, ids only: no labels and no boundaries
+               piece loop  plain Python, the same three by `list.extend` and slices, a piece at a time
+               list loop   plain Python, `list.extend` and slices, ids only: no labels and no boundaries
              ours makes ids, loss weights, boundaries and the account of every token
   memory     peak resident memory of planning, packing and writing synthetic corpora of growing size, each in a process
              of its own
@@ -117,8 +117,8 @@ def speed(arguments: argparse.Namespace, row_length: int) -> Iterator[dict[str, 
     texts = [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
     ways |= {
         "token loop": lambda: token_loop(texts, row_length),
+        "piece loop": lambda: piece_loop(texts, row_length),
         "list loop": lambda: list_loop(texts, row_length),
-        "ids loop": lambda: ids_loop(texts, row_length),
     }
     for name, run in tqdm(ways.items(), desc=f"rows of {row_length:,}", unit="way"):
         seconds, rows = fastest(run, arguments.rounds)
@@ -190,7 +190,7 @@ def token_loop(texts: list[list[int]], row_length: int) -> int:
     return len(rows) + (len(ids) > 1)
 
 
-def list_loop(texts: list[list[int]], row_length: int) -> int:
+def piece_loop(texts: list[list[int]], row_length: int) -> int:
     """The same rows as `token_loop`, a piece at a time."""
     rows: list[tuple[list[int], list[int], list[int]]] = []
     ids: list[int] = [1]
@@ -210,7 +210,7 @@ def list_loop(texts: list[list[int]], row_length: int) -> int:
     return len(rows) + (len(ids) > 1)
 
 
-def ids_loop(texts: list[list[int]], row_length: int) -> int:
+def list_loop(texts: list[list[int]], row_length: int) -> int:
     """Documents end to end, a list at a time: ids alone."""
     rows: list[list[int]] = []
     buffer: list[int] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 TRL_OF = {"ours, best_fit": "trl, bfd_split", "ours, concat_split": "trl, wrapped"}
 """What does the same."""
-LOOPS = ("token loop", "list loop", "ids loop")
+LOOPS = ("token loop", "piece loop", "list loop")
 
 
 def report(measured: dict[str, Any]) -> str:
@@ -46,8 +46,8 @@ def _speed(found: list[dict[str, Any]]) -> str:
     millions = found[0]["tokens"] / 1e6
     intro = (
         f"## Speed\n\n{millions:.0f} M tokens in documents of log-normal lengths, in memory, one thread. Ours makes "
-        "ids, loss weights, boundaries and the account; the token loop and the list loop make ids, labels and "
-        "document numbers; trl and the ids loop make ids."
+        "ids, loss weights, boundaries and the account; the token loop and the piece loop make ids, labels and "
+        "document numbers; trl and the list loop make ids."
     )
     return f"{intro}\n\n{_table(head, rows)}"
 

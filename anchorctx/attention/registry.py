@@ -174,11 +174,20 @@ def attend(
     chosen = choose(backend, query, score)
     if all(layout.doc_ids is None for layout in layouts):
         return chosen.attend(query, key, value, layouts, score)
-    order = torch.stack([torch.from_numpy(layout.order_array()) for layout in layouts]).to(query.device)  # (B, T)
+    orders = _orders if type(query) is torch.Tensor else _orders.__wrapped__  # no FakeTensor is kept for later calls
+    order, back = orders(layouts, query.device)
     grouped = tuple(layout.by_document() for layout in layouts)
     query, key, value = (_reorder(x, order) for x in (query, key, value))
     out = chosen.attend(query, key, value, grouped, score)
-    return _reorder(out, torch.argsort(order, dim=1))
+    return _reorder(out, back)
+
+
+@functools.lru_cache(maxsize=4)  # all layers of a micro-batch ask for the same
+def _orders(layouts: tuple[PackedLayout, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T) int64: the order that has documents together, and the one that undoes it."""
+    with torch.inference_mode(False):  # a kept inference tensor could not be saved for a later backward
+        order = torch.stack([torch.from_numpy(layout.order_array()) for layout in layouts]).to(device)
+        return order, torch.argsort(order, dim=1)
 
 
 def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -46,8 +46,11 @@ def _keys(owner: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):
             yield from _keys(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-        else:
-            yield prefix + field.name, _default(field), docs.get(field.name, "")
+            continue
+        yield prefix + field.name, _default(field), docs.get(field.name, "")
+        for element in get_args(kind) if get_origin(kind) is list else ():
+            if dataclasses.is_dataclass(element):
+                yield from _keys(element, f"{prefix}{field.name}[].")  # type: ignore[arg-type]
 
 
 def field_docs(owner: type) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: its own or 0, 2 for a user's mistake, 130 or 143 when interrupted."""
+    """Run one command; returns the exit code: its own or 0, 2 for a user's mistake, 130, 141 or 143 when cut off."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")
@@ -72,13 +72,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _guarded(command: str, argv: list[str]) -> int:
     """Run a command, turning what the user can mend into one sentence on stderr."""
-    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
-    for noisy in ("httpx", "urllib3", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _set_up_logging()
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
         code = importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
+        sys.stdout.flush()
     except UserError as error:
         if _rank() > 0:
             time.sleep(PATIENCE_S)
@@ -91,12 +90,21 @@ def _guarded(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"anchorctx {command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads our output, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is anything to be said at the exit
+        return 141  # 128 + SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
     return code or 0
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
+    for noisy in ("httpx", "urllib3", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def parse(argv: list[str]) -> Arguments:

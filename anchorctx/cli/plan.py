@@ -19,7 +19,7 @@ anchorctx plan model.path=meta-llama/Meta-Llama-3-8B model.dtype=bfloat16 row_le
 
 def run(arguments: Arguments) -> None:
     """Plan, print, and write what was asked for."""
-    config = _configuration(arguments)
+    config = planned(arguments)
     if config is None:
         return
     from anchorctx.plan import table
@@ -50,7 +50,7 @@ def _title(row_length: int, config: PlanConfig) -> str:
     return f"{model}, rows of {row_length:,} tokens, {config.gpu}"
 
 
-def _configuration(arguments: Arguments) -> PlanConfig | None:
+def planned(arguments: Arguments) -> PlanConfig | None:
     """The plan's; a recipe is a training run's, whose settings are taken, with overrides of both kinds."""
     if arguments.recipe is None or arguments.help:
         return configuration("plan", dataclasses.replace(arguments, recipe=None), EXAMPLE)

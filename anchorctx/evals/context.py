@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.perplexity import Piece, batches, encode, every, known_facts, perplexity_row, score_pieces
 from anchorctx.evals.share import spread
 from anchorctx.results import Result
@@ -44,7 +44,8 @@ class ContextPerplexity:
     def __init__(self, config: ContextConfig, texts: Sequence[str]) -> None:
         self.config, self._texts = config, texts
         self._starts: tuple[PreTrainedTokenizerBase, list[np.ndarray]] | None = None
-        if config.targets < 1 or min(config.lengths, default=0) < config.targets + 2:
+        check_least("context", config, targets=1, documents=0, batch_tokens=1)
+        if min(config.lengths, default=0) < config.targets + 2:
             raise UserError(
                 f"context.lengths={config.lengths} must each be at least context.targets={config.targets} + 2: the "
                 "anchor and some text stand before the predicted tokens; raise lengths or lower targets"

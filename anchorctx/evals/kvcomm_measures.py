@@ -91,15 +91,6 @@ def context_error(
     return kv_error(foreign, real), kv_error(moved, real)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean with a 95 % normal interval; none for a single value."""
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2:
-        return float(x.mean()), None, None
-    half = Z * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return float(x.mean()), float(x.mean()) - half, float(x.mean()) + half
-
-
 def paired_difference(arm: Sequence[bool], dense: Sequence[bool]) -> tuple[float, float, float]:
     """Accuracy of `arm` minus that of `dense` on the same problems, with a 95 % interval (Agresti and Min, 2005).
 

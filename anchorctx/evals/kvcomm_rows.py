@@ -8,13 +8,14 @@ where `problems` (a fingerprint) is equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from anchorctx.evals.kvcomm_measures import KvError, mean_interval, paired_difference
+from anchorctx.evals.kvcomm_measures import KvError, paired_difference
 from anchorctx.evals.kvcomm_trial import Record
-from anchorctx.results import Result, wilson_interval
+from anchorctx.results import Result, mean_interval, wilson_interval
 
 PARTS = ("key", "value")
 
@@ -125,7 +126,8 @@ def _times(own: Sequence[Record], context: dict) -> Iterator[Result]:
 
 def _mean(metric: str, values: Iterable[float], context: dict, unit: str = "1") -> Result:
     found = [float(v) for v in values]
-    value, low, high = mean_interval(found)
+    low, high = mean_interval(found) or (None, None)
+    value = math.fsum(found) / len(found)
     return Result(metric=metric, value=value, unit=unit, n=len(found), low=low, high=high, context=context)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.facts import NUM_KEYS, FactTokens
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.forward import pad, score
 from anchorctx.evals.perplexity import known_facts
 from anchorctx.evals.retrieval import TokenStream
@@ -79,10 +79,11 @@ class NeedleMap:
                 f"needle.lengths={config.lengths} and needle.depths={config.depths} must not be empty, and a depth is "
                 "a share from 0 to 1"
             )
-        if config.rows < 1 or not 0 <= config.distractors < len(PLACES):
+        check_least("needle", config, rows=1, distractors=0, batch_tokens=1)
+        if config.distractors >= len(PLACES):
             raise UserError(
-                f"needle.rows={config.rows} must be at least 1 and needle.distractors={config.distractors} "
-                f"0 to {len(PLACES) - 1}"
+                f"needle.distractors={config.distractors} must be 0 to {len(PLACES) - 1}: there are no more names for "
+                "them, lower it"
             )
 
     def longest(self) -> int:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.facts import FactTokens
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.forward import pad, score
 from anchorctx.evals.share import spread
 from anchorctx.results import Result, ratio_interval
@@ -68,10 +68,11 @@ class Perplexity:
 
     def __init__(self, config: PerplexityConfig, texts: Sequence[str]) -> None:
         self.config, self._texts = config, texts
-        if not 0 <= config.stride < config.max_length or config.max_length < 3 or config.documents < 0:
+        check_least("perplexity", config, max_length=3, documents=0, stride=0, batch_tokens=1)
+        if config.stride >= config.max_length:
             raise UserError(
-                f"perplexity.stride={config.stride} must be 0 to max_length - 1, max_length={config.max_length} at "
-                f"least 3 and documents={config.documents} at least 0"
+                f"perplexity.stride={config.stride} must be 0 to max_length - 1, which is {config.max_length - 1}: "
+                "windows that slide further would leave tokens out; lower it"
             )
         self._stops = _bucket_stops(config.buckets, config.max_length)
 

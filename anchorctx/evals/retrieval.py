@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.facts import NUM_KEYS, FactRows, FactTokens, fact_rows, lines_of
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.forward import score
 from anchorctx.evals.share import spread
 from anchorctx.results import Result, wilson_interval
@@ -46,6 +46,7 @@ class Retrieval:
     def __init__(self, config: RetrievalConfig, texts: Sequence[str], seed: int) -> None:
         self.config, self._seed = config, seed
         self._stream = TokenStream(texts)
+        check_least("retrieval", config, rows=1, batch_tokens=1)
         shortest = 1 + 2 * config.facts * config.mentions
         if min(config.lengths, default=0) < shortest:
             raise UserError(

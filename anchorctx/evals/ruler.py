@@ -19,8 +19,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit
+from anchorctx.evals.base import Progress, Subject, Unit, check_least
 from anchorctx.evals.harness import (
+    LEAST,
     HarnessConfig,
     check_known,
     fetch,
@@ -60,6 +61,7 @@ class Ruler:
     def __init__(self, config: RulerConfig) -> None:
         self.config = config
         self._index: dict[str, Any] | None = None
+        check_least("ruler", config, **LEAST)
         if not config.tasks or min(config.lengths, default=0) < 1:
             raise UserError(
                 f"ruler.tasks={config.tasks} and ruler.lengths={config.lengths} must name at least one each, and "

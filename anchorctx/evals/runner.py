@@ -104,6 +104,8 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Task]:
     """Every model under every evaluation; UserError for whatever can be refused without loading weights."""
     if not config.evals:
         raise UserError(f"evals=[] asks for nothing: choose from {', '.join(EvalName)}")
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed} must be at least 0: give another")
     corpus = Corpus(config.corpus)
     evaluators = {name: EVALUATORS[name](config, corpus) for name in dict.fromkeys(config.evals)}
     tasks = []

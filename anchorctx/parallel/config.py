@@ -24,7 +24,8 @@ class ParallelConfig:
     """How the model's states are spread over processes (ZeRO, arXiv 1910.02054) and memory."""
 
     zero_stage: int = 2
-    """1 shards the optimizer's states over the processes, 2 also the gradients, 3 also the parameters."""
+    """1 shards the optimizer's states over the processes, 2 also the gradients, 3 also the parameters. 2 and 3 sum the
+    gradients of micro-batches in float32, 1 in the weights' dtype."""
     sequence_parallel: int = 1
     """Processes that share each row (DeepSpeed-Ulysses, 2309.14509): a divisor of the number of processes and of the
     attention heads. 1 is none; the remaining factor is data-parallel."""

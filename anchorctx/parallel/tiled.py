@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from anchorctx.errors import UserError
 
@@ -31,7 +31,7 @@ def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
         UserError: the model's MLPs are mixtures of experts, which route a batch as a whole, or have no known name.
     """
     config = model.config.get_text_config()
-    if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+    if routes(config):
         raise UserError(
             f"memory.mlp_tile={tokens} cannot cut the experts of {config.model_type}, which route a row as a whole: "
             "set memory.mlp_tile=0"
@@ -42,6 +42,11 @@ def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
     for mlp in mlps:
         mlp.forward = partial(_tiled, mlp, tokens)
         vars(mlp)["_z3_leaf"] = True  # what deepspeed.utils.set_z3_leaf_modules sets
+
+
+def routes(config: PretrainedConfig) -> bool:
+    """Are the MLPs of a text model mixtures of experts?"""
+    return bool(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None))
 
 
 def _tiled(mlp: nn.Module, tokens: int, x: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ States follow ZeRO (arXiv 1910.02054, section 3): with P weights, N processes an
 
     stage   parameters   gradients   float32 copy and Adam's moments
     1       eP           eP          12 P/N
-    2       eP           eP/N        12 P/N
-    3       eP/N         eP/N        12 P/N
+    2       eP           4P/N        12 P/N
+    3       eP/N         4P/N        12 P/N
 
 plus what DeepSpeed 0.19 needs to move them (its code read, and measured on a CPU: docs/scaling.md): buckets, gathered
 parameters, and at the update a float32 copy of the gradients and AdamW's temporary. Gradients of ZeRO 2 exist twice
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from anchorctx.parallel.config import BUCKET, LIVE, SUBGROUP, ParallelConfig
 from anchorctx.plan.trace import Traced
 
-MASTER, MOMENTS = 4, 8
-"""Bytes a weight: DeepSpeed's float32 copy, also of float32 weights, and Adam's two moments."""
+MASTER, MOMENTS, SUMMED = 4, 8, 4
+"""Bytes a weight: DeepSpeed's float32 copy, also of float32 weights, Adam's two moments, and the sum of micro-batches'
+gradients at ZeRO 2 and 3 (`train.engine` asks for float32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ def _states(weights: Weights, parallel: ParallelConfig, world: int) -> _States:
     parameters = weights.element * (share if parallel.zero_stage == 3 else weights.count)
     master, host = (MASTER + MOMENTS) * share, 0.0
     if parallel.offload_optimizer:
-        master, host = 0.0, host + master + MASTER * share  # and the gradients in float32
+        spread = parallel.zero_stage == 3  # which has a buffer beside the gradients in float32
+        master, host = 0.0, host + master + (MASTER + SUMMED * spread) * share
     if parallel.offload_parameters:
         parameters, host = 0.0, host + parameters
     return _States(parameters, master, host)
@@ -144,12 +146,12 @@ class _Held:
 
 
 def _gradients(weights: Weights, parallel: ParallelConfig, world: int, accumulation: int) -> _Held:
-    whole, share = weights.element * weights.count, weights.element * weights.count / world
+    whole, share = weights.element * weights.count, SUMMED * weights.count / world
     several = accumulation > 1
     if parallel.offload_optimizer and parallel.zero_stage > 1:
         return _Held(0.0, 0.0, 0.0)
     if parallel.zero_stage == 1:
-        return _Held(whole if several else 0.0, whole, share)
+        return _Held(whole if several else 0.0, whole, whole / world)
     if parallel.zero_stage == 2:
         return _Held(share if several else 0.0, share * (2 if several else 1), share)
     return _Held(share, share, share)

@@ -1,4 +1,4 @@
-"""The cheapest configuration that fits: all of them by their time, traced one after the other until one has room."""
+"""The cheapest configuration that fits: all by their time for a token, traced one after another until one has room."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from anchorctx.errors import UserError
 from anchorctx.parallel import ulysses
-from anchorctx.parallel.config import ActivationStore, MemoryConfig, ParallelConfig
+from anchorctx.parallel.config import SMALLEST_TILE, ActivationStore, MemoryConfig, ParallelConfig
 from anchorctx.parallel.mesh import sequence_sizes
+from anchorctx.parallel.tiled import routes
+from anchorctx.plan.compute import Job
 from anchorctx.plan.planner import Plan, Planner
 
 PCIE, CPU_MEMORY = 25e9, 10e9
@@ -38,12 +40,13 @@ def search(planner: Planner) -> Plan:
 
 
 def _candidates(planner: Planner) -> Iterator[tuple[tuple[float, int], ParallelConfig, MemoryConfig]]:
-    """(time, number of switches) and the configuration, for all that exist on these GPUs."""
+    """(seconds a token, number of switches) and the configuration, for all that exist on these GPUs."""
     config = planner.config
     text = planner.hf_config.get_text_config()
     sizes = [n for n in sequence_sizes(text.num_attention_heads, ulysses.key_heads(text)) if config.gpus % n == 0]
-    switches = itertools.product((1, 2, 3), sizes, (0, 2, 1), (False, True), ActivationStore, (False, True))
-    for stage, size, every, tiled, store, offloaded in switches:
+    tiles = (0,) if routes(text) else (0, max(text.hidden_size, SMALLEST_TILE))
+    switches = itertools.product((1, 2, 3), sizes, (0, 2, 1), tiles, ActivationStore, (False, True))
+    for stage, size, every, tile, store, offloaded in switches:
         if store is ActivationStore.folder or (store is ActivationStore.cpu and every != 1):
             continue
         parallel = replace(
@@ -54,25 +57,25 @@ def _candidates(planner: Planner) -> Iterator[tuple[tuple[float, int], ParallelC
             offload_optimizer=offloaded,
             offload_parameters=False,
         )
-        tile = text.hidden_size if tiled else 0
         memory = replace(config.memory, checkpoint_every=every, mlp_tile=tile, offload_activations=store)
         try:
-            seconds = planner.cost(planner.job(parallel, memory)).seconds
+            job = planner.job(parallel, memory)
         except UserError:
             continue  # a batch that does not divide on this mesh
-        seconds += _offload_seconds(planner, parallel, memory)
-        count = sum((stage > 1, stage > 2, size > 1, every > 0, tiled, store is ActivationStore.cpu, offloaded))
+        found = planner.cost(job)
+        seconds = (found.seconds + _offload_seconds(planner, job, memory)) / found.tokens
+        count = sum((stage > 1, stage > 2, size > 1, every > 0, tile > 0, store is ActivationStore.cpu, offloaded))
         yield (seconds, count), parallel, memory
 
 
-def _offload_seconds(planner: Planner, parallel: ParallelConfig, memory: MemoryConfig) -> float:
-    """What crosses PCIe, and an optimizer that runs at the pace of the CPU's memory (28 bytes a weight)."""
+def _offload_seconds(planner: Planner, job: Job, memory: MemoryConfig) -> float:
+    """What crosses PCIe in a step, and an optimizer that runs at the pace of the CPU's memory (28 bytes a weight)."""
     seconds, assume = 0.0, planner.config.assume
-    if parallel.offload_optimizer:
+    if job.parallel.offload_optimizer:
         share = planner.weights.count / planner.config.gpus
         seconds += share * (2 * planner.weights.element / PCIE + 28 / CPU_MEMORY)
     if memory.offload_activations is not ActivationStore.device:
-        seconds += (1 - assume.overlap) * 2 * planner.inputs(parallel) / PCIE
+        seconds += (1 - assume.overlap) * 2 * planner.inputs(job.parallel) * job.accumulation / PCIE
     return seconds
 
 

@@ -180,13 +180,13 @@ def _passes(
         ).last_hidden_state
     kept, forward = live.now, live.peak
     live.restart()
-    trained = hidden.flatten(0, 1).clone()  # what picking the trained tokens copies: at most all
+    hidden = hidden.flatten(0, 1).clone()  # what picking the trained tokens copies: at most all
     weights = torch.empty(rows * tokens, dtype=torch.float32, device="meta")
     head: Any = module.model.get_output_embeddings()
-    loss = module.head_loss(head, trained, ids.flatten(), weights)
+    loss = module.head_loss(head, hidden, ids.flatten(), weights)
     peak_loss = live.peak
     live.restart()
-    del hidden, trained
+    del hidden
     loss.backward()
     return Traced(kept, store.moved, forward, peak_loss, live.peak)
 

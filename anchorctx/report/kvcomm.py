@@ -141,7 +141,9 @@ def _grouped(axes: Any, series: Sequence[tuple[str, list[float]]]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     if len(series) > 1:
-        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+        axes.legend(
+            fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5
+        )  # under the label
 
 
 def _series(

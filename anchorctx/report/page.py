@@ -20,6 +20,7 @@ from anchorctx.report.collect import Material
 from anchorctx.report.sections import (
     comparison,
     data,
+    kvcomm,
     needle,
     pattern,
     perplexity,
@@ -40,6 +41,7 @@ SECTIONS: Sequence[Build] = (
     needle.build,
     comparison.build,
     precision.build,
+    kvcomm.build,
     training.build,
     speed.build,
     data.build,

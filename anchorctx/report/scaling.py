@@ -48,14 +48,14 @@ def memory_figure(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         mine = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["tokens"])
         color, x = SERIES[number % len(SERIES)], [row["tokens"] for row in mine]
-        axes.plot(x, [row["predicted"] / 2**30 for row in mine], color=color, linewidth=1.6, label=f"{arm}: plan")
+        axes.plot(x, [row["predicted"] / 2**30 for row in mine], color=color, linewidth=1.6)
         axes.plot(
             x,
             [row["measured"] / 2**30 for row in mine],
             color=color,
             linestyle="none",
             marker=MARKERS[number % len(MARKERS)],
-            label="measured",
+            label=arm,
         )
     ticks = sorted({row["tokens"] for row in rows})
     axes.set_xscale("log", base=2)
@@ -65,5 +65,5 @@ def memory_figure(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="row length (tokens)", ylabel="peak memory of a process (GiB)")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, ncols=2)
+    axes.legend(fontsize=8, loc="upper right", title="measured (lines: planned)", title_fontsize=8)
     return save(figure, path)

@@ -28,7 +28,8 @@ class WandbMode(StrEnum):
 
     disabled = "disabled"
     offline = "offline"
-    """Into `out_dir/wandb`, without an account; `wandb sync` uploads it later."""
+    """Into `out_dir/wandb`, without an account; `wandb sync` uploads it later. A resumed run writes a second folder
+    with the same id: sync them in the order of their dates."""
     online = "online"
 
 

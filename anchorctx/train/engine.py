@@ -32,6 +32,7 @@ def deepspeed_config(
         "gradient_clipping": optim.clip,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "fp16": {"enabled": False},
+        "data_types": {"grad_accum_dtype": _accumulation_dtype(dtype, parallel.zero_stage)},
         "optimizer": {"type": "AdamW", "params": adam},
         "zero_optimization": _zero(parallel, pin=cuda),
         "steps_per_print": 10**9,  # our own callbacks report
@@ -70,6 +71,15 @@ def set_lr(engine: Any, lr: float) -> None:
     """Set the learning rate of the next update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def _accumulation_dtype(dtype: torch.dtype, stage: int) -> str:
+    """Micro-batches are summed in float32; DeepSpeed's own choice is the weights' dtype.
+
+    Not at ZeRO 1 with bfloat16 weights: there float32 means another optimizer (BF16_Optimizer), which holds all
+    gradients twice and writes checkpoints of another form.
+    """
+    return "bf16" if stage == 1 and dtype is torch.bfloat16 else "fp32"
 
 
 def _zero(parallel: ParallelConfig, pin: bool) -> dict[str, Any]:

@@ -217,7 +217,8 @@ class Trainer:
         return self.engine(**mine.arguments(self.ranks.device))
 
     def _report(self, row: dict[str, float]) -> None:
-        row["memory/peak_gib"] = dist.highest(row.get("memory/peak_gib", 0.0), self.ranks.device)
+        if "memory/peak_gib" in row:  # a step's row: on every process or on none
+            row["memory/peak_gib"] = dist.highest(row["memory/peak_gib"], self.ranks.device)
         for callback in self.callbacks:
             callback.log({"step": self.step, "tokens": self.tokens, **row})
 

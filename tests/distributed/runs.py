@@ -73,7 +73,7 @@ class Launcher:
         """Exit code and stderr of each run, given as (name, *overrides), all in one start of the processes."""
         commands = json.dumps([self.overrides(*run) for run in runs])
         command = [*torchrun(processes), str(Path(__file__).with_name("several.py")), commands]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240 + 60 * len(runs))
         results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
         assert len(results) == len(runs), done.stderr[-3000:]
         return results

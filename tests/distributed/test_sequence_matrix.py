@@ -20,7 +20,8 @@ from .runs import MODEL, Launcher, curve, metrics, torchrun
 
 pytestmark = pytest.mark.distributed
 NAMES = ("train/loss", "train/grad_norm", "val/loss")
-STEPS = "steps=10"
+STEPS = ("steps=10", "optim.lr=0.001", "validate_every=5", "checkpoint.every=0")
+"""At 0.01 one weight in 2,048 was off by 3e-5: Adam makes a whole step of a gradient that is all rounding."""
 MESHES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 """Processes, and those that share each row."""
 FACTORS = {
@@ -54,27 +55,26 @@ def settings(case: tuple) -> tuple[str, ...]:
     groups = world // sequence
     return (
         "_".join(str(x).replace("=", "_") for x in case),
-        *(STEPS, f"parallel=zero{stage}", f"parallel.sequence_parallel={sequence}", f"optim.clip={clip}", loss),
-        *(f"micro_rows={8 // groups // accumulation}", "checkpoint.every=0", "validate_every=5"),
+        *(f"parallel=zero{stage}", f"parallel.sequence_parallel={sequence}", f"optim.clip={clip}", loss),
+        *(f"micro_rows={8 // groups // accumulation}", *STEPS),
     )
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
     newest = checkpoint.complete(run / "checkpoints")[-1]
-    return {name: tensor.float().numpy() for name, tensor in _gather(newest).items()}
+    return {name: tensor.detach().float().numpy() for name, tensor in _gather(newest).items()}
 
 
 @pytest.fixture(scope="module")
 def alone(launcher: Launcher) -> dict[float, Path]:
     """The run of one process, with and without clipping."""
     runs = {clip: f"alone_{clip}" for clip in FACTORS["clip"]}
-    settings = (STEPS, "validate_every=5", "checkpoint.every=0")
-    launcher.several(1, [(name, *settings, f"optim.clip={clip}") for clip, name in runs.items()])
+    launcher.several(1, [(name, *STEPS, f"optim.clip={clip}") for clip, name in runs.items()])
     return {clip: launcher.root / name for clip, name in runs.items()}
 
 
 def check(launcher: Launcher, alone: dict[float, Path], cases: list[tuple]) -> None:
-    for world in (2, 4):
+    for world in sorted({case[0] for case in cases}):
         mine = [case for case in cases if case[0] == world]
         for case, done in zip(mine, launcher.several(world, [settings(case) for case in mine]), strict=True):
             assert done["code"] == 0, (case, done["stderr"][-2000:])
@@ -96,7 +96,7 @@ def test_every_pair_of_settings_trains_as_one_process(launcher: Launcher, alone:
     assert {case[:2] for case in cases} == set(MESHES) and len(cases) <= 20
     check(launcher, alone, cases)
     norms = [curve(path, "train/grad_norm")[1:] for path in alone.values()]
-    assert max(norms[0]) > 0.6 and abs(norms[0] - norms[1]).max() > 0.01  # clipping at 0.3 was at work, and matters
+    assert max(norms[0]) > 0.6 and abs(norms[0] - norms[1]).max() > 1e-3  # clipping was at work, and shows
 
 
 @pytest.mark.slow

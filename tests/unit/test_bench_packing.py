@@ -28,8 +28,8 @@ def test_all_ways_pack_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     texts = [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
     rows = bench.ours(Policy.concat_split, lengths, tokens, 512)
-    assert rows == bench.token_loop(texts, 512) == bench.list_loop(texts, 512) == -(-int(lengths.sum()) // 511)
-    assert bench.ids_loop(texts, 512) == -(-int(lengths.sum()) // 512)
+    assert rows == bench.token_loop(texts, 512) == bench.piece_loop(texts, 512) == -(-int(lengths.sum()) // 511)
+    assert bench.list_loop(texts, 512) == -(-int(lengths.sum()) // 512)
 
 
 def test_memory_of_a_small_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

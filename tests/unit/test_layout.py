@@ -96,8 +96,6 @@ def test_ranks_and_positions(row: PackedLayout) -> None:
 @given(rows())
 def test_order_moves_documents_together(row: PackedLayout) -> None:
     assert row.order_array().tolist() == order(row)
-    tensor = row.order()
-    assert (tensor is None) if row.doc_ids is None else (tensor is not None and tensor.tolist() == order(row))
     grouped = row.by_document()
     assert grouped.doc_ids is None and grouped.anchor_len == row.anchor_len and grouped.positions == row.positions
     lengths = [documents(row).count(doc) for doc in dict.fromkeys(documents(row))]
@@ -111,12 +109,12 @@ def test_order_moves_documents_together(row: PackedLayout) -> None:
 def test_kernel_boundaries(row: PackedLayout) -> None:
     docs = [documents(row)[t] for t in order(row)]
     starts = [t for t in range(len(docs)) if t == 0 or docs[t] != docs[t - 1]]
-    assert row.cu_seqlens().tolist() == [*starts, len(docs)]
+    assert row.cu_seqlens_array().tolist() == [*starts, len(docs)]
     sequences = key_sequences(row)
-    assert row.kv_index().tolist() == [t for sequence in sequences for t in sequence]
-    assert row.cu_seqlens_k().tolist() == [sum(map(len, sequences[:i])) for i in range(len(sequences) + 1)]
-    assert row.cu_seqlens().dtype == row.cu_seqlens_k().dtype == torch.int32
-    assert row.kv_index().dtype == torch.int64
+    assert row.kv_index_array().tolist() == [t for sequence in sequences for t in sequence]
+    assert row.cu_seqlens_k_array().tolist() == [sum(map(len, sequences[:i])) for i in range(len(sequences) + 1)]
+    assert row.cu_seqlens_array().dtype == row.cu_seqlens_k_array().dtype == np.int32
+    assert row.kv_index_array().dtype == np.int64
 
 
 ROW = PackedLayout((0, 1, 4, 6), 1)
@@ -185,5 +183,5 @@ def test_layouts_are_values() -> None:
 def test_derived_tensors_are_made_once() -> None:
     assert ROW.position_ids() is PackedLayout((0, 1, 4, 6), 1).position_ids()
     with torch.inference_mode():
-        made_here = PackedLayout((0, 1, 2, 31), 1).kv_index()
+        made_here = PackedLayout((0, 1, 2, 31), 1).position_ids()
     assert not made_here.is_inference()

@@ -6,7 +6,6 @@ Every row's context has `model`, `weights` (trained, control, random), `arithmet
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,10 +13,8 @@ from typing import Any
 import torch
 
 from anchorctx.evals.precision.probe import Change
-from anchorctx.results import Result
+from anchorctx.results import Result, mean_interval
 
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
 SINGLE_KEYS = 8
 """Keys that have a row of their own; the others share rows that double in width."""
 ALL = "all"
@@ -27,25 +24,15 @@ ALL = "all"
 def mean_result(metric: str, values: Sequence[float], unit: str, context: dict[str, Any]) -> Result:
     """The mean of one value a text, with Student's 95 % interval where there are two texts or more."""
     mean = statistics.fmean(values)
-    half = interval_half(values)
-    low, high = (None, None) if half is None else (mean - half, mean + half)
+    low, high = mean_interval(values) or (None, None)
     context = context | {"values": list(values)}
     return Result(metric=metric, value=mean, unit=unit, n=len(values), low=low, high=high, context=context)
 
 
 def interval_half(values: Sequence[float]) -> float | None:
     """Half the width of the mean's 95 % interval; None for one value."""
-    if len(values) < 2:
-        return None
-    return t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def t_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t; beyond the table by Cornish and Fisher's expansion, good to 1e-3 there."""
-    if freedom <= len(T_95):
-        return T_95[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    ends = mean_interval(values)
+    return None if ends is None else (ends[1] - ends[0]) / 2
 
 
 def layer_rows(texts: Sequence[dict[int, Change]], context: dict[str, Any], layers: bool) -> Iterator[Result]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from anchorctx import __version__
 from anchorctx.cli.configured import field_docs, help_text
 from anchorctx.cli.main import COMMANDS, main, parse
 from anchorctx.config import SCHEMAS, schema
+from anchorctx.data.sources import SourceConfig
 from anchorctx.errors import UserError
 
 
@@ -41,6 +44,17 @@ def test_every_key_is_in_the_help_with_its_meaning(command: str, capsys: pytest.
         assert f"  {name}" in text, name
 
 
+def test_the_help_has_the_keys_of_what_is_in_lists() -> None:
+    text = help_text("prepare", "x")
+    assert all(f"  sources[].{name}=" in text for name in (*keys_of(SourceConfig)[:-1], "stdlib.split"))
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m anchorctx.cli.main prepare --help | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] in ("0", "141") and not done.stderr
+
+
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_every_key_has_a_docstring(command: str) -> None:
     def check(owner: Any) -> None:
@@ -68,7 +82,7 @@ def test_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["trian"], "unknown command 'trian': choose prepare, train"),
+        (["trian"], "unknown command 'trian': choose prepare, plan, train"),
         (["train", "--steps", "3"], "unknown option '--steps'"),
         (["train", "--recipe"], "--recipe needs a file"),
         (["train", "steps=0", "out_dir=x", "data.train=y"], "steps=0 must be at least 1"),

@@ -215,6 +215,9 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     ("make", "message"),
     [
         (lambda: Ruler(RulerConfig(lengths=[])), "must name at least one each"),
+        (lambda: Ruler(RulerConfig(limit=0)), "ruler.limit=0 must be at least 1"),
+        (lambda: Ruler(RulerConfig(batch_size=0)), "ruler.batch_size=0 must be at least 1"),
+        (lambda: harness.LmEval(LmEvalConfig(num_fewshot=-1)), "lm_eval.num_fewshot=-1 must be at least 0"),
         (lambda: harness.LmEval(LmEvalConfig()), r"lm_eval.tasks=\[\] names no task"),
         (
             lambda: harness.LmEval(LmEvalConfig(tasks=["x"], include_path="no/such")),

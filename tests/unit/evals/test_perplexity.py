@@ -165,6 +165,13 @@ def test_float32_rotation_needs_an_attention_that_casts():
     [
         (lambda: Perplexity(PerplexityConfig(stride=4096), TEXTS), "stride=4096 must be 0 to max_length - 1"),
         (lambda: Perplexity(PerplexityConfig(buckets=[9, 3]), TEXTS), r"buckets=\[9, 3\] must be positive and rising"),
+        (
+            lambda: Perplexity(PerplexityConfig(max_length=0), TEXTS),
+            "perplexity.max_length=0 must be at least 3",
+        ),
+        (lambda: Perplexity(PerplexityConfig(documents=-1), TEXTS), "perplexity.documents=-1 must be at least 0"),
+        (lambda: Perplexity(PerplexityConfig(batch_tokens=0), TEXTS), "perplexity.batch_tokens=0 must be at least 1"),
+        (lambda: ContextPerplexity(ContextConfig(documents=-1), TEXTS), "context.documents=-1 must be at least 0"),
         (lambda: ContextPerplexity(ContextConfig(lengths=[100]), TEXTS), "must each be at least context.targets=256"),
     ],
 )

@@ -105,6 +105,7 @@ def test_a_models_own_argmax_is_scored(subject: Subject):
         (RetrievalConfig(lengths=[32]), "takes 33 tokens"),
         (RetrievalConfig(lengths=[]), "must each hold"),
         (RetrievalConfig(facts=65), "facts=65 must be 1 to 64"),
+        (RetrievalConfig(rows=0), "retrieval.rows=0 must be at least 1"),
         (RetrievalConfig(mentions=1), "mentions=1 at least 2"),
     ],
 )
@@ -178,7 +179,7 @@ def test_a_sentence_is_right_when_greedy_decoding_writes_it(subject: Subject):
         (NeedleConfig(depths=[1.5]), r"needle.depths=\[1.5\] must not be empty"),
         (NeedleConfig(lengths=[]), "must not be empty"),
         (NeedleConfig(rows=0), "needle.rows=0 must be at least 1"),
-        (NeedleConfig(distractors=99), "needle.distractors=99 0 to"),
+        (NeedleConfig(distractors=99), "needle.distractors=99 must be 0 to"),
         (NeedleConfig(lengths=[18]), "needle.lengths=18 has no room for text beside 8 needles"),
         (NeedleConfig(lengths=[100_000]), "the haystack has .* tokens, fewer than a row of 100000"),
     ],

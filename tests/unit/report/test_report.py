@@ -18,10 +18,10 @@ from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.report.charts import heat_map, stacked_bars
 from anchorctx.report.collect import collect
 from anchorctx.report.page import render_page
-from anchorctx.report.sections import comparison, data, pattern, precision, retrieval, ruler, training
+from anchorctx.report.sections import comparison, data, kvcomm, pattern, precision, retrieval, ruler, training
 from anchorctx.report.series import by_model
 from anchorctx.report.svg import Axis, number, scale
-from anchorctx.results import append_results, read_results
+from anchorctx.results import Result, append_results, read_results
 
 from .fixtures import LENGTHS, TASKS, make_evaluation, make_packed, make_precision, make_run
 
@@ -345,3 +345,26 @@ def test_importing_the_report_imports_neither_torch_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_reuse_is_shown_by_arm_and_never_mixed(tmp_path: Path):
+    def row(metric: str, value: float, mark: str = "one", **context: object) -> Result:
+        at = {"model": "m", "task": "retrieval", "kind": "all"} | context
+        return Result(metric=f"kvcomm_{metric}", value=value, unit="1", n=9, manifest=mark, context=at)
+
+    rows = []
+    for arm, kl in (("dense", 0.0), ("rotate", 0.25)):
+        rows += [row("kl", kl, arm=arm, tokens="all"), row("agreement", 1 - kl, arm=arm, tokens="all")]
+        rows += [row("reuse", 2 * kl, arm=arm, by=by) for by in ("calls", "tokens", "flops")]
+        rows += [row("ttft", 0.125 - kl / 4, arm=arm, agent="request", quantile=q) for q in ("p50", "p95")]
+        rows += [row("kv_error", kl, arm=arm, part="key", layer=i, measure="relative") for i in range(3)]
+    append_results(tmp_path / "reuse" / "results.jsonl", rows)
+    section = kvcomm.build(collect([str(tmp_path)]))
+    assert section is not None
+    shares, errors, table = section.blocks
+    assert [name for name, *_ in errors.chart.legend] == ["rotate"]  # type: ignore[union-attr]  # dense has no error
+    assert shares.chart.svg.count('class="cell"') == 4  # type: ignore[union-attr]
+    assert [cell.sort for cell in table.rows[1]] == ["rotate", 0.25, 0.75, 0.5, 0.5, 0.5, 0.0625, 0.0625]  # type: ignore[union-attr]
+    append_results(tmp_path / "reuse" / "results.jsonl", [row("kl", 0.1, "two", arm="dense", tokens="all")])
+    with pytest.raises(UserError, match="KV reuse of m has rows of different manifests"):
+        kvcomm.build(collect([str(tmp_path)]))

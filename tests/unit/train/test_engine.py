@@ -37,6 +37,12 @@ def test_bfloat16_weights_train_in_bfloat16_with_float32_states() -> None:
     assert generated(dtype=torch.bfloat16, cuda=True)["bf16"] == {"enabled": True}
 
 
+def test_micro_batches_are_summed_in_float32_where_deepspeed_can() -> None:
+    kinds = [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1), (torch.bfloat16, 2), (torch.bfloat16, 3)]
+    found = [generated(dtype=dtype, zero_stage=stage)["data_types"]["grad_accum_dtype"] for dtype, stage in kinds]
+    assert found == ["fp32", "fp32", "bf16", "fp32", "fp32"]
+
+
 def test_offloading() -> None:
     config = generated(zero_stage=3, offload_optimizer=True, offload_parameters=True, cuda=True)
     zero = config["zero_optimization"]

@@ -1,0 +1,137 @@
+"""Reuse of KV caches among agents: every arm of `anchorctx kvcomm` beside dense, and where its cache is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anchorctx.report.blocks import Cell, Figure, Section, Table, measured
+from anchorctx.report.charts import Line, heat_map, line_chart
+from anchorctx.report.collect import Material
+from anchorctx.report.series import check_one_manifest
+from anchorctx.report.svg import Axis, number
+from anchorctx.results import Result
+
+PREFIX = "kvcomm_"
+ALL = {"kind": "all"}
+DRAWN = ("naive", "rotate", "rotate_glue", "kvcomm_ungated", "mean_offset", "anchored")
+"""Arms whose errors are drawn by layer: those with an error of their own, and few enough for a colour each."""
+SHARES: dict[str, tuple[str, dict[str, Any]]] = {
+    "agreement": ("kvcomm_agreement", {"tokens": "all"}),
+    "accuracy": ("kvcomm_accuracy", {}),
+    "judge": ("kvcomm_judge_consistency", {"shuffled": False}),
+    "reuse": ("kvcomm_reuse", {"by": "tokens"}),
+}
+"""Column of the map: the metric, and what of its context is wanted."""
+COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "KL (nats)": ("kvcomm_kl", {"tokens": "all"}),
+    "agreement": SHARES["agreement"],
+    "accuracy": SHARES["accuracy"],
+    "accuracy, less dense's": ("kvcomm_accuracy_difference", {}),
+    "reuse: calls": ("kvcomm_reuse", {"by": "calls"}),
+    "tokens": ("kvcomm_reuse", {"by": "tokens"}),
+    "operations": ("kvcomm_reuse", {"by": "flops"}),
+}
+
+
+def build(material: Material) -> Section | None:
+    """None without an evaluation of reuse."""
+    found = [row for row in material.rows if row.result.metric.startswith(PREFIX)]
+    models = list(dict.fromkeys(row.model for row in found))
+    blocks: list[Figure | Table] = []
+    for model in models:
+        mine = [row for row in found if row.model == model]
+        check_one_manifest(mine, f"the evaluation of KV reuse of {model}")
+        rows = [row.result for row in mine]
+        for task in _distinct(rows, "task"):
+            name = f"{model}: {task}" if len(models) > 1 else task
+            blocks += _task(name, [row for row in rows if row.context.get("task") == task])
+    if not blocks:
+        return None
+    lead = (
+        "Agents that run one checkpoint read texts that others have read; each arm reuses their keys and values in "
+        "another way. Compared with computing every prompt anew (dense), on the same words."
+    )
+    return Section("kvcomm", "Agents that share KV caches", lead, blocks)
+
+
+def _task(name: str, rows: Sequence[Result]) -> list[Figure | Table]:
+    arms = _distinct(rows, "arm")
+    layers = {part: _layers(rows, arms, part) for part in ("key", "value")}
+    figures = [_map(name, rows, arms)]
+    for part, lines in layers.items():
+        if lines:
+            ticks = sorted({x for line in lines for x in line.x})
+            what = f"{name}: error of {part}s by layer"
+            chart = line_chart(lines, Axis("layer", ticks=ticks), Axis("relative error", low=0.0), what)
+            figures.append(Figure(what, chart, f"Norm of the difference to dense's {part}s, by dense's norm."))
+    return [*figures, _table(name, rows, arms)]
+
+
+def _map(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Figure:
+    cells = {}
+    for arm in arms:
+        for column, (metric, where) in SHARES.items():
+            if (row := _find(rows, metric, arm, **where)) is not None:
+                cells[arm, column] = row.value
+    columns = [column for column in SHARES if any(at == column for _, at in cells)]
+    what = f"{name}: shares by arm"
+    chart = heat_map(cells, arms, columns, what, row_label="", column_label="share, 1 is best")
+    caption = (
+        "Agreement: tokens with dense's most likely one. Accuracy: answers right. Judge: decisions like dense's. "
+        "Reuse: prompt tokens that were not computed; below 0 where an arm computes more."
+    )
+    return Figure(what, chart, caption)
+
+
+def _layers(rows: Sequence[Result], arms: Sequence[str], part: str) -> list[Line]:
+    lines = []
+    for i, arm in enumerate(arm for arm in DRAWN if arm in arms):
+        where = {"arm": arm, "part": part, "measure": "relative"}
+        mine = {
+            row.context["layer"]: row
+            for row in rows
+            if row.metric == "kvcomm_kv_error" and where.items() <= row.context.items()
+        }
+        if any(row.value for row in mine.values()):
+            at = sorted(mine)
+            lines.append(Line(arm, at, [mine[layer].value for layer in at], color=i))
+    return lines
+
+
+def _table(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Table:
+    used = {
+        column: where
+        for column, where in COLUMNS.items()
+        if any(_find(rows, where[0], arm, **where[1]) is not None for arm in arms)
+    }
+    body = []
+    for arm in arms:
+        cells = [_cell(_find(rows, metric, arm, **where)) for metric, where in used.values()]
+        times = [_find(rows, "kvcomm_ttft", arm, agent="request", quantile=q) for q in ("p50", "p95")]
+        body.append([Cell(arm, arm), *cells, *map(_milliseconds, times)])
+    caption = (
+        "With 95 % intervals where they are known. TTFT: time to the first token of all agents of a request, hidden "
+        "work included."
+    )
+    return Table(f"{name} by arm", ("arm", *used, "TTFT p50 (ms)", "p95 (ms)"), body, caption)
+
+
+def _cell(row: Result | None) -> Cell:
+    if row is None:
+        return Cell("–", None)
+    return Cell(f"{row.value:.2g}", row.value) if row.metric == "kvcomm_kl" else measured(row)
+
+
+def _milliseconds(row: Result | None) -> Cell:
+    return Cell("–", None) if row is None else Cell(number(1e3 * row.value), row.value)
+
+
+def _find(rows: Sequence[Result], metric: str, arm: str, **where: Any) -> Result | None:
+    """The latest row of an arm over all kinds of a task."""
+    wanted = {"arm": arm, **ALL, **where}.items()
+    return next((row for row in reversed(rows) if row.metric == metric and wanted <= row.context.items()), None)
+
+
+def _distinct(rows: Sequence[Result], name: str) -> list[str]:
+    return list(dict.fromkeys(row.context[name] for row in rows if name in row.context))

@@ -1,0 +1,25 @@
+"""A small model to plan with, quick to trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anchorctx.models import ModelConfig, ModelDtype
+from anchorctx.plan.config import CorpusConfig, PlanConfig
+from anchorctx.plan.planner import Planner
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+
+
+def planner(**fields: Any) -> Planner:
+    """Of rows of 4,096 tokens on 8 GPUs."""
+    model = ModelConfig(config=SMALL, dtype=ModelDtype.bfloat16)
+    return Planner(PlanConfig(**{"model": model, "row_length": 4096, "corpus": CorpusConfig(rows=4)} | fields))

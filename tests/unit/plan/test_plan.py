@@ -1,0 +1,173 @@
+"""`anchorctx plan` as a user calls it: verdicts, the search, the simulation, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from anchorctx.cli.main import main
+from anchorctx.config import resolve
+from anchorctx.models import ModelConfig
+from anchorctx.plan import search as searching
+from anchorctx.plan.config import CorpusConfig
+from anchorctx.plan.corpus import typical_rows
+from anchorctx.plan.planner import Plan
+from anchorctx.plan.search import search
+
+from .planning import SMALL, planner
+
+ROOT = Path(__file__).parents[3]
+MODEL = "model.config={" + ", ".join(f"{name}: {value}" for name, value in SMALL.items()) + "}"
+RECIPES = {"llama3_8b_64k": 8, "llama3_8b_128k": 8, "llama3_8b_512k": 8, "llama2_7b_64k": 4}
+"""And the GPUs of 80 GB that they are for."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_compose(name: str) -> None:
+    recipe = str(ROOT / "recipes" / name / "recipe_train.yaml")
+    config = resolve("train", [], recipe)
+    config.validate()
+    assert config.rows_per_step(config.model.max_length, RECIPES[name] // config.parallel.sequence_parallel) >= 4
+
+
+def planned(name: str, tmp_path: Path) -> None:
+    """The planner says that the recipe fits, and that it needs what its README says."""
+    recipe = ROOT / "recipes" / name / "recipe_train.yaml"
+    arguments = ["--recipe", str(recipe), "gpu=A100", f"gpus={RECIPES[name]}", f"out_dir={tmp_path}"]
+    assert main(["plan", *arguments]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert plan["fits"] and plan["total"] < 0.9 * plan["usable"]
+    assert f"| **total: fits** | **{plan['total'] / 2**30:.1f}** |" in recipe.with_name("README.md").read_text()
+    assert f"{plan['cost']['seconds']:.1f} s" in recipe.with_name("README.md").read_text()
+
+
+def test_the_recipe_for_four_gpus_fits_as_its_page_says(tmp_path: Path) -> None:
+    planned("llama2_7b_64k", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3_8b_64k", "llama3_8b_128k", "llama3_8b_512k"])
+def test_the_other_recipes_fit_as_their_pages_say(name: str, tmp_path: Path) -> None:
+    """Slow: rows of up to 524,288 tokens are traced, three to ten seconds each."""
+    planned(name, tmp_path)
+
+
+def test_the_search_finds_the_fastest_that_fits() -> None:
+    found = planner(gpu_memory_gib=2.03 / 0.95, tokens_per_step=8 * 4096)
+    plan = search(found)
+    assert plan.fits
+    ranked = sorted(searching._candidates(found), key=lambda candidate: candidate[0])
+    faster = list(_until(ranked, plan))
+    assert len(faster) > 3 and not any(found.plan(parallel, memory).fits for _, parallel, memory in faster)
+
+
+def _until(ranked: list, plan: Plan) -> Iterator[tuple]:
+    for candidate in ranked:
+        if (candidate[1], candidate[2]) == (plan.parallel, plan.memory):
+            return
+        yield candidate
+
+
+def test_with_room_enough_nothing_is_switched_on() -> None:
+    plan = search(planner())
+    assert (plan.job.every, plan.memory.mlp_tile, plan.parallel.sequence_parallel) == (0, 0, 1)
+    assert not plan.parallel.offload_optimizer
+
+
+def test_experts_are_planned_without_tiles() -> None:
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    found = planner(model=ModelConfig(config=SMALL | experts), row_length=512, gpu_memory_gib=2.16)
+    assert all(memory.mlp_tile == 0 for _, _, memory in searching._candidates(found))
+
+
+def test_a_simulation_is_drawn_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan of a small model, found by search, scaled to 1,024 GPUs."""
+    arguments = [MODEL, "row_length=2048", "corpus.rows=4", "search=true", "simulate=true", f"out_dir={tmp_path}"]
+    assert main(["plan", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "fits, " in shown and "of full attention's operations are left out" in shown and "assumed" in shown
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["manifest"]["command"] == "plan" and written["plan"]["fits"]
+    assert written["plan"]["total"] == pytest.approx(sum(v for k, v in written["plan"]["parts"].items() if k in PARTS))
+    assert {point["gpus"] for point in written["scaling"]} == {2**n for n in range(11)}
+    picture = (tmp_path / "scaling.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+PARTS = {"parameters", "gradients", "optimizer", "gathered", "activations", "logits", "working", "runtime"}
+
+
+def test_rows_come_from_a_law_or_a_list(tmp_path: Path) -> None:
+    drawn = typical_rows(CorpusConfig(rows=200, median=100, sigma=0.5), 5000)
+    lengths = [b - a for row in drawn for a, b in zip(row.doc_offsets[1:-2], row.doc_offsets[2:-1], strict=True)]
+    assert 95 < sorted(lengths)[len(lengths) // 2] < 105
+    assert typical_rows(CorpusConfig(rows=2, median=100), 500) == typical_rows(CorpusConfig(rows=2, median=100), 500)
+    (tmp_path / "lengths.txt").write_text("7\n7\n")
+    (row,) = typical_rows(CorpusConfig(rows=1, lengths=str(tmp_path / "lengths.txt")), 20)
+    assert row.doc_offsets == (0, 1, 8, 15, 20) and row.anchor_len == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ([MODEL], "the plan needs a row length: give row_length=..., model.max_length=... or corpus.packed=..."),
+        (
+            ["model.path=meta-llama/Llama-3-8B", "row_length=4096"],
+            "is not known to the planner, and no folder or hub gives its configuration: did you mean "
+            "meta-llama/Llama-3.1-8B?",
+        ),
+        ([MODEL, "row_length=4096", "gpu=H1000"], "gpu=H1000 is not known: did you mean H100? choose A100, A800,"),
+        ([MODEL, "row_length=4096", "gpus=0"], "gpus=0 must be at least 1"),
+        (
+            [MODEL, "row_length=4096", "gpus=6", "parallel.sequence_parallel=4"],
+            "6 processes do not divide into groups of parallel.sequence_parallel=4: use 3, or start 8 processes",
+        ),
+        (
+            [MODEL, "row_length=4096", "gpus=6", "parallel.sequence_parallel=3"],
+            "=3 cannot share 8 attention heads and 2 key heads: it must divide the heads, and divide the key heads or "
+            "be a multiple of them: use 2 (possible: 1, 2)",
+        ),
+        (
+            [MODEL, "row_length=4096", "parallel.sequence_parallel=16"],
+            "=16 needs at least as many processes, but there are 8: start 16, or use 8",
+        ),
+        (
+            [MODEL, "row_length=4096", "tokens_per_step=50000"],
+            "tokens_per_step=50000 must be a multiple of 32768 (row length 4096 x 8 rows at once on 8 GPUs): use 65536",
+        ),
+        ([MODEL, "row_length=4096", "parallel.zero_stage=0"], "parallel.zero_stage=0 must be 1, 2 or 3"),
+        ([MODEL, "row_length=4096", "parallel=zero5"], "did you mean zero"),
+        ([MODEL, "row_length=4096", "simulate=true"], "simulate=true draws a picture: give out_dir=..."),
+        ([MODEL, "row_length=4096", "assume.link=0"], "assume.link=0.0 must be above 0 and at most 1"),
+        ([MODEL, "row_length=4096", "corpus.lengths=none.txt"], "corpus.lengths=none.txt is no file"),
+        ([MODEL, "row_length=2"], "row_length=2 must be at least 3"),
+        (
+            [MODEL, "row_length=2048", "gpus=2", "search=true", "gpu_memory_gib=2.11", "micro_rows=16"],
+            "no configuration of 2 H100 fits rows of 2,048 tokens: the smallest (ZeRO ",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_with_what_would_do(
+    overrides: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *overrides]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("anchorctx plan: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_that_is_no_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_text("12\nmany\n")
+    assert main(["plan", MODEL, "row_length=4096", f"corpus.lengths={path}"]) == 2
+    assert "lengths.txt:2 is no positive number of tokens ('many'): mend the line" in capsys.readouterr().err
