@@ -65,5 +65,5 @@ def memory_figure(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="row length (tokens)", ylabel="peak memory of a process (GiB)")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, loc="upper right", title="measured (lines: planned)", title_fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", title="measured (lines: planned)", title_fontsize=8)
     return save(figure, path)
