@@ -63,7 +63,7 @@ class Decoder:
         self.model, self.rope = model, Rope.of(model)
         self.reach: int = getattr(config, "max_position_embeddings", None) or 2**31
         """Tokens that a prompt and its answer may have together."""
-        self._additive = config._attn_implementation == "eager"
+        self._copies = grouped.copies(model)
         self._cache_name = _cache_argument(model)
         self.layers: int = config.num_hidden_layers
         self._head_shape = self._probe()
@@ -165,12 +165,11 @@ class Decoder:
         return KV(torch.stack([layer.keys for layer in layers]), torch.stack([layer.values for layer in layers]), 0)
 
     def _mask(self, where: torch.Tensor, stop: int) -> torch.Tensor:
-        """(1, 1, S, stop): each token sees the slots up to its own. Boolean for sdpa, additive for eager attention."""
-        allowed = torch.arange(stop, device=where.device)[None, :] <= where[:, None]
-        if self._additive:
-            zeros = torch.zeros(allowed.shape, dtype=self.dtype, device=where.device)
-            return zeros.masked_fill(~allowed, torch.finfo(self.dtype).min)[None, None]
-        return allowed[None, None]
+        """(1, 1, S, stop), additive: each token sees the slots up to its own. In the model's dtype, so that no layer
+        has to convert it; grouped attention has it as many times as it lays queries behind one another."""
+        hidden = torch.arange(stop, device=where.device)[None, :] > where.repeat(self._copies)[:, None]
+        zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=where.device)
+        return zeros.masked_fill_(hidden, torch.finfo(self.dtype).min)[None, None]
 
     @torch.no_grad()
     def _probe(self) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 NAME = "grouped_sdpa"
@@ -25,6 +25,14 @@ def register() -> str:
     return NAME
 
 
+def copies(model: PreTrainedModel) -> int:
+    """How often a mask's rows are needed by a model with this implementation; 1 with any other."""
+    config = model.config.get_text_config()
+    if config._attn_implementation != NAME:
+        return 1
+    return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def grouped_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -35,7 +43,10 @@ def grouped_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' contract: query (B, Hq, S, D), key and value (B, H, T, D), boolean mask (B or 1, 1, S, T)."""
+    """transformers' contract: query (B, Hq, S, D), key and value (B, H, T, D), mask (B or 1, 1, S, T).
+
+    The mask's rows may be there Hq/H times already (`copies`), which saves every layer from making them.
+    """
     batch, heads, length, _ = query.shape
     groups = heads // key.shape[1]
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout if module.training else 0.0}
@@ -43,6 +54,8 @@ def grouped_attention(
         out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1, **options)
         return out.transpose(1, 2).contiguous(), None
     packed = query.reshape(batch, key.shape[1], groups * length, query.shape[-1])
-    mask = None if attention_mask is None else attention_mask.repeat(1, 1, groups, 1)
+    mask = attention_mask
+    if mask is not None and mask.shape[2] == length:
+        mask = mask.repeat(1, 1, groups, 1)
     out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, **options)
     return out.reshape(batch, heads, length, value.shape[-1]).transpose(1, 2).contiguous(), None

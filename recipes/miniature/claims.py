@@ -11,8 +11,8 @@ from verdicts import Estimate, Rows, estimate
 
 from anchorctx.results import Result
 
-ROW = 4096
-"""Tokens of a row."""
+ROW, LONG = 4096, 16_384
+"""Tokens of a row, and of the longer ones (models named `..._16k`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Claim:
 
 def retrieval(rows: Rows, seed: int, model: str) -> float:
     """Accuracy at the row's length."""
-    return rows.value(seed, "retrieval_accuracy", model=model, length=ROW)
+    return rows.value(seed, "retrieval_accuracy", model=model, length=LONG if "_16k" in model else ROW)
 
 
 def gain(better: str, worse: str) -> Callable[[Rows, int], float]:
@@ -118,16 +118,27 @@ def consistent(rows: Rows, seed: int) -> float:
     return rows.value(seed, "kvcomm_judge_consistency", **where) - 0.95
 
 
-def _logarithm(measure: Callable[..., float], *more: str) -> Callable[[Rows, int], float]:
-    """log of full's over anchor's."""
-    return lambda rows, seed: math.log(measure(rows, seed, "full", *more) / measure(rows, seed, "anchor", *more))
+def _logarithm(measure: Callable[..., float], *more: str, of: str = "{}") -> Callable[[Rows, int], float]:
+    """log of full's over anchor's; `of` makes the models' labels."""
+    full, anchor = of.format("full"), of.format("anchor")
+    return lambda rows, seed: math.log(measure(rows, seed, full, *more) / measure(rows, seed, anchor, *more))
+
+
+def _kept(of: str = "{}") -> Callable[[Rows, int], float]:
+    """How many more answers rotation leaves anchor than full, where two documents matter; `of` makes the labels."""
+    full, anchor = of.format("full"), of.format("anchor")
+    return lambda rows, seed: lost(rows, seed, anchor, "rotate", *TWO) - lost(rows, seed, full, "rotate", *TWO)
 
 
 TWO = ("two_hop", "override")
 """Kinds of problems that take two documents."""
+BEHIND, LARGE = "{} behind 1,024", "large_{}"
+"""Labels of models in the studies with prefixes, and of the larger ones."""
+KL_ROTATE = (divergence, "rotate")
 BF16 = "_bf16"
-INTRA, RESET, ANCHOR = (("intra_doc", "intra_doc" + BF16), ("intra_doc_reset", "intra_doc_reset" + BF16),
-                        ("anchor", "anchor" + BF16))  # fmt: skip
+INTRA, RESET, ANCHOR, INTRA_LONG, RESET_LONG = (
+    (name, name + BF16) for name in ("intra_doc", "intra_doc_reset", "anchor", "intra_doc_16k", "intra_doc_reset_16k")
+)
 CLAIMS = (
     Claim("T1", "anchor beats full on retrieval at 4,096", gain("anchor", "full"), 0.03),
     Claim("T2", "anchor beats intra_doc", gain("anchor", "intra_doc"), 0.02),
@@ -146,18 +157,19 @@ CLAIMS = (
         gain_of_gains(("anchor", "full"), ("anchor_unique", "full_unique")),
         0.03,
     ),
+    Claim("L1", "rows of 16,384: anchor beats full", gain("anchor_16k", "full_16k"), 0.03),
+    Claim("L2", "rows of 16,384: anchor beats intra_doc", gain("anchor_16k", "intra_doc_16k"), 0.02),
+    Claim("L3", "rows of 16,384: bfloat16 rotation costs intra_doc accuracy", gain(*INTRA_LONG), 0.02),
+    Claim("L4", "rows of 16,384: continuous positions more than reset", gain_of_gains(INTRA_LONG, RESET_LONG), 0.02),
+    Claim("D1", "larger model: anchor beats full", gain("large_anchor", "large_full"), 0.03),
+    Claim("D2", "larger model: anchor beats intra_doc", gain("large_anchor", "large_intra_doc"), 0.02),
     Claim("P1", "the first token carries most of the bfloat16 change (share - 0.5)", first_token, 0.0),
     Claim("P2", "the change grows from 512 to 4,096 (log ratio)", growth, math.log(1.2)),
     Claim("P3", "rotation in float32 removes most of it (share - 0.5)", mended, 0.0),
     Claim("P4", "a sink has formed (attention on the first token - 0.1)", sink, 0.0),
     Claim("K1", "a document's keys vary less across prefixes (log ratio)", _logarithm(varies), math.log(1.1)),
-    Claim("K2", "plain rotation loses less (log ratio of KL)", _logarithm(divergence, "rotate"), math.log(1.1)),
-    Claim(
-        "K3",
-        "rotation costs fewer answers where two documents matter",
-        lambda r, s: lost(r, s, "anchor", "rotate", *TWO) - lost(r, s, "full", "rotate", *TWO),
-        0.03,
-    ),
+    Claim("K2", "plain rotation loses less (log ratio of KL)", _logarithm(*KL_ROTATE), math.log(1.1)),
+    Claim("K3", "rotation costs fewer answers where two documents matter", _kept(), 0.03),
     Claim(
         "K4",
         "exemplars add less to rotation (share of KL removed)",
@@ -169,6 +181,22 @@ CLAIMS = (
         "K6",
         "anchored documents are read without further training (difference + 0.05)",
         lambda r, s: lost(r, s, "anchor", "anchored", "all") + 0.05,
+        0.0,
+    ),
+    Claim("C1", "100 steps: anchor beats full", gain("anchor_100_steps", "full_100_steps"), 0.03),
+    Claim("C2", "lr 2e-4: anchor beats full", gain("anchor_low_lr", "full_low_lr"), 0.03),
+    Claim("C3", "theta 1e6: anchor beats full", gain("anchor_theta_1e6", "full_theta_1e6"), 0.03),
+    Claim("C4", "behind 1,024 tokens: keys vary less (log ratio)", _logarithm(varies, of=BEHIND), math.log(1.1)),
+    Claim("C5", "behind 1,024 tokens: rotation loses less (log)", _logarithm(*KL_ROTATE, of=BEHIND), math.log(1.1)),
+    Claim("C6", "behind 1,024 tokens: rotation costs fewer answers", _kept(BEHIND), 0.03),
+    Claim("C7", "larger model: keys vary less (log ratio)", _logarithm(varies, of=LARGE), math.log(1.1)),
+    Claim("C8", "larger model: rotation loses less (log ratio)", _logarithm(*KL_ROTATE, of=LARGE), math.log(1.1)),
+    Claim("C9", "larger model: rotation costs fewer answers", _kept(LARGE), 0.03),
+    Claim("C10", "larger model: a sink has formed (attention - 0.1)", lambda r, s: sink(r, s, "large_intra_doc"), 0.0),
+    Claim(
+        "C11",
+        "larger model: the first token carries the change (share - 0.5)",
+        lambda r, s: first_token(r, s, "large_intra_doc"),
         0.0,
     ),
 )

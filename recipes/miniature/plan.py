@@ -22,7 +22,8 @@ CORPORA: dict[str, list[str]] = {
 }
 """Overrides of `anchorctx prepare`; `unique` is made from `ordinary`."""
 
-REACH = {"max_position_embeddings": 4096}
+SHORT = 512
+"""Tokens: what the bases were pretrained with, and every model is asked at beside its row's length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,98 +49,95 @@ class Stage:
 
 def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
     """All stages, each after those that it needs: arm by arm, and measured as soon as it can be."""
-    corpora = dict.fromkeys(arm.get("corpus", "ordinary") for arm in recipe["arms"].values())
-    found = [_base(recipe, out, seed) for seed in recipe["seeds"]]
-    found += [_corpus(recipe, out, name) for name in dict.fromkeys(["ordinary", *corpora])]
-    measured = [
-        stage for part in (_evaluate, _study, _ruler) for s in recipe["seeds"] for stage in part(recipe, out, s)
-    ]
+    seeds, found = recipe["seeds"], dict[str, Stage]()
+    studies = [stage for seed in seeds for part in (_studies, _ruler) for stage in part(recipe, out, seed)]
     for name in recipe["arms"]:
-        found += [_train(recipe, out, seed, name) for seed in seeds_of(recipe, name)]
-        have = {stage.name for stage in found}
-        found += [stage for stage in measured if stage.name not in have and have.issuperset(stage.needs)]
-    return found
+        arm = arm_of(recipe, name)
+        new = [_base(recipe, out, seed, arm["base"]) for seed in seeds]
+        new += [_corpus(recipe, out, corpus, arm["row_length"]) for corpus in ("ordinary", arm["corpus"])]
+        new += [_evaluate(recipe, out, seed, arm["base"], recipe["defaults"]) for seed in seeds]
+        for seed in arm["seeds"]:
+            new += [_train(out, seed, name, arm), _evaluate(recipe, out, seed, name, arm)]
+        found |= {stage.name: stage for stage in new if stage.name not in found}
+        found |= {s.name: s for s in studies if s.name not in found and found.keys() >= set(s.needs)}
+    return list(found.values())
 
 
-def seeds_of(recipe: dict[str, Any], name: str) -> list[int]:
-    """Seeds that an arm is trained with: all, or the fewer that it names."""
-    return recipe["arms"][name].get("seeds", recipe["seeds"])
+def arm_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """Everything that an arm is made with: what it says, and the defaults for the rest."""
+    return {"seeds": recipe["seeds"], **recipe["defaults"], **recipe["arms"][name]}
 
 
-def _base(recipe: dict[str, Any], out: Path, seed: int) -> Stage:
-    target = str(out / f"seed_{seed}" / "base")
-    return Stage(f"base/{seed}", [[sys.executable, str(QUICKSTART / "pretrain.py"), target, "--seed", str(seed),
-                                   "--max-seconds", "900"]], 80)  # fmt: skip
+def made_by(recipe: dict[str, Any], seed: int, name: str) -> str:
+    """The stage that makes a model."""
+    return f"base/{seed}/{name}" if name in recipe["bases"] else f"train/{seed}/{name}"
 
 
-def _corpus(recipe: dict[str, Any], out: Path, name: str) -> Stage:
-    target, base = out / "corpus" / name, out / f"seed_{recipe['seeds'][0]}" / "base"
+def _base(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
+    command = [sys.executable, str(QUICKSTART / "pretrain.py"), str(out / f"seed_{seed}" / name), "--seed", str(seed)]
+    options = [text for key, value in recipe["bases"][name].items() for text in (f"--{key}", str(value))]
+    return Stage(f"base/{seed}/{name}", [[*command, "--max-seconds", "1800", *options]], 360 if options else 80)
+
+
+def _corpus(recipe: dict[str, Any], out: Path, name: str, row_length: int) -> Stage:
+    target, ordinary = (out / "corpus" / f"{kind}_{row_length}" for kind in (name, "ordinary"))
     if name == "unique":
-        command = [sys.executable, str(HERE / "unique_keys.py"), str(out / "corpus" / "ordinary"), str(target)]
-        return Stage("corpus/unique", [["rm", "-rf", str(target)], command], 10, ["corpus/ordinary"])
+        command, needs = [sys.executable, str(HERE / "unique_keys.py"), str(ordinary), str(target)], str(ordinary.name)
+        return Stage(f"corpus/{target.name}", [["rm", "-rf", str(target)], command], 10, [f"corpus/{needs}"])
+    seed, base = recipe["seeds"][0], next(iter(recipe["bases"]))  # the tokenizer is the same in all bases
     command = [*ANCHORCTX, "prepare", "--recipe", str(QUICKSTART / "recipe_prepare.yaml"), f"out_dir={target}"]
-    command += [f"tokenizer={base}", f"row_length={recipe['row_length']}", *CORPORA[name]]
-    first = f"base/{recipe['seeds'][0]}"  # the tokenizer is the same in all bases
-    return Stage(f"corpus/{name}", [["rm", "-rf", str(target)], command], 30, [first])
+    command += [f"tokenizer={out / f'seed_{seed}' / base}", f"row_length={row_length}", *CORPORA[name]]
+    return Stage(f"corpus/{target.name}", [["rm", "-rf", str(target)], command], 30, [f"base/{seed}/{base}"])
 
 
-def _train(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
-    arm, folder = recipe["arms"][name], out / f"seed_{seed}"
-    run, exported, corpus = folder / "runs" / name, folder / name, arm.get("corpus", "ordinary")
+def _train(out: Path, seed: int, name: str, arm: dict[str, Any]) -> Stage:
+    folder, corpus = out / f"seed_{seed}", f"{arm['corpus']}_{arm['row_length']}"
+    run, exported, base = folder / "runs" / name, folder / name, arm["base"]
     train = [*ANCHORCTX, "train", "--recipe", str(QUICKSTART / "recipe_train.yaml"), f"out_dir={run}"]
-    train += [f"data.train={out / 'corpus' / corpus}", "data.validation=null", f"model.path={folder / 'base'}"]
-    train += [f"pattern={arm['pattern']}", f"model.rope_dtype={arm.get('rope_dtype', 'float32')}", f"seed={seed}"]
-    train += [f"{key}={recipe[key]}" for key in ("steps", "tokens_per_step")]
-    train += [f"optim.lr={recipe['lr']}", f"model.rope.theta={recipe['theta']}", "parallel.zero_stage=1"]
-    train += [f"model.max_length={recipe['row_length']}", f"checkpoint.every={recipe['steps']}"]
+    train += [f"data.train={out / 'corpus' / corpus}", "data.validation=null", f"model.path={folder / base}"]
+    train += [f"pattern={arm['pattern']}", f"model.rope_dtype={arm['rope_dtype']}", f"seed={seed}"]
+    train += [f"{key}={arm[key]}" for key in ("steps", "tokens_per_step")]
+    train += [f"optim.lr={arm['lr']}", f"model.rope.theta={arm['theta']}", "parallel.zero_stage=1"]
+    train += [f"model.max_length={arm['row_length']}", f"checkpoint.every={arm['steps']}"]
     export = [*ANCHORCTX, "export", f"run={run}", f"out_dir={exported}"]
-    clear = ["rm", "-rf", str(exported)]
-    needs = [f"base/{seed}", f"corpus/{corpus}"]
     budget = 110 if arm["pattern"] == "full" else 75
-    return Stage(f"train/{seed}/{name}", [train, clear, export], budget, needs)
+    needs = [f"base/{seed}/{base}", f"corpus/{corpus}"]
+    return Stage(f"train/{seed}/{name}", [train, ["rm", "-rf", str(exported)], export], budget, needs)
 
 
-def _evaluate(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
-    """One call a dtype of the rotation and corpus; the base is read past its limit as it is."""
-    evaluation, folder = recipe["evaluation"], out / f"seed_{seed}"
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, arm in recipe["arms"].items():
-        if seed in seeds_of(recipe, name):
-            kind = (arm.get("rope_dtype", "float32"), arm.get("corpus", "ordinary"))
-            groups.setdefault(kind, []).append(name)
-    for (dtype, corpus), names in groups.items():
-        models: list[dict[str, Any]] = [{"path": str(folder / name), "label": name} for name in names]
-        longest = max(recipe["row_length"], *evaluation["lengths"])
-        if (dtype, corpus) == ("float32", "ordinary"):
-            models.append(
-                {"path": str(folder / "base"), "label": "base", "config": {"max_position_embeddings": longest}}
-            )
-        command = [*ANCHORCTX, "eval", f"out_dir={folder / 'eval' / f'{dtype}_{corpus}'}", f"models={_flow(models)}"]
-        command += [f"rope_dtype={dtype}", "evals=[retrieval,perplexity,needle]"]
-        command += [f"retrieval.lengths={evaluation['lengths']}", f"retrieval.rows={evaluation['rows']}"]
-        command += ["perplexity.max_length=512", "perplexity.documents=64"]
-        command += [f"needle.lengths=[{recipe['row_length']}]", f"needle.rows={evaluation.get('needles', 16)}"]
-        budget = 25 * len(models)
-        yield Stage(f"eval/{seed}/{dtype}_{corpus}", [command], budget, [f"train/{seed}/{name}" for name in names])
+def _evaluate(recipe: dict[str, Any], out: Path, seed: int, name: str, arm: dict[str, Any]) -> Stage:
+    """Retrieval by length and depth, and short contexts; a base is read past its limit as it is."""
+    folder, length = out / f"seed_{seed}", arm["row_length"]
+    target = folder / "eval" / name
+    command = [*ANCHORCTX, "eval", f"out_dir={target}", f"models=[{_flow(model_of(recipe, folder, name))}]"]
+    command += [f"rope_dtype={arm['rope_dtype']}", "evals=[retrieval,perplexity,needle]"]
+    command += [f"retrieval.lengths=[{SHORT},{length}]", f"retrieval.rows={arm['rows']}"]
+    command += [f"perplexity.max_length={SHORT}", "perplexity.documents=64"]
+    command += [f"needle.lengths=[{length}]", f"needle.rows={recipe['needles']}"]
+    return Stage(f"eval/{seed}/{name}", [["rm", "-rf", str(target)], command], 40, [made_by(recipe, seed, name)])
 
 
-def _study(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
+def model_of(recipe: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+    """An entry of `models`."""
+    model: dict[str, Any] = {"path": str(folder / name), "label": name}
+    length = recipe["defaults"]["row_length"]
+    return model | ({"config": {"max_position_embeddings": length}} if name in recipe["bases"] else {})
+
+
+def _studies(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
     """Precision and reuse of KV caches."""
     folder = out / f"seed_{seed}"
-    for kind in ("kvcomm", "precision"):
-        for name in (name for name, seeds in recipe[kind]["models"].items() if seed in seeds):
-            target, length = folder / kind / name, recipe["row_length"]
-            command = [*ANCHORCTX, kind, f"model={folder / name}", f"label={name}", f"out_dir={target}"]
-            command += [f"config={{max_position_embeddings: {length}}}"] if name == "base" else []
-            if kind == "kvcomm":
-                command += ["tasks=[retrieval]", f"retrieval.problems={recipe[kind]['problems']}"]
-                some = seed not in recipe[kind]["every_arm"]
-                command += [f"arms={_flow(recipe[kind]['arms'])}"] if some else []
-            else:
-                command += [f"lengths=[512,{length}]", "shifts=[16]", "cost=false", "control=false"]
-                command += ["packed=false", "end_to_end=false"]
-            needs = [f"base/{seed}" if name == "base" else f"train/{seed}/{name}"]
-            yield Stage(f"{kind}/{seed}/{name}", [["rm", "-rf", str(target)], command], 60, needs)
+    for kind, study in recipe["studies"].items():
+        some = "arms" in study and seed not in study.get("every_arm", [])
+        options = [*study["options"], *([f"arms={_flow(study['arms'])}"] if some else [])]
+        for name in (name for name, seeds in study["models"].items() if seed in seeds):
+            target = folder / kind / name
+            model = model_of(recipe, folder, name)
+            model["label"] = study.get("label", "{}").format(name)
+            command = [*ANCHORCTX, study["command"], f"out_dir={target}", f"model={model.pop('path')}", *options]
+            command += [f"{key}={_flow(value)}" for key, value in model.items()]
+            needs = [made_by(recipe, seed, name)]
+            yield Stage(f"{kind}/{seed}/{name}", [["rm", "-rf", str(target)], command], 90, needs)
 
 
 def _ruler(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
@@ -148,12 +146,11 @@ def _ruler(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
     if not names:
         return
     folder = out / f"seed_{seed}"
-    models = [{"path": str(folder / name), "label": name, "config": REACH} for name in names]
+    target, models = folder / "ruler", [model_of(recipe, folder, name) for name in names]
     command = [*ANCHORCTX, "eval", "--recipe", str(QUICKSTART / "recipe_eval.yaml"), "evals=[ruler]"]
-    command += [f"out_dir={folder / 'ruler'}", f"models={_flow(models)}", f"ruler.limit={recipe['ruler']['limit']}"]
-    yield Stage(
-        f"ruler/{seed}", [command], 120, [f"base/{seed}" if n == "base" else f"train/{seed}/{n}" for n in names]
-    )
+    command += [f"out_dir={target}", f"models={_flow(models)}", f"ruler.limit={recipe['ruler']['limit']}"]
+    needs = [made_by(recipe, seed, name) for name in names]
+    yield Stage(f"ruler/{seed}", [["rm", "-rf", str(target)], command], 120, needs)
 
 
 def _flow(value: Any) -> str:

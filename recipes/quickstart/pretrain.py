@@ -1,6 +1,6 @@
 """Make the quickstart's starting point: a very small Llama that knows contexts of 512 tokens, and its tokenizer.
 
-    python recipes/quickstart/pretrain.py OUT [--seed 0] [--max-seconds 240] [--max-steps 3000]
+    python recipes/quickstart/pretrain.py OUT [--seed 0] [--max-seconds 240] [--max-steps 3000] [--layers 2 --width 64]
 
 It trains a byte-level BPE on the standard library's sources, then 2 layers of width 64 to read the text and to answer
 planted facts (anchorctx.data.facts), in plain torch with plain causal attention, and saves a Hugging Face folder.
@@ -102,16 +102,25 @@ class Rows:
         )
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+HEAD = 32
+"""Width of a head."""
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, layers: int = 2, width: int = 64) -> LlamaForCausalLM:
     """The small Llama, with embeddings of unit size."""
+    if layers < 2 or width < HEAD or width % HEAD:
+        raise UserError(
+            f"--layers {layers} --width {width} cannot learn to look facts up: give at least 2 layers and a multiple "
+            f"of {HEAD} as width"
+        )
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // HEAD,
+            num_key_value_heads=width // HEAD,
             max_position_embeddings=MAX_LENGTH,
             rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=False,
@@ -140,7 +149,7 @@ def train_step(
     ids = torch.from_numpy(rows.ids)
     weights = torch.from_numpy(np.where(rows.answers, 1.0, np.where(rows.text, TEXT_WEIGHT, 0.0))[:, 1:]).float()
     scored = weights > 0
-    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, 64)
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, width)
     logits, labels, weights = model.lm_head(hidden[scored]), ids[:, 1:][scored], weights[scored]
     loss = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
     model.zero_grad()
@@ -193,12 +202,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the rows")
     parser.add_argument("--max-seconds", type=float, default=240.0, help="give up after this long")
     parser.add_argument("--max-steps", type=int, default=3000, help="give up after this many updates")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers, at least 2")
+    parser.add_argument("--width", type=int, default=64, help=f"of the residual stream, a multiple of {HEAD}")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     try:
         print("training a tokenizer on the standard library's sources ...", flush=True)
         tokenizer = train_tokenizer()
-        model = build_model(tokenizer)
+        model = build_model(tokenizer, options.layers, options.width)
         pretrain(model, Rows(tokenizer, options.seed), options.max_seconds, options.max_steps)
     except UserError as error:
         print(f"pretraining failed: {error}", file=sys.stderr)
