@@ -86,7 +86,7 @@ def parse_arguments() -> tuple[Settings, Path]:
     parser.add_argument("--question", type=int, default=1024, help="tokens of the shared question (default 1024)")
     parser.add_argument("--prefix", type=int, default=512, help="tokens of each agent's fixed prefix (default 512)")
     parser.add_argument("--output", type=int, default=512, help="tokens of each answer (default 512)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed requests, after those that fill the pools")
+    parser.add_argument("--rounds", type=int, default=5, help="timed requests, after those that fill the pools")
     parser.add_argument("--exemplars", type=int, default=4, help="exemplars in the pool; as many requests fill it")
     parser.add_argument("--first", type=int, default=1, help="rotate_glue: recomputed tokens of each content")
     parser.add_argument("--hidden", type=int, default=512, help="the model's width; heads of 64, 2 key heads")

@@ -120,15 +120,29 @@ class Pool:
         return sum(exemplar.nbytes for exemplar in self)
 
     def match(
-        self, name: str, reader: Reader, ids: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        name: str,
+        reader: Reader,
+        ids: torch.Tensor,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        known: dict[tuple[str, int], float] | None = None,
     ) -> Match | None:
-        """Equation 5 for a content `ids` (T,): what to share it from, or None to compute and store it."""
+        """Equation 5 for a content `ids` (T,): what to share it from, or None to compute and store it.
+
+        `known` has this request's distances, by placeholder and the exemplar's request; it is added to. Every reader of
+        a content asks for the same ones, and measuring them takes as long as a pass over the offsets.
+        """
         length = len(ids)
         found = [e for e in self._held.get(name, ()) if reader in e.offsets and len(e.ids) >= length]
         if len(found) < self.config.min_exemplars:
             return None
-        content = embed(ids)
-        distances = torch.stack([_distance(content, embed(e.ids[:length])) for e in found])
+        known = {} if known is None else known
+        new = [e for e in found if (name, e.request) not in known]
+        if new:
+            content = embed(ids)
+            measured = torch.stack([_distance(content, embed(e.ids[:length])) for e in new]).tolist()
+            known.update(zip(((name, e.request) for e in new), measured, strict=True))
+        distances = torch.tensor([known[name, e.request] for e in found])
         weights = torch.softmax(-distances / self.config.temperature, 0).tolist()
         entropy = -sum(w * math.log(w) for w in weights if w)
         if self.config.gamma < 1 and entropy > self.config.gamma * math.log(len(found)):

@@ -50,6 +50,8 @@ class RequestState:
     shared: dict[str, Shared] = field(default_factory=dict)
     anchored: dict[tuple[Ids, int], KV] = field(default_factory=dict)
     """Documents encoded behind the anchor alone, by tokens and position."""
+    distances: dict[tuple[str, int], float] = field(default_factory=dict)
+    """KVCOMM: from its contents to exemplars, by placeholder and the exemplar's request."""
 
 
 class Prefixes:

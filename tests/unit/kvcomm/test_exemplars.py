@@ -51,6 +51,27 @@ def test_weights_are_a_softmax_of_distances_and_the_gate_is_entropy() -> None:
         assert (gated.match("x", READER, torch.tensor([10, 0]), embed) is not None) is shared
 
 
+def test_a_requests_distances_are_measured_once_for_all_readers() -> None:
+    found, other = pool(gamma=1.0), ("other", 0)
+    for request, ids in enumerate(([10, 0, 7], [13, 4, 7])):
+        add(found, request, ids)
+        found.add("x", request, torch.tensor(ids), other, Offset(kv(3)))
+    known: dict[tuple[str, int], float] = {}
+    asked: list[torch.Tensor] = []
+
+    def counted(ids: torch.Tensor) -> torch.Tensor:
+        asked.append(ids)
+        return embed(ids)
+
+    first = found.match("x", READER, torch.tensor([10, 0]), counted, known)
+    assert known == {("x", 0): 0.0, ("x", 1): 5.0} and len(asked) == 3
+    add(found, 2, [10, 1])
+    again = found.match("x", other, torch.tensor([10, 0]), counted, known)
+    assert first is not None and again is not None and again.weights == first.weights and len(asked) == 3
+    third = found.match("x", READER, torch.tensor([10, 0]), counted, known)  # the new exemplar's alone is measured
+    assert third is not None and known["x", 2] == 1.0 and len(asked) == 5
+
+
 def test_a_content_longer_than_every_exemplar_is_stored() -> None:
     found = pool(gamma=1.0)
     add(found, 0, [1, 2, 3])
