@@ -19,17 +19,18 @@ def _bar(row: Result) -> tuple[list[float], list[float]]:
 
 @styled
 def trained_figure(rows: Sequence[Result], folder: Path) -> Path:
-    """Retrieval at the longest length: every seed as a point, the mean with its interval."""
-    found = [row for row in rows if row.metric == "mean_retrieval_accuracy"]
-    length = max(row.context["length"] for row in found)
-    found = [row for row in found if row.context["length"] == length]
-    figure, axes = new_figure(7, 0.42 * len(found) + 1.3)
+    """Retrieval at each model's longest length: every seed as a point, the mean with its interval."""
+    longest = {row.context["model"]: row for row in sorted(rows, key=lambda row: row.context.get("length", 0))
+               if row.metric == "mean_retrieval_accuracy"}  # fmt: skip
+    named = dict.fromkeys(row.context["model"] for row in rows if row.metric == "mean_retrieval_accuracy")
+    found = [longest[model] for model in named]
+    figure, axes = new_figure(7, 0.36 * len(found) + 1.3)
     for y, row in enumerate(reversed(found)):
         color = ORANGE if "bf16" in row.context["model"] else BLUE
         axes.errorbar(row.value, y, xerr=_bar(row), fmt="s", color=color, capsize=3)
         axes.plot(row.context["values"], np.full(row.n, y + 0.22), "|", color="#555555", markersize=7)
     axes.set_yticks(range(len(found)), [row.context["model"] for row in reversed(found)])
-    axes.set(xlabel=f"retrieval accuracy at {length:,} tokens: seeds, mean, 95 % interval", xlim=(0, 1.02))
+    axes.set(xlabel="retrieval accuracy at the row's length: seeds, mean, 95 % interval", xlim=(0, 1.02))
     axes.set_title("After continued training")
     return save(figure, folder / "trained.png")
 

@@ -68,6 +68,12 @@ def arm_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     return {"seeds": recipe["seeds"], **recipe["defaults"], **recipe["arms"][name]}
 
 
+def labels_of(recipe: dict[str, Any], command: str) -> list[str]:
+    """What the results of a command's studies call their models."""
+    studies = [study for study in recipe["studies"].values() if study["command"] == command]
+    return [study.get("label", "{}").format(name) for study in studies for name in study["models"]]
+
+
 def made_by(recipe: dict[str, Any], seed: int, name: str) -> str:
     """The stage that makes a model."""
     return f"base/{seed}/{name}" if name in recipe["bases"] else f"train/{seed}/{name}"

@@ -28,7 +28,8 @@ class Runner:
     def __init__(self, todo: list[Stage], out: Path, jobs: int) -> None:
         self.stages, self.out, self.jobs = todo, out, jobs
         self.done = {stage.name for stage in todo if self._is_done(stage)}
-        self.began = time.perf_counter()
+        self.began, self.spent, self.planned = time.perf_counter(), 0.0, 0
+        """Seconds of this call's stages, and what they were to take."""
 
     def run(self) -> None:
         """Run what is not done; SystemExit with the log's end when a stage fails."""
@@ -63,7 +64,9 @@ class Runner:
 
     def _report(self, stage: Stage, seconds: float) -> None:
         self.done.add(stage.name)
-        passed, left = time.perf_counter() - self.began, [s.budget for s in self.stages if s.name not in self.done]
+        self.spent, self.planned = self.spent + seconds, self.planned + stage.budget
+        passed, pace = time.perf_counter() - self.began, self.spent / self.planned
+        left = [pace * s.budget for s in self.stages if s.name not in self.done]
         print(
             f"[{len(self.done)}/{len(self.stages)}, {passed:.0f} s] {stage.name}: {seconds:.0f} s "
             f"(budget {stage.budget}), about {sum(left) / self.jobs / 60:.0f} min left",

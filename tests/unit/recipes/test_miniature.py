@@ -98,17 +98,47 @@ def test_a_key_that_must_not_be_there_tells_rows_apart(module) -> None:
     assert rows.value(0, "m", length=1, first=None) == 1.0
 
 
-def test_every_claim_written_down_beforehand_has_its_margin(module) -> None:
-    """HYPOTHESES.md's tables and the code agree on names and numeric margins."""
-    page = (MINIATURE / "HYPOTHESES.md").read_text()
+@pytest.mark.parametrize(("page", "kinds", "number"), [("HYPOTHESES.md", "TK", 18), ("HYPOTHESES_2.md", "C", 11)])
+def test_every_claim_written_down_beforehand_has_its_margin(module, page: str, kinds: str, number: int) -> None:
+    """The pages' tables and the code agree on names and numeric margins."""
     claims = {claim.name: claim for claim in module("claims").CLAIMS}
-    lines = [line.split("|") for line in page.splitlines() if line.startswith("| ") and line[2] in "TK"]
-    assert len(lines) == 18
+    text = (MINIATURE / page).read_text().splitlines()
+    lines = [line.split("|") for line in text if line.startswith("| ") and line[2] in kinds and line[3].isdigit()]
+    assert len(lines) == number
     for cells in lines:
         wanted = cells[-2].strip().removeprefix("log ")
         value = np.log(float(wanted)) if "log" in cells[-2] else float(wanted)
         assert claims[cells[1].strip()].margin == pytest.approx(value)
-    assert {f"P{i}" for i in range(1, 5)} <= set(claims)
+
+
+def test_claims_that_repeat_others_have_their_margins(module) -> None:
+    """L1 to L4, D1 and D2 are T1 to T4 in other settings; P1 to P4 are there."""
+    claims = {claim.name: claim for claim in module("claims").CLAIMS}
+    for name, like in {"L1": "T1", "L2": "T2", "L3": "T3", "L4": "T4", "D1": "T1", "D2": "T2"}.items():
+        assert claims[name].margin == claims[like].margin
+    assert {f"P{i}" for i in range(1, 5)} <= set(claims) and len(claims) == 39
+
+
+@pytest.mark.parametrize("name", ["L1", "L4", "D2", "C2", "C5", "C6", "C11"])
+def test_claims_name_models_that_the_recipe_makes(module, name: str) -> None:
+    """Asked of rows for everything that the recipe evaluates, no claim goes without an answer."""
+    recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
+    plan, asked = module("plan"), set()
+    known = {*recipe["bases"], *recipe["arms"], *plan.labels_of(recipe, "kvcomm"), *plan.labels_of(recipe, "precision")}
+
+    class Recorder:
+        def row(self, seed: int, metric: str, **context) -> Result:
+            asked.add(context["model"])
+            if context.get("layer", 0) not in (1, "all", 0):
+                raise KeyError
+            return Result(metric=metric, value=0.5, unit="1", n=1, context={"loss_nats": 1.0})
+
+        def value(self, seed: int, metric: str, **context) -> float:
+            return self.row(seed, metric, **context).value
+
+    claim = next(c for c in module("claims").CLAIMS if c.name == name)
+    claim.measure(Recorder(), 0)
+    assert asked and asked <= known
 
 
 def test_keys_become_unique_in_a_row_and_facts_stay_true(module) -> None:
@@ -147,6 +177,18 @@ def test_continuations_of_a_seed_differ_in_what_the_recipe_says_alone(module) ->
     one, other = by_name["train/1/full"], by_name["train/1/anchor"]
     differ = {a.split("=")[0] for a, b in zip(one, other, strict=True) if a != b}
     assert differ == {"out_dir", "pattern"}
+
+
+def test_an_arm_says_what_it_has_of_its_own(module) -> None:
+    recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
+    by_name = {s.name: s for s in module("plan").stages(recipe, Path("out"))}
+    long, large = by_name["train/0/anchor_16k"], by_name["train/0/large_anchor"]
+    assert {"model.max_length=16384", "tokens_per_step=16384", "steps=30"} <= set(long.commands[0])
+    assert "corpus/ordinary_16384" in long.needs and "base/0/large_base" in large.needs
+    assert by_name["base/0/large_base"].commands[0][-4:] == ["--layers", "4", "--width", "128"]
+    evaluated = by_name["eval/0/intra_doc_16k_bf16"].commands[1]
+    assert {"rope_dtype=bfloat16_emulated", "retrieval.lengths=[512,16384]", "retrieval.rows=16"} <= set(evaluated)
+    assert "label='full behind 1,024'" in by_name["kvcomm_prefix/1/full"].commands[1]
 
 
 def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Path, capsys) -> None:
