@@ -21,7 +21,7 @@ from anchorctx.errors import UserError
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvaluatedModel
 from anchorctx.evals.corpus import embedded, open_corpus
 from anchorctx.evals.kvcomm_gate import GateConfig, Verdict, check_gate, judge
-from anchorctx.evals.kvcomm_measures import context_error
+from anchorctx.evals.kvcomm_measures import VariationConfig, context_error
 from anchorctx.evals.kvcomm_rows import record_rows, variation_rows
 from anchorctx.evals.kvcomm_trial import Lab, Trial
 from anchorctx.evals.subject import load, models_of, read_config, read_tokenizer
@@ -125,6 +125,9 @@ class KvcommConfig:
         default_factory=lambda: QuestionTaskConfig(dataset="openai/openai_humaneval", max_new_tokens=384)
     )
     """Where HumanEval's problems come from."""
+    variation: VariationConfig = field(default_factory=VariationConfig)
+    """How a document's KV varies with what stands before it and with its place; left out where the model's length or
+    the corpus is too short for it."""
     allow_code_execution: bool = False
     """humaneval: run generated code, in a subprocess without network and with the limits of `sandbox`."""
     sandbox: Limits = field(default_factory=Limits)
@@ -195,6 +198,7 @@ class Bench:
             model_, tokenizer, Decoder(model_), arms, config.decision_dense, config.compare_tokens, config.seed
         )
         self._label, self._lines = model.label, _lines(texts, tokenizer)
+        self._variation = config.variation
         tasks = [_task(name, config, model_, tokenizer, self._lines) for name in dict.fromkeys(config.tasks)]
         self._trials = {task.name: [Trial(self._lab, task, team) for team in task.teams()] for task in tasks}
 
@@ -206,7 +210,7 @@ class Bench:
                 trial.run(problem)
             records = [record for trial in trials for record in trial.records.values()]
             yield record_rows(name, records, fingerprint([problem for _, problem in work]))
-        yield _variation(self._lab, self._lines)
+        yield _variation(self._lab, self._lines, self._variation)
 
 
 def _model_settings(config: KvcommConfig) -> EvalConfig:
@@ -277,12 +281,16 @@ def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tup
     return [tuple(ids) for ids in encoded if ids]  # type: ignore[arg-type]
 
 
-def _variation(lab: Lab, lines: list[tuple[int, ...]], documents: int = 8, length: int = 256) -> list[Result]:
+def _variation(lab: Lab, lines: list[tuple[int, ...]], config: VariationConfig) -> list[Result]:
     """How a held-out document's KV varies with what stands before it, and with its distance from that."""
-    stream = np.array([token for line in lines for token in line])
-    if len(stream) < 4 * length or lab.decoder.reach < 3 * length + 1:
+    stream, longest = np.array([token for line in lines for token in line]), max(config.tokens, config.prefix)
+    if len(stream) < 4 * longest or lab.decoder.reach < config.tokens + 2 * config.prefix + 1:
         return []
-    starts = np.random.default_rng([lab.seed, 1]).integers(0, len(stream) - length, size=(documents, 3))
+    starts = np.random.default_rng([lab.seed, 1]).integers(0, len(stream) - longest, size=(config.documents, 3))
     bos = lab.tokenizer.bos_token_id if lab.tokenizer.bos_token_id is not None else lab.tokenizer.eos_token_id
-    pieces = stream[starts[..., None] + np.arange(length)].tolist()
-    return variation_rows([context_error(lab.decoder, d, a, b, bos) for d, a, b in pieces], length)  # type: ignore
+    pieces = stream[starts[..., None] + np.arange(longest)].tolist()
+    errors = [
+        context_error(lab.decoder, document[: config.tokens], a[: config.prefix], b[: config.prefix], bos)  # type: ignore
+        for document, a, b in pieces
+    ]
+    return variation_rows(errors, config.tokens, config.prefix)

@@ -38,14 +38,14 @@ def record_rows(task: str, records: Sequence[Record], problems: str = "") -> lis
     return rows
 
 
-def variation_rows(found: Sequence[tuple[KvError, KvError]], length: int) -> list[Result]:
-    """`kvcomm_variation`: relative error of each layer's keys and values, by cause."""
+def variation_rows(found: Sequence[tuple[KvError, KvError]], length: int, prefix: int) -> list[Result]:
+    """`kvcomm_variation`: relative error of each layer's keys and values, by cause; lengths in tokens."""
     rows = []
     for number, cause in enumerate(("content", "shift")):
         errors = np.stack([pair[number].relative for pair in found])  # (documents, 2, L)
         for part, name in enumerate(PARTS):
             for layer in range(errors.shape[2]):
-                context = {"cause": cause, "part": name, "layer": layer, "tokens": length}
+                context = {"cause": cause, "part": name, "layer": layer, "tokens": length, "prefix": prefix}
                 rows.append(_mean("kvcomm_variation", errors[:, part, layer], context))
     return rows
 

@@ -60,7 +60,7 @@ def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
             new += [_train(out, seed, name, arm), _evaluate(recipe, out, seed, name, arm)]
         found |= {stage.name: stage for stage in new if stage.name not in found}
         found |= {s.name: s for s in studies if s.name not in found and found.keys() >= set(s.needs)}
-    return list(found.values())
+    return [*found.values(), *_speed(recipe, out)]
 
 
 def arm_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
@@ -157,6 +157,15 @@ def _ruler(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
     command += [f"out_dir={target}", f"models={_flow(models)}", f"ruler.limit={recipe['ruler']['limit']}"]
     needs = [made_by(recipe, seed, name) for name in names]
     yield Stage(f"ruler/{seed}", [["rm", "-rf", str(target)], command], 120, needs)
+
+
+def _speed(recipe: dict[str, Any], out: Path) -> Iterator[Stage]:
+    """Seconds of a step by pattern and row length."""
+    if settings := recipe.get("speed"):
+        seed, base = recipe["seeds"][0], next(iter(recipe["bases"]))
+        command = [sys.executable, str(HERE / "speed.py"), str(out / f"seed_{seed}" / base), str(out / "speed")]
+        command += ["--lengths", *map(str, settings["lengths"]), "--turns", str(settings["turns"]), "--threads", "1"]
+        yield Stage("speed", [command], 120, [f"base/{seed}/{base}"])
 
 
 def _flow(value: Any) -> str:

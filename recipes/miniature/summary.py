@@ -18,14 +18,16 @@ from typing import Any
 import yaml
 from claims import CLAIMS
 from figures import claims_figure, reuse_figure, trained_figure
-from tables import depth, precision, reuse, ruler, shown, table, training, variation
+from tables import depth, precision, reuse, ruler, shown, speed, table, training, variation
 from verdicts import Estimate, Rows
 
 from anchorctx.manifest import build_manifest, read_json, write_manifest
-from anchorctx.results import FILE, Result, append_results
+from anchorctx.results import FILE, Result, append_results, read_results
 
 FIGURES = {"mean_retrieval_accuracy": trained_figure, "mean_kvcomm_kl": reuse_figure, "claim": claims_figure}
 """What is drawn where rows of a metric are there."""
+SAVED = 0.2
+"""S1: part of a step's time."""
 
 
 class Summary:
@@ -49,7 +51,7 @@ class Summary:
     def tables(self) -> Iterator[str]:
         """One after the other."""
         yield self._claims()
-        for make in (training, depth, precision, reuse, variation, ruler):
+        for make in (speed, training, depth, precision, reuse, variation, ruler):
             yield make(self)
         yield self._time()
 
@@ -66,6 +68,19 @@ class Summary:
             cell = shown(found) or "not measured"
             lines.append([claim.name, claim.says, cell, f"{claim.margin:.3f}", str(len(found.values)), answer])
         return table("Claims", ["", "claim", "effect (95 %)", "margin", "seeds", "answer"], lines)
+
+    def timed(self, metric: str) -> list[Result]:
+        """Rows of speed.py."""
+        path = self.out / "speed" / FILE
+        return [row for row in read_results(path) if row.metric == metric] if path.is_file() else []
+
+    def judge_saving(self, row: Result) -> None:
+        """S1 of HYPOTHESES.md: supported where the interval is above a fifth, not supported where it is below."""
+        low, high = (row.value if end is None else end for end in (row.low, row.high))
+        answer = "supported" if low > SAVED else "not supported" if high < SAVED else "undecided"
+        context = {"claim": f"S1 at {row.context['length']:,}", "answer": answer, "margin": SAVED}
+        context["values"] = [row.value]
+        self.results.append(dataclasses.replace(row, metric="claim", context=context))
 
     def _time(self) -> str:
         kinds: dict[str, list[float]] = {}

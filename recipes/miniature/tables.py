@@ -122,3 +122,17 @@ def ruler(summary: Summary) -> str:
     models, tasks = ([*dict.fromkeys(row.context[key] for row in rows)] for key in ("model", "task"))
     at = {(row.context["model"], row.context["task"]): f"{row.value:.2f} (n={row.n})" for row in rows}
     return table("RULER", ["task", *models], [[task, *(at.get((m, task), "") for m in models)] for task in tasks])
+
+
+def speed(summary: Summary) -> str:
+    """Seconds of a step in turns within one run, and what is saved against `full`; S1 is judged for each length."""
+    seconds = {(r.context["length"], r.context["pattern"]): r.value for r in summary.timed("step_seconds")}
+    lines = []
+    for row in summary.timed("time_saved"):
+        length, pattern = row.context["length"], row.context["pattern"]
+        if pattern == "anchor":
+            summary.judge_saving(row)
+        ends = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
+        saved = "" if pattern == "full" else f"{row.value:.3f}{ends}"
+        lines.append([f"{length:,}", pattern, f"{seconds[length, pattern]:.3f}", saved, str(row.n)])
+    return table("Time of a step", ["row", "pattern", "seconds, median", "time saved (95 %)", "turns"], lines)

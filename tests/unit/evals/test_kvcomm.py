@@ -110,6 +110,20 @@ def test_rows_say_what_is_exact_and_what_is_not(rows: list[Result]) -> None:
     assert value(rows, "kvcomm_variation", layer=0, part="value", cause="content") == 0.0
 
 
+def test_variation_is_measured_behind_the_prefix_that_is_asked_for(folder: Path, capsys) -> None:
+    def run(prefix: int) -> list[Result]:
+        out = folder / f"variation_{prefix}"
+        options = ["variation.documents=2", "variation.tokens=16", f"variation.prefix={prefix}"]
+        assert command(folder, out, "tasks=[copy]", "copy.problems=1", "arms=[rotate]", *options) == 0
+        return [row for row in read_results(out / "results.jsonl") if row.metric == "kvcomm_variation"]
+
+    short, long = run(4), run(32)
+    assert {row.context["prefix"] for row in short} == {4} and {row.context["prefix"] for row in long} == {32}
+    assert [row.value for row in short] != [row.value for row in long]
+    assert command(folder, folder / "no", "variation.prefix=0") == 2
+    assert "variation.prefix=0 must be at least 1" in capsys.readouterr().err
+
+
 def test_reuse_and_accuracy_are_counted(rows: list[Result]) -> None:
     for by in ("calls", "tokens", "flops"):
         assert value(rows, "kvcomm_reuse", task="copy", arm="dense", kind="all", by=by) == 0.0
