@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import sys
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
@@ -47,6 +49,8 @@ def start(timeout_s: float = 1800.0) -> Ranks:
     if not torch_dist.is_initialized():
         import deepspeed
 
+        if not cuda and os.environ["RANK"] == "0":
+            _say_what_is_waited_for()
         timeout = datetime.timedelta(seconds=timeout_s)
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     return Ranks(torch_dist.get_rank(), torch_dist.get_world_size(), device)
@@ -89,6 +93,20 @@ def highest(value: float, device: torch.device) -> float:
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def _say_what_is_waited_for() -> None:
+    """A run killed while DeepSpeed builds its C++ extension leaves a lock that later ones wait for in silence."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted([*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")]):
+        print(
+            f"waiting while another process builds DeepSpeed's extension; if none does (a run was killed at it), "
+            f"remove {lock}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _free_port() -> int:
