@@ -61,7 +61,9 @@ def planned(arguments: Arguments) -> PlanConfig | None:
     taken = {name: getattr(run, name) for name in ("model", "pattern", "micro_rows", "tokens_per_step")}
     plan = dataclasses.replace(plan, **taken, parallel=run.parallel, memory=run.memory)
     if arguments.show:
-        print(plan)
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(OmegaConf.structured(plan)), end="")
         return None
     return plan
 

@@ -1,4 +1,4 @@
-"""The miniature's small version from the first command to the last; slow: two minutes and more on two quiet cores."""
+"""The miniature's small version from the first command to the last: some three minutes on two quiet cores."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "miniature"
 
 
-@pytest.mark.slow
 def test_the_chain_runs_and_shows_what_every_run_must_show(tmp_path: Path) -> None:
     out = tmp_path / "miniature"
     command, environment = ["bash", str(RECIPE / "run.sh")], os.environ | {"OUT": str(out), "SCALE": "ci"}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from anchorctx.cli.main import main
 from anchorctx.config import resolve
@@ -81,6 +82,13 @@ def test_experts_are_planned_without_tiles() -> None:
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     found = planner(model=ModelConfig(config=SMALL | experts), row_length=512, gpu_memory_gib=2.16)
     assert all(memory.mlp_tile == 0 for _, _, memory in searching._candidates(found))
+
+
+def test_a_recipes_plan_is_shown_as_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parents[3] / "recipes" / "llama3_8b_64k" / "recipe_train.yaml"
+    assert main(["plan", "--recipe", str(recipe), "gpus=4", "--show"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["gpus"] == 4 and shown["model"]["max_length"] == 65536 and shown["pattern"] == "anchor"
 
 
 def test_a_simulation_is_drawn_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
