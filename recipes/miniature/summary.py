@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from claims import CLAIMS
 from figures import claims_figure, reuse_figure, trained_figure
-from tables import depth, precision, reuse, ruler, shown, speed, table, training, variation
+from tables import by_length, depth, precision, reuse, ruler, shown, speed, table, training, variation
 from verdicts import Estimate, Rows
 
 from anchorctx.manifest import build_manifest, read_json, write_manifest
@@ -51,7 +51,7 @@ class Summary:
     def tables(self) -> Iterator[str]:
         """One after the other."""
         yield self._claims()
-        for make in (speed, training, depth, precision, reuse, variation, ruler):
+        for make in (speed, training, by_length, depth, precision, reuse, variation, ruler):
             yield make(self)
         yield self._time()
 

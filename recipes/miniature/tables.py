@@ -53,6 +53,22 @@ def training(summary: Summary) -> str:
     return table("Retrieval and short contexts", [*head, f"perplexity, documents cut at {SHORT}", "seeds"], lines)
 
 
+def by_length(summary: Summary) -> str:
+    """Retrieval at the lengths between, and perplexity by a token's position in its document."""
+    lines = []
+    for label in labels_of(summary.recipe, "eval"):
+        contexts = [row.context for row in summary.rows.all("perplexity_by_position") if row.context["model"] == label]
+        spans = sorted({(c["start"], c["stop"]) for c in contexts})
+        lengths = sorted({r.context["length"] for r in summary.rows.all("retrieval_accuracy")
+                          if r.context["model"] == label})  # fmt: skip
+        cells = [f"{n:,}: {shown(summary.mean('retrieval_accuracy', model=label, length=n))}" for n in lengths]
+        found = [summary.mean("perplexity_by_position", model=label, start=a, stop=b) for a, b in spans]
+        places = [f"{a:,} to {b:,}: {estimate.mean:.1f}" for (a, b), estimate in zip(spans, found, strict=True)]
+        if cells:
+            lines.append([label, "; ".join(cells), "; ".join(places)])
+    return table("Lengths between, and positions", ["model", "retrieval", "perplexity by position, mean"], lines)
+
+
 def depth(summary: Summary) -> str:
     """Needles at the row's length."""
     lines = []
@@ -133,6 +149,7 @@ def speed(summary: Summary) -> str:
         if pattern == "anchor":
             summary.judge_saving(row)
         ends = "" if row.low is None else f" ({row.low:.3f} to {row.high:.3f})"
-        saved = "" if pattern == "full" else f"{row.value:.3f}{ends}"
-        lines.append([f"{length:,}", pattern, f"{seconds[length, pattern]:.3f}", saved, str(row.n)])
-    return table("Time of a step", ["row", "pattern", "seconds, median", "time saved (95 %)", "turns"], lines)
+        saved, took = "" if pattern == "full" else f"{row.value:.3f}{ends}", seconds[length, pattern]
+        lines.append([f"{length:,}", pattern, f"{took:.3f}", f"{length / took:,.0f}", saved, str(row.n)])
+    head = ["row", "pattern", "seconds, median", "tokens/s", "time saved (95 %)", "turns"]
+    return table("Time of a step", head, lines)
