@@ -55,14 +55,14 @@ def training(summary: Summary) -> str:
 
 def by_length(summary: Summary) -> str:
     """Retrieval at the lengths between, and perplexity by a token's position in its document."""
-    lines = []
+    lines, rows = [], summary.rows
     for label in labels_of(summary.recipe, "eval"):
-        contexts = [row.context for row in summary.rows.all("perplexity_by_position") if row.context["model"] == label]
+        contexts = [row.context for row in rows.all("perplexity_by_position") if row.context["model"] == label]
         spans = sorted({(c["start"], c["stop"]) for c in contexts})
-        lengths = sorted({r.context["length"] for r in summary.rows.all("retrieval_accuracy")
+        lengths = sorted({r.context["length"] for r in rows.all("retrieval_accuracy")
                           if r.context["model"] == label})  # fmt: skip
-        cells = [f"{n:,}: {shown(summary.mean('retrieval_accuracy', model=label, length=n))}" for n in lengths]
-        found = [summary.mean("perplexity_by_position", model=label, start=a, stop=b) for a, b in spans]
+        cells = [f"{n:,}: {shown(rows.estimate('retrieval_accuracy', model=label, length=n))}" for n in lengths]
+        found = [rows.estimate("perplexity_by_position", model=label, start=a, stop=b) for a, b in spans]
         places = [f"{a:,} to {b:,}: {estimate.mean:.1f}" for (a, b), estimate in zip(spans, found, strict=True)]
         if cells:
             lines.append([label, "; ".join(cells), "; ".join(places)])
