@@ -40,15 +40,19 @@ def reuse_figure(rows: Sequence[Result], folder: Path) -> Path:
     """Divergence from dense by arm and model, on a logarithmic axis."""
     found = [row for row in rows if row.metric == "mean_kvcomm_kl"]
     arms, models = ([*dict.fromkeys(row.context[k] for row in found)] for k in ("arm", "model"))
-    figure, axes = new_figure(7, 0.42 * len(arms) + 1.6)
+    figure, axes = new_figure(7, 0.16 * len(arms) * len(models) + 1.6)
     for number, model in enumerate(models):
         for y, arm in enumerate(reversed(arms)):
             for row in (r for r in found if (r.context["arm"], r.context["model"]) == (arm, model)):
-                height = y + 0.18 * (len(models) // 2 - number)
-                style = {"color": SERIES[number], "marker": MARKERS[number], "linestyle": ""}
+                height = y + 0.8 / len(models) * (len(models) // 2 - number)
+                style = {
+                    "color": SERIES[number % len(SERIES)],
+                    "marker": MARKERS[number % len(MARKERS)],
+                    "linestyle": "",
+                }
                 axes.plot(max(row.value, 1e-7), height, label=model if y == 0 else None, **style)
                 seeds = np.maximum(row.context["values"], 1e-7)
-                axes.plot(seeds, np.full(len(seeds), height), color=SERIES[number], linewidth=1)
+                axes.plot(seeds, np.full(len(seeds), height), color=SERIES[number % len(SERIES)], linewidth=1)
     axes.set_yticks(range(len(arms)), arms[::-1])
     axes.set_xscale("log")
     axes.set(xlabel="KL from dense at the first token, nats (mean; the line spans the seeds)")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Both papers' claims in miniature: base models, continued training by pattern and numerics, evaluation, reuse of KV
-# caches; on two CPU cores with no network. About an hour; SCALE=ci takes a few minutes and shows that the chain works.
+# caches; on two CPU cores with no network. An hour and a half; SCALE=ci takes some three minutes: does the chain work?
 #
 #   bash recipes/miniature/run.sh
 #   SCALE=ci OUT=runs/elsewhere bash recipes/miniature/run.sh
