@@ -41,16 +41,18 @@ def reuse_figure(rows: Sequence[Result], folder: Path) -> Path:
     found = [row for row in rows if row.metric == "mean_kvcomm_kl"]
     arms, models = ([*dict.fromkeys(row.context[k] for row in found)] for k in ("arm", "model"))
     figure, axes = new_figure(7, 0.16 * len(arms) * len(models) + 1.6)
+    named: set[str] = set()
     for number, model in enumerate(models):
         for y, arm in enumerate(reversed(arms)):
             for row in (r for r in found if (r.context["arm"], r.context["model"]) == (arm, model)):
                 height = y + 0.8 / len(models) * (len(models) // 2 - number)
                 style = {
                     "color": SERIES[number % len(SERIES)],
-                    "marker": MARKERS[number % len(MARKERS)],
+                    "marker": MARKERS[(number + number // len(SERIES)) % len(MARKERS)],
                     "linestyle": "",
                 }
-                axes.plot(max(row.value, 1e-7), height, label=model if y == 0 else None, **style)
+                axes.plot(max(row.value, 1e-7), height, label=None if model in named else model, **style)
+                named.add(model)
                 seeds = np.maximum(row.context["values"], 1e-7)
                 axes.plot(seeds, np.full(len(seeds), height), color=SERIES[number % len(SERIES)], linewidth=1)
     axes.set_yticks(range(len(arms)), arms[::-1])
@@ -79,5 +81,5 @@ def claims_figure(rows: Sequence[Result], folder: Path) -> Path:
     axes.set_yticks(range(len(found)), [row.context["claim"] for row in reversed(found)])
     axes.set(xlabel="effect in the direction claimed, 95 % interval over seeds (units: HYPOTHESES.md)")
     axes.set_title("What was claimed beforehand, and what came out")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     return save(figure, folder / "claims.png")
