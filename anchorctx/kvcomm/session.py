@@ -225,6 +225,8 @@ class Request:
                 f"model reaches {session.decoder.reach}: shorten what it passes on"
             )
         self.state.contents[name] = message
+        known = self.state.distances  # of what it said before, where it speaks a second time
+        self.state.distances = {key: distance for key, distance in known.items() if key[0] != name}
         heard = any(name in inputs for inputs in session.topology.inputs.values())
         if session.arm.shares and heard:
             self.state.shared[name] = keep_message(scene, buffer, message, filled)

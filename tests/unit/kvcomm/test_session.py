@@ -152,6 +152,24 @@ def test_mean_offset_and_recomputed_glue_cut_the_pool_tenfold(make: Any) -> None
     assert 10 * kept["mean"] < kept["kvcomm"] and kept["bare"] < kept["kvcomm"]
 
 
+def test_distances_are_forgotten_when_an_agent_speaks_again(make: Any) -> None:
+    """They belong to what it said first; the new message is a stored exemplar's own, at distance 0."""
+    pool = PoolConfig(min_exemplars=2, max_exemplars=2)
+    session = make(KvcommUngated(pool))
+    messages = [(60, 61, 62, 63), (70, 71, 72, 73), (80, 81, 82, 83)]
+    for message in messages[:2]:
+        request = session.start(TEXTS)
+        request.run("a", answer=message)
+        request.run("b", answer=(5,))
+    request = session.start(TEXTS)
+    request.run("a", answer=messages[2])
+    request.run("b", answer=(5,))
+    assert request.state.distances["a", 0] > 0
+    request.run("a", answer=messages[0])
+    request.run("b", answer=(5,))
+    assert request.state.distances["a", 0] == 0.0 and request.state.distances["a", 1] > 0
+
+
 def test_ungated_shares_once_there_are_enough(make: Any) -> None:
     session = make(KvcommUngated(PoolConfig(min_exemplars=2)))
     shared = [session.ask(texts)["a"].reused[0] for texts in (TEXTS, OTHER, TEXTS)]
