@@ -158,6 +158,7 @@ def evaluate_reuse(config: KvcommConfig) -> Outcome:
 
     Several models run one after another, on the same problems where their tokenizers are the same.
     """
+    check_run(config)
     arms = arm_makers(config)
     disable_progress_bar()  # ours are enough
     settings = _model_settings(config)
@@ -179,6 +180,14 @@ def evaluate_reuse(config: KvcommConfig) -> Outcome:
             append_results(Path(config.out_dir) / FILE, stamped)
             found.extend(stamped)
     return Outcome(found, judge(found, config.gate))
+
+
+def check_run(config: KvcommConfig) -> None:
+    """UserError for settings with which nothing could be run."""
+    if not config.tasks:
+        raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
+    if config.seed < 0:
+        raise UserError(f"seed={config.seed} must be at least 0")
 
 
 class Bench:

@@ -72,6 +72,8 @@ class Trial:
         self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
         for problem in team.problems:
             self._dense.check(problem.texts)
+        for session in (self._dense, *self._compared.values(), *self._free.values()):  # nothing is run before the check
+            session.prepare()
         self.records = {n: Record(n, team.kind, s.arm.by_construction) for n, s in self._compared.items()}
         self._rng = np.random.default_rng([lab.seed, *team.kind.encode()])
         self._orders: dict[tuple[str, ...], Frame] = {}
@@ -94,7 +96,7 @@ class Trial:
 
     def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
         lab, team = self._lab, self.team
-        session = Session(
+        return Session(
             lab.model,
             lab.tokenizer,
             team.agents,
@@ -103,8 +105,6 @@ class Trial:
             decision=decision,
             decoder=lab.decoder,
         )
-        session.prepare()
-        return session
 
     def _compare(
         self,
@@ -120,6 +120,11 @@ class Trial:
         request = session.start(problem.texts)
         turns: dict[str, Turn] = {}
         for agent, model in dense.items():
+            if other is not None and agent == self.team.decision:
+                # Before the agent reads in its own order, which an arm that learns would answer from; in a fork, so
+                # that nothing is worked out here that the turn's time has to have in it.
+                turn = request.fork().run(agent, answer=other, frame=shuffled, keep=False)
+                record.judged[True].append(_says(turn, other))
             # What is passed on is whole, even where only its beginning is compared.
             turns[agent] = request.run(agent, answer=model.ids[: self._lab.compare_tokens], message=model.message)
         record.closeness.append([])
@@ -127,9 +132,6 @@ class Trial:
             self._note(record, turn, (truth or turns)[agent], final=agent == self.team.decision)
         record.ttft.append({agent: turn.ttft for agent, turn in turns.items()})
         record.kept_bytes = max(record.kept_bytes, session.arm.nbytes)
-        if other is not None and self.team.decision is not None:
-            turn = request.run(self.team.decision, answer=other, frame=shuffled, keep=False)
-            record.judged[True].append(_says(turn, other))
         return turns
 
     def _note(self, record: Record, turn: Turn, true: Turn, *, final: bool) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from anchorctx.errors import UserError
 
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,11 @@ class Template:
             fixed += text[end : found.start()]
             end = found.end()
             name = found.group(1)
+            if name is None and len(found.group()) == 1:
+                raise UserError(
+                    f"the template {text[:60]!r} has a {found.group()!r} without its other half: close the "
+                    "placeholder, or write {{ and }} for single braces"
+                )
             if name is None:
                 fixed += found.group()[0]
                 continue
@@ -94,6 +99,13 @@ class Agent:
     """Ends the answer once it holds for the text so far; None ends at the end-of-sequence token or the length alone."""
     checkpoint: str | None = None
     """The checkpoint that it runs, where agents come from elsewhere: all must be the same. None takes the session's."""
+    message_tokens: int | None = None
+    """Longest message that `speak` makes, in tokens; None is max_new_tokens."""
+
+    @property
+    def longest_message(self) -> int:
+        """In tokens."""
+        return self.max_new_tokens if self.message_tokens is None else self.message_tokens
 
 
 def check_agents(agents: Sequence[Agent]) -> None:

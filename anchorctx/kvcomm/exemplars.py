@@ -51,8 +51,10 @@ class PoolConfig:
     def __post_init__(self) -> None:
         limits = {"gamma": 0.0, "temperature": 1e-9, "min_exemplars": 1, "max_exemplars": 1, "window": 1}
         for name, least in limits.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # nan is not
                 raise UserError(f"kvcomm {name}={getattr(self, name)} must be at least {least:g}")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise UserError(f"kvcomm max_bytes={self.max_bytes} must be at least 1; null is no limit")
         if self.min_exemplars > self.max_exemplars:
             raise UserError(
                 f"kvcomm min_exemplars={self.min_exemplars} must not exceed max_exemplars={self.max_exemplars}: "
@@ -126,11 +128,13 @@ class Pool:
         ids: torch.Tensor,
         embed: Callable[[torch.Tensor], torch.Tensor],
         known: dict[tuple[str, int], float] | None = None,
+        count: bool = True,
     ) -> Match | None:
         """Equation 5 for a content `ids` (T,): what to share it from, or None to compute and store it.
 
         `known` has this request's distances, by placeholder and the exemplar's request; it is added to. Every reader of
-        a content asks for the same ones, and measuring them takes as long as a pass over the offsets.
+        a content asks for the same ones, and measuring them takes as long as a pass over the offsets. `count` the use
+        of the nearest exemplar, by which the pool chooses what to drop.
         """
         length = len(ids)
         found = [e for e in self._held.get(name, ()) if reader in e.offsets and len(e.ids) >= length]
@@ -147,7 +151,7 @@ class Pool:
         entropy = -sum(w * math.log(w) for w in weights if w)
         if self.config.gamma < 1 and entropy > self.config.gamma * math.log(len(found)):
             return None
-        found[weights.index(max(weights))].uses += 1
+        found[weights.index(max(weights))].uses += count
         kept = [(e.offsets[reader], w) for e, w in zip(found, weights, strict=True) if w > NEGLIGIBLE]
         return Match(tuple(offset for offset, _ in kept), tuple(w for _, w in kept))
 
@@ -155,6 +159,9 @@ class Pool:
         """Keep what a reader observed of a request's content; makes room first, so that the bound always holds."""
         held = self._held.setdefault(name, [])
         exemplar = next((e for e in held if e.request == request), None)
+        if exemplar is not None and not torch.equal(exemplar.ids, ids):  # said again, in other words
+            held.remove(exemplar)
+            exemplar = None
         if exemplar is None:
             while len(held) >= self.config.max_exemplars:
                 held.remove(_victim(held[: self.config.window]))

@@ -64,8 +64,8 @@ class Kvcomm(Arm):
     def _match(self, scene: Scene, segment: Segment) -> Match | None:
         assert segment.name is not None
         ids = scene.decoder.tensor(segment.ids)[0]
-        known = scene.request.distances
-        return self.pool.match(segment.name, reader(scene, segment), ids, scene.decoder.embeddings, known)
+        state, embed = scene.request, scene.decoder.embeddings
+        return self.pool.match(segment.name, reader(scene, segment), ids, embed, state.distances, scene.keep)
 
     def _approximated(self, scene: Scene, segment: Segment, match: Match) -> list[Placement]:
         """Equations 6 and 7."""

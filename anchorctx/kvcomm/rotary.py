@@ -90,7 +90,13 @@ class Rope:
     @torch.no_grad()
     def _compute(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         positions = torch.arange(length, device=self._device)[None]
-        cos, sin = self._module(torch.empty(0, dtype=self.dtype, device=self._device), positions)
+        found = self._module(torch.empty(0, dtype=self.dtype, device=self._device), positions)
+        if not isinstance(found, tuple):
+            raise UserError(
+                f"{type(self._module).__name__} gives a {type(found).__name__}, not cosines and sines, so keys "
+                "cannot be moved by it: use a model like Llama, Qwen or Mistral"
+            )
+        cos, sin = found
         with torch.inference_mode(False):
             return cos[0].to(self.dtype, copy=True), sin[0].to(self.dtype, copy=True)
 

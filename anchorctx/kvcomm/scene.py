@@ -53,6 +53,12 @@ class RequestState:
     distances: dict[tuple[str, int], float] = field(default_factory=dict)
     """KVCOMM: from its contents to exemplars, by placeholder and the exemplar's request."""
 
+    def fork(self) -> RequestState:
+        """The same knowledge, which goes its own way from here."""
+        return RequestState(
+            self.number, dict(self.contents), dict(self.shared), dict(self.anchored), dict(self.distances)
+        )
+
 
 class Prefixes:
     """What a session encodes once, before any request: base KV of each agent's glue, and the anchor's KV."""
@@ -109,6 +115,8 @@ class Scene:
     frame: Frame
     request: RequestState
     prefixes: Prefixes
+    keep: bool = True
+    """May the arm learn from this turn?"""
     tally: Tally = field(default_factory=Tally)
 
     def glue(self, segment: Segment) -> Shared:

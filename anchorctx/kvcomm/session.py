@@ -133,7 +133,7 @@ class Session:
     def check(self, texts: Mapping[str, str | Sequence[int]]) -> None:
         """UserError where a request's prompts could grow past the model's length: every answer as long as it may be."""
         contents = dict(self.start(texts).state.contents)
-        contents |= {name: (0,) * agent.max_new_tokens for name, agent in self.agents.items()}
+        contents |= {name: (0,) * agent.longest_message for name, agent in self.agents.items()}
         for name, frame in self.frames.items():
             self.check_length(name, frame.prompt(contents).length, self.agents[name].max_new_tokens)
 
@@ -178,12 +178,12 @@ class Request:
             answer: tokens that it is made to say, so that arms can be compared on the same words; None lets it speak.
             message: tokens that it is made to pass on; None passes on what it says.
             frame: another order of its placeholders.
-            keep: keep the message for others, and let the arm learn.
+            keep: keep the message for others, and let the arm learn; False leaves no trace in the arm.
         """
         session = self.session
         agent, decoder = session.agents[name], session.decoder
         prompt = self._prompt(name, frame, agent.max_new_tokens if answer is None else len(answer))
-        scene = Scene(decoder, prompt, frame or session.frames[name], self.state, session.prefixes)
+        scene = Scene(decoder, prompt, frame or session.frames[name], self.state, session.prefixes, keep)
         arm, room = session.arm_of(name), agent.max_new_tokens if answer is None else len(answer)
         found = prefill(scene, arm, room)
         confidence = float(found.logits.float().softmax(-1).max())
@@ -204,6 +204,12 @@ class Request:
             self._keep(scene, found.buffer, message, filled if message[: len(ids)] == ids else 0)
         seconds = found.seconds | {"upkeep": now(decoder.device) - began}
         return _turn(session, scene, found, seconds, said, ids, message, logits)
+
+    def fork(self) -> Request:
+        """The request as it stands, to try something on: what is worked out there is not known here."""
+        other = Request(self.session, self.state.fork())
+        other.answers = dict(self.answers)
+        return other
 
     def _prompt(self, name: str, frame: Frame | None, room: int) -> Prompt:
         missing = [other for other in self.session.topology.inputs[name] if other not in self.answers]

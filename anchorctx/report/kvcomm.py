@@ -56,7 +56,7 @@ def draw_reuse(rows: Sequence[Result], folder: Path) -> list[Path]:
         stem = "kvcomm_" + (re.sub(r"[^\w.-]+", "_", model) + "_" if len(models) > 1 else "")
         tasks = _distinct(own, "task")
         drawn += [reuse_figure(own, task, folder / f"{stem}{task}.png") for task in tasks]
-        split = [task for task in tasks if find(own, "kvcomm_kv_error", task=task)]
+        split = [t for t in tasks if any(find(own, "kvcomm_kv_error", task=t, arm=arm) for arm in ERROR_ARMS)]
         drawn += [error_figure(own, task, folder / f"{stem}{task}_cache.png") for task in split[:1]]
     return drawn
 

@@ -91,16 +91,24 @@ def _named(topology: str, names: list[str]) -> Topology:
     return TOPOLOGIES[topology](names)
 
 
-def read_rows(path: str | None, dataset: str, split: str, fields: Sequence[str], count: int) -> list[dict[str, Any]]:
+def read_rows(
+    path: str | None, dataset: str, split: str, fields: Mapping[str, type | tuple[type, ...]], count: int
+) -> list[dict[str, Any]]:
     """`count` rows (0 for all) of a local JSON-lines file, or of a dataset on the hub (`name` or `name:configuration`).
 
-    UserError for a missing file, a line that is not an object with `fields`, or a hub that cannot be reached.
+    UserError for a missing file, a line that is not an object with `fields` of these types, or a hub that cannot be
+    reached.
     """
     rows = []
+    if count < 0:
+        raise UserError(f"problems={count} must be at least 1, or 0 for all")
     for where, row in _local(Path(path)) if path is not None else _hub(dataset, split):
         missing = [name for name in fields if name not in row]
         if missing:
             raise UserError(f"{where} has no field {missing[0]!r}: each row needs {', '.join(fields)}")
+        wrong = [name for name, kind in fields.items() if not isinstance(row[name], kind)]
+        if wrong:
+            raise UserError(f"{where} has {row[wrong[0]]!r} as {wrong[0]!r}, which is of another type: correct the row")
         rows.append(row)
         if len(rows) == count:
             break
@@ -112,14 +120,14 @@ def read_rows(path: str | None, dataset: str, split: str, fields: Sequence[str],
 def _local(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise UserError(f"{path} is no file: give a JSON-lines file of problems, or null for the hub's")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
             except ValueError as error:
-                raise UserError(f"{path}:{number} is not JSON ({error}): correct or delete the line") from None
+                raise UserError(f"{path}:{number} is not JSON in UTF-8 ({error}): correct or delete the line") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number} is not a JSON object: correct or delete the line")
             yield f"{path}:{number}", row

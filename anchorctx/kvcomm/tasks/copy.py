@@ -40,6 +40,8 @@ class CopyTask:
         for field in ("problems", "question", "prefix", "output"):
             if getattr(config, field) < 1:
                 raise UserError(f"copy.{field}={getattr(config, field)} must be at least 1")
+        if agents < 1:
+            raise UserError(f"copy with agents={agents} has nobody to speak: give at least 1")
         if topology not in TOPOLOGIES:
             raise UserError(f"unknown topology {topology!r}: choose {', '.join(TOPOLOGIES)}")
         self.config, self._vocabulary, self._seed = config, vocabulary, seed

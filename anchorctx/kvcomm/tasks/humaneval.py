@@ -51,7 +51,7 @@ class HumanEval:
     def teams(self) -> Sequence[Team]:
         """One."""
         config = self.config
-        rows = read_rows(config.path, config.dataset, config.split, FIELDS, config.problems)
+        rows = read_rows(config.path, config.dataset, config.split, dict.fromkeys(FIELDS, str), config.problems)
         problems = tuple(
             Problem({"question": row["prompt"]}, CodeProblem(*(str(row[name]) for name in FIELDS))) for row in rows
         )

@@ -22,7 +22,8 @@ EXPERTS = (
     "You are a teacher. Explain what the question tests, then give the letter of the right choice.",
 )
 LETTERS = "ABCD"
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?(?!\d|\.\d|[/^]|e[+-]?\d)")
+"""Whole: not the 3 of 3/4 or the 1 of 1e3."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +53,11 @@ class Gsm8k:
     def teams(self) -> Sequence[Team]:
         """One."""
         rows = read_rows(
-            self.config.path, self.config.dataset, self.config.split, ("question", "answer"), self.config.problems
+            self.config.path,
+            self.config.dataset,
+            self.config.split,
+            {"question": str, "answer": str},
+            self.config.problems,
         )
         problems = tuple(Problem({"question": row["question"]}, _reference(row["answer"])) for row in rows)
         last = "You decide. Read the other agents' solutions, then write #### and the right number."
@@ -81,12 +86,14 @@ class Mmlu:
             self.config.path,
             self.config.dataset,
             self.config.split,
-            ("question", "choices", "answer"),
+            {"question": str, "choices": list, "answer": (int, str)},
             self.config.problems,
         )
         problems = []
         for row in rows:
-            choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
+            if len(row["choices"]) != len(LETTERS):
+                raise UserError(f"an MMLU question has {len(row['choices'])} choices, where there are four: correct it")
+            choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
             answer = row["answer"]
             expected = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < 4 else str(answer).strip().upper()
             if expected not in tuple(LETTERS):
@@ -120,9 +127,12 @@ def number_of(text: str) -> Decimal | None:
 
 
 def letter_of(text: str) -> str | None:
-    """The letter that a reply begins with (`B`, `(B)`, `B. ...`), or ends with after `answer is`; None otherwise."""
+    """The letter that a reply is or begins with (`B`, `(B)`, `B. ...`), or ends with after `answer is`; else None.
+
+    A letter and a space are a word: `A reasonable answer is B` says B.
+    """
     text = text.strip()
-    found = re.match(r"\(?([A-D])(?![A-Za-z0-9'])", text) or re.search(r"answer is:?\s*\(?([A-D])\)?\.?$", text)
+    found = re.search(r"answer is:?\s*\(?([A-D])\)?\.?$", text) or re.match(r"\(?([A-D])(?:\)|[.:,;]|\n|$)", text)
     return found.group(1) if found else None
 
 

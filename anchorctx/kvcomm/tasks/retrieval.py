@@ -85,6 +85,8 @@ class RetrievalTask:
         least = {"problems": 1, "document_tokens": 1, "facts": 0, "prefix": 0}
         for name in (name for name, bound in least.items() if getattr(config, name) < bound):
             raise UserError(f"retrieval.{name}={getattr(config, name)} must be at least {least[name]}")
+        if not 0 <= config.confidence <= 1:
+            raise UserError(f"retrieval.confidence={config.confidence} is a probability: give 0 to 1")
         used = config.facts * (agents - 1) + 2
         if used > len(vocabulary.keys):
             raise UserError(
@@ -144,7 +146,8 @@ class RetrievalTask:
         )
         # An overriding reader must not be asked after it heard the other value: it reads its own document alone.
         ask = "\n{question}" if kind == "override" and last else ask
-        return Agent(name, self._prefixed(f"{role}{{document_{number + 1}}}{ask}", number), 1, speak)
+        template = self._prefixed(f"{role}{{document_{number + 1}}}{ask}", number)
+        return Agent(name, template, 1, speak, message_tokens=2 * times)  # a key and its value
 
     def _prefixed(self, prompt: str, number: int) -> Template:
         """The prompt of agent `number` behind a text of its own, the same in every kind and problem."""

@@ -22,6 +22,7 @@ from anchorctx.evals.kvcomm_measures import (
 )
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
+from anchorctx.kvcomm.offsets import Kvcomm
 from anchorctx.report.kvcomm import find
 from anchorctx.results import Result, read_results
 from anchorctx.testing.tiny import text_model
@@ -108,6 +109,35 @@ def test_rows_say_what_is_exact_and_what_is_not(rows: list[Result]) -> None:
     assert value(rows, "kvcomm_kv_error", arm="naive", layer=0, **rotate) > 0.1
     assert value(rows, "kvcomm_kv_error", arm="rotate", layer=1, **rotate) > 1e-3
     assert value(rows, "kvcomm_variation", layer=0, part="value", cause="content") == 0.0
+
+
+def test_the_other_order_is_not_answered_from_the_same_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the decision agent reads in another order, no exemplar has this request's offsets for it yet."""
+    asked = []
+
+    def place(self: Kvcomm, scene: Any) -> Any:
+        if not scene.keep:
+            mine = [e for e in self.pool if e.request == scene.request.number]
+            asked.append([agent for e in mine for agent, _ in e.offsets if agent == scene.prompt.agent])
+        return original(self, scene)
+
+    original = Kvcomm.place
+    monkeypatch.setattr(Kvcomm, "place", place)
+    assert command(folder, folder / "order", "tasks=[retrieval]", "arms=[kvcomm]") == 0
+    assert len(asked) == 12 and not any(asked)  # three problems of four kinds
+
+
+def test_settings_with_which_nothing_runs_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mistakes = {
+        "tasks=[]": "tasks=[] leaves nothing to run",
+        "seed=-1": "seed=-1 must be at least 0",
+        "settings.max_bytes=-1": "max_bytes=-1 must be at least 1",
+        "copy={prefix: 30000, question: 10, output: 2, problems: 1}": "but the model reaches 1024",
+    }
+    for mistake, sentence in mistakes.items():
+        assert command(folder, folder / "never", mistake) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (folder / "never").exists()
 
 
 def test_variation_is_measured_behind_the_prefix_that_is_asked_for(folder: Path, capsys) -> None:

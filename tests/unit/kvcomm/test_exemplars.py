@@ -111,6 +111,20 @@ def test_the_least_used_of_the_oldest_goes_first_and_the_bound_holds_all_along()
     assert requests(found) == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("setting", [{"max_bytes": 0}, {"max_bytes": -1}, {"gamma": math.nan}, {"temperature": 0.0}])
+def test_bounds_that_are_none_are_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(setting))):
+        PoolConfig(**setting)  # type: ignore[arg-type]
+
+
+def test_a_content_said_again_replaces_its_exemplar() -> None:
+    found = pool(gamma=1.0)
+    add(found, 0, [1, 2, 3])
+    add(found, 0, [4, 5])
+    (exemplar,) = found.held("x")
+    assert exemplar.ids.tolist() == [4, 5] and exemplar.offsets[READER].text.length == 2
+
+
 def test_several_readers_share_an_exemplar() -> None:
     found = pool()
     add(found, 0, [1, 2])

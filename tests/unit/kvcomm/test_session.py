@@ -8,7 +8,7 @@ import torch
 from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from anchorctx.errors import UserError
-from anchorctx.kvcomm import Agent, Session
+from anchorctx.kvcomm import Agent, Session, grouped
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.exemplars import PoolConfig
 from anchorctx.kvcomm.offsets import Kvcomm, KvcommUngated, MeanOffset
@@ -192,7 +192,36 @@ def test_bad_requests_are_refused(make: Any) -> None:
         make("dense", [Agent("a", "{doc}", 4, lambda *_: "w9 " * 600)]).ask({"doc": [5]})
 
 
+def test_a_fork_leaves_the_request_and_the_arm_as_they_are(make: Any) -> None:
+    session = make(KvcommUngated(PoolConfig(min_exemplars=1)))
+    session.ask(TEXTS)
+    request = session.start(OTHER)
+    request.run("a")
+    known = {name: dict(getattr(request.state, name)) for name in ("contents", "shared", "distances")}
+    uses = [exemplar.uses for exemplar in session.arm.pool]
+    request.fork().run("b", keep=False)
+    assert {name: getattr(request.state, name) for name in known} == known
+    assert [exemplar.uses for exemplar in session.arm.pool] == uses
+    request.run("b")
+    assert sum(exemplar.uses for exemplar in session.arm.pool) > sum(uses)
+
+
+def test_long_messages_count_before_anything_is_run(make: Any) -> None:
+    def speak(answer: Any, texts: Any) -> str:
+        return "w60 w61 w62 w63 w64 w65"
+
+    reach = make().decoder.reach
+    agents = [Agent("a", "{q}", 1, speak, message_tokens=6), Agent("b", "{a}", 1)]
+    make(agents=agents).check({"q": (5,) * 8})
+    long = [Agent("a", "{q}", 1, speak, message_tokens=reach), Agent("b", "{a}", 1)]
+    with pytest.raises(UserError, match="agent 'b' has a prompt of"):
+        make(agents=long).check({"q": (5,) * 8})
+
+
 def test_bad_sessions_are_refused(make: Any) -> None:
+    for template in ("say {question", "say question}"):
+        with pytest.raises(UserError, match="without its other half"):
+            make(agents=[Agent("a", template, 1)])
     with pytest.raises(UserError, match="unknown arm 'fast': choose dense"):
         make("fast")
     with pytest.raises(UserError, match="unknown topology 'ring': choose chain"):
@@ -232,10 +261,36 @@ def test_a_model_without_rope_or_with_another_rotation_is_refused() -> None:
         Decoder(GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=2, n_positions=64)))
     small: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     pairs = HeliumConfig(**small, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
-    with pytest.raises(UserError, match="rotates its keys in another way than halves"):
+    with pytest.raises(UserError, match="rotates the keys of layer 0 in another way than halves"):
         Decoder(HeliumForCausalLM(pairs))
+    from transformers import Gemma2Config, Gemma2ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    deep: dict[str, Any] = {**small, **special, "num_hidden_layers": 4, "num_attention_heads": 2}
+    with pytest.raises(UserError, match="SmolLM3ForCausalLM rotates the keys of layer 3 .* or not at all"):
+        Decoder(SmolLM3ForCausalLM(SmolLM3Config(**deep, num_key_value_heads=2)))
+    with pytest.raises(UserError, match="Gemma2ForCausalLM cannot be run on a plain cache"):
+        Decoder(Gemma2ForCausalLM(Gemma2Config(**deep, num_key_value_heads=2, head_dim=16, sliding_window=None)))
     # A quarter of each head rotated: supported as it is.
     Decoder(GPTNeoXForCausalLM(GPTNeoXConfig(**small, num_attention_heads=2, max_position_embeddings=64)))
+
+
+def test_the_mask_is_for_the_attention_that_the_model_has_now(model: PreTrainedModel) -> None:
+    """Scattered tokens behind a filled cache, after the implementation was changed under the decoder."""
+    before, found = model.config._attn_implementation, []
+    slots, ids = torch.tensor([2, 5, 7]), torch.arange(8)[None]
+    try:
+        model.set_attn_implementation(grouped.register())
+        decoder = Decoder(model)
+        for name in (grouped.NAME, "sdpa", "eager"):
+            model.set_attn_implementation(name)
+            buffer = decoder.buffer(8)
+            decoder.forward(ids, buffer, range(8))
+            found.append(decoder.forward(ids[:, slots], buffer, slots))
+    finally:
+        model.set_attn_implementation(before)
+    for logits_ in found[1:]:
+        torch.testing.assert_close(logits_, found[0])
 
 
 def test_attention_that_takes_no_mask_is_refused() -> None:

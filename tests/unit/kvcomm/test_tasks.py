@@ -146,6 +146,10 @@ def test_copy_has_the_lengths_that_were_asked_for() -> None:
         ("#### none, 7 before", None),
         ("no number", None),
         ("180", "180"),
+        ("#### 3/4", None),
+        ("#### 1e3", None),
+        ("#### 42.", "42"),
+        ("so 10-3", "3"),
     ],
 )
 def test_numbers_are_read(text: str, number: str | None) -> None:
@@ -162,6 +166,9 @@ def test_numbers_are_read(text: str, number: str | None) -> None:
         ("A's are rare", None),
         ("Because", None),
         ("Either A or B", None),
+        ("A reasonable answer is B", "B"),
+        ("A reasonable person waits", None),
+        ("C: the third", "C"),
         ("", None),
     ],
 )
@@ -193,18 +200,32 @@ def test_gsm8k_and_mmlu_read_local_files(tmp_path: Path) -> None:
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none.jsonl is no file"):
-        read_rows(str(tmp_path / "none.jsonl"), "", "test", ("a",), 0)
+        read_rows(str(tmp_path / "none.jsonl"), "", "test", {"a": int}, 0)
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{\n')
     with pytest.raises(UserError, match="bad.jsonl:2 is not JSON"):
-        read_rows(str(tmp_path / "bad.jsonl"), "", "test", ("a",), 0)
+        read_rows(str(tmp_path / "bad.jsonl"), "", "test", {"a": int}, 0)
     with pytest.raises(UserError, match="bad.jsonl:1 has no field 'b'"):
-        read_rows(str(tmp_path / "bad.jsonl"), "", "test", ("b",), 0)
+        read_rows(str(tmp_path / "bad.jsonl"), "", "test", {"b": int}, 0)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl has no problems"):
-        read_rows(str(tmp_path / "empty.jsonl"), "", "test", ("b",), 0)
+        read_rows(str(tmp_path / "empty.jsonl"), "", "test", {"b": int}, 0)
     path = jsonl(tmp_path / "g.jsonl", [{"question": "q", "answer": "18"}])
     with pytest.raises(UserError, match="must end with '#### number'"):
         Gsm8k(QuestionTaskConfig(path=path), 3, "full").teams()
+    with pytest.raises(UserError, match=r"bad.jsonl:1 has 1 as 'a', which is of another type"):
+        read_rows(str(tmp_path / "bad.jsonl"), "", "test", {"a": str}, 0)
+    with pytest.raises(UserError, match="problems=-1 must be at least 1, or 0"):
+        read_rows(str(tmp_path / "bad.jsonl"), "", "test", {"a": int}, -1)
+    (tmp_path / "latin.jsonl").write_bytes('{"a": "é"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match="latin.jsonl:1 is not JSON in UTF-8"):
+        read_rows(str(tmp_path / "latin.jsonl"), "", "test", {"a": str}, 0)
+    path = jsonl(tmp_path / "m.jsonl", [{"question": "q", "choices": ["w", "x"], "answer": 3}])
+    with pytest.raises(UserError, match="has 2 choices, where there are four"):
+        Mmlu(QuestionTaskConfig(path=path), 2, "chain").teams()
+    with pytest.raises(UserError, match="copy with agents=0 has nobody"):
+        CopyTask(CopyTaskConfig(), 0, "full", 96, 0)
+    with pytest.raises(UserError, match="confidence=5 is a probability"):
+        retrieval(confidence=5)
     with pytest.raises(UserError, match="agents=1 must be at least 2"):
         panel(1, "full", "", "", roles=("r",), tokens=1, final_tokens=1)
     with pytest.raises(UserError, match="agents=2 has too few readers"):
