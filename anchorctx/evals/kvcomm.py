@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -293,7 +294,14 @@ def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tup
 def _variation(lab: Lab, lines: list[tuple[int, ...]], config: VariationConfig) -> list[Result]:
     """How a held-out document's KV varies with what stands before it, and with its distance from that."""
     stream, longest = np.array([token for line in lines for token in line]), max(config.tokens, config.prefix)
-    if len(stream) < 4 * longest or lab.decoder.reach < config.tokens + 2 * config.prefix + 1:
+    needed = config.tokens + 2 * config.prefix + 1
+    if len(stream) < 4 * longest or lab.decoder.reach < needed:
+        print(
+            f"kvcomm_variation is left out: variation.tokens={config.tokens} behind variation.prefix={config.prefix} "
+            f"needs {needed:,} tokens of the model, which reaches {lab.decoder.reach:,}, and {4 * longest:,} of text, "
+            f"of which there are {len(stream):,}: lower them",
+            file=sys.stderr,
+        )
         return []
     starts = np.random.default_rng([lab.seed, 1]).integers(0, len(stream) - longest, size=(config.documents, 3))
     bos = lab.tokenizer.bos_token_id if lab.tokenizer.bos_token_id is not None else lab.tokenizer.eos_token_id

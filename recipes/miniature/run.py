@@ -92,8 +92,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", help="only stages whose name begins so, and what they need")
     parser.add_argument("--list", action="store_true", help="print the stages and their commands, run nothing")
     options = parser.parse_args(arguments)
+    if not options.recipe.is_file():
+        parser.error(f"{options.recipe} is no file: give recipe.yaml, recipe_ci.yaml or one like them")
     todo = stages(yaml.safe_load(options.recipe.read_text()), options.out)
     if options.only:
+        unknown = [prefix for prefix in options.only if not wanted(todo, (prefix,))]
+        if unknown:
+            parser.error(f"--only {unknown[0]} begins no stage's name: --list prints them")
         todo = wanted(todo, tuple(options.only))
     if options.list:
         print("\n\n".join(f"# {stage.name}, {stage.budget} s\n{stage.script()}" for stage in todo))

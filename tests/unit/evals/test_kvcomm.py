@@ -150,6 +150,10 @@ def test_variation_is_measured_behind_the_prefix_that_is_asked_for(folder: Path,
     short, long = run(4), run(32)
     assert {row.context["prefix"] for row in short} == {4} and {row.context["prefix"] for row in long} == {32}
     assert [row.value for row in short] != [row.value for row in long]
+    assert (
+        command(folder, folder / "far", "tasks=[copy]", "copy.problems=1", "arms=[rotate]", "variation.prefix=600") == 0
+    )
+    assert "needs 1,457 tokens of the model, which reaches 1,024" in capsys.readouterr().err
     assert command(folder, folder / "no", "variation.prefix=0") == 2
     assert "variation.prefix=0 must be at least 1" in capsys.readouterr().err
 

@@ -206,6 +206,19 @@ def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Pat
         run.Runner(broken, tmp_path, 1).run()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["none.yaml", "out"], "none.yaml is no file"),
+        ([str(MINIATURE / "recipe_ci.yaml"), "out", "--only", "trian"], "--only trian begins no stage's name"),
+    ],
+)
+def test_mistakes_at_the_runner_are_said(module, capsys, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module("run").main(arguments)
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
 def check(tmp_path: Path, *figures: dict) -> subprocess.CompletedProcess[str]:
     """Run check_recipe.py over two rows."""
     expected, results = tmp_path / "expected.json", tmp_path / "results.jsonl"
