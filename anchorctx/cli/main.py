@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import os
 import sys
 import time
 from dataclasses import dataclass
+from typing import NoReturn
 
 from anchorctx.errors import InterruptedRun, UserError
 
@@ -68,6 +70,25 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     return _guarded(argv[0], argv[1:])
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code; one that trained, without taking the interpreter apart.
+
+    DeepSpeed's engine lives, and gloo's threads with it, to the very end. A thread that lets go of a collective's
+    tensor while the interpreter ends aborts the process, and torchrun calls a finished run failed.
+    """
+    if "deepspeed" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def entry() -> NoReturn:
+    """The `anchorctx` command."""
+    leave(main())
 
 
 def _guarded(command: str, argv: list[str]) -> int:
@@ -135,4 +156,4 @@ def _rank() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments, leave, main
 from anchorctx.evals.live import LiveConfig, LiveEvals
 from anchorctx.train.config import TrainConfig
 
@@ -34,4 +34,4 @@ def run(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    leave(main(["train", *sys.argv[1:]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -39,3 +40,10 @@ def test_a_process_that_raises_ends_the_job_with_its_error(launcher: Launcher) -
 def test_processes_that_do_not_notice_are_ended_after_the_grace(launcher: Launcher) -> None:
     """Slow: torchrun gives them 30 s, whatever its --shutdown-timeout, which is for a job that is told to end."""
     assert 29 < seconds_until_the_end(launcher, "stuck", "--shutdown-timeout", "2") < 75
+
+
+def test_a_finished_process_does_not_abort_at_its_end() -> None:
+    """With `sys.exit` in place of `leave`, gloo's thread ends this process with SIGABRT."""
+    command = [sys.executable, str(Path(__file__).with_name("leaving.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
