@@ -104,6 +104,10 @@ class FactRows:
     text: np.ndarray
     """(B, T) bool: tokens of the text that the facts were planted in."""
 
+    def without_bos(self) -> FactRows:
+        """The same rows from their second token on, (B, T - 1)."""
+        return FactRows(self.ids[:, 1:], self.answers[:, 1:], self.text[:, 1:])
+
 
 def fact_rows(
     rng: np.random.Generator,

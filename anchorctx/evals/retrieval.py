@@ -33,6 +33,8 @@ class RetrievalConfig:
     """Different facts in a row, whatever its length (at most 64)."""
     mentions: int = 2
     """Times a fact appears in a row: stated once, then asked for."""
+    bos: bool = True
+    """Whether rows begin with the token that stands in front of documents; without it they are one token shorter."""
     batch_tokens: int = 16384
     """Tokens a forward pass."""
 
@@ -65,7 +67,7 @@ class Retrieval:
 
     def settings(self) -> dict[str, Any]:
         """See Evaluator."""
-        return {name: getattr(self.config, name) for name in ("rows", "facts", "mentions")}
+        return {name: getattr(self.config, name) for name in ("rows", "facts", "mentions", "bos")}
 
     def units(self) -> list[Unit]:
         """See Evaluator."""
@@ -87,7 +89,7 @@ class Retrieval:
         right = np.concatenate(found)
         hits, n = int(right.sum()), len(right)
         low, high = wilson_interval(hits, n)
-        context = unit | {"facts": self.config.facts, "rows": self.config.rows}
+        context = unit | {name: getattr(self.config, name) for name in ("facts", "rows", "bos")}
         yield Result(metric="retrieval_accuracy", value=hits / n, unit="1", n=n, low=low, high=high, context=context)
 
     def _batches(
@@ -109,7 +111,8 @@ class Retrieval:
         for first in range(0, config.rows, per := max(config.batch_tokens // length, 1)):
             starts = rng.integers(0, len(stream) - text + 1, size=(min(per, config.rows - first), 1))
             at = starts + np.arange(text)
-            yield fact_rows(rng, tokens, bos, stream[at], line_start[at], facts=config.facts, mentions=config.mentions)
+            rows = fact_rows(rng, tokens, bos, stream[at], line_start[at], facts=config.facts, mentions=config.mentions)
+            yield rows if config.bos else rows.without_bos()
 
 
 class TokenStream:

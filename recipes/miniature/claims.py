@@ -1,4 +1,4 @@
-"""The claims of HYPOTHESES.md and HYPOTHESES_2.md: an effect of one seed's rows each; the margins are those pages'."""
+"""The claims of the pages HYPOTHESES*.md: an effect of one seed's rows each; the margins are those pages'."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Claim:
         return estimate(rows.seeds, lambda seed: self.measure(rows, seed))
 
 
-BEHIND, LARGE = "{} behind 1,024", "large_{}"
-"""Labels of models in the studies with prefixes, and of the larger ones."""
+BEHIND, LARGE, BARE, AGAIN = "{} behind 1,024", "large_{}", "{} without BOS", "{}_again"
+"""Labels of models in the studies with prefixes and without BOS, of the larger ones, and of new seeds."""
 KL_ROTATE = (divergence, "rotate")
 BF16 = "_bf16"
 INTRA, RESET, ANCHOR, INTRA_LONG, RESET_LONG = (
@@ -107,4 +107,24 @@ CLAIMS = (
         lambda r, s: first_token(r, s, "large_intra_doc"),
         0.0,
     ),
+    Claim("B1", "rows without BOS: anchor beats full", gain(BARE.format("anchor"), BARE.format("full")), 0.03),
+    Claim(
+        "B2",
+        "leaving BOS out costs anchor more than intra_doc",
+        gain_of_gains(("anchor", BARE.format("anchor")), ("intra_doc", BARE.format("intra_doc"))),
+        0.02,
+    ),
+    Claim("W1", "text at full weight: anchor beats full", gain("text_anchor", "text_full"), 0.03),
+    Claim("W2", "a sink has formed (attention - 0.1)", lambda r, s: sink(r, s, "text_intra_doc"), 0.0),
+    Claim(
+        "W3", "the first token carries the change (share - 0.5)", lambda r, s: first_token(r, s, "text_intra_doc"), 0.0
+    ),
+    Claim("W4", "larger: a sink has formed", lambda r, s: sink(r, s, "large_text_intra_doc"), 0.0),
+    Claim(
+        "W5", "larger: the first token carries the change", lambda r, s: first_token(r, s, "large_text_intra_doc"), 0.0
+    ),
+    Claim("R1", "new seeds: anchor beats full", gain(AGAIN.format("anchor"), AGAIN.format("full")), 0.03),
+    Claim("R2", "new seeds: keys vary less (log ratio)", log_ratio(varies, of=AGAIN), math.log(1.1)),
+    Claim("R3", "new seeds: rotation loses less (log ratio)", log_ratio(*KL_ROTATE, of=AGAIN), math.log(1.1)),
+    Claim("R4", "new seeds: rotation costs fewer answers", kept(AGAIN), 0.03),
 )

@@ -19,6 +19,7 @@ CORPORA: dict[str, list[str]] = {
     "ordinary": [],
     "tags": ["pack.domain_tags=true"],
     "interleaved": ["pack.interleave=2"],
+    "uniform": ["weights=uniform"],
 }
 """Overrides of `anchorctx prepare`; `unique` is made from `ordinary`."""
 
@@ -50,10 +51,10 @@ class Stage:
 def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
     """All stages, each after those that it needs: arm by arm, and measured as soon as it can be."""
     seeds, found = recipe["seeds"], dict[str, Stage]()
-    studies = [stage for seed in seeds for part in (_studies, _ruler) for stage in part(recipe, out, seed)]
+    studies = [stage for seed in seeds_of(recipe) for part in (_studies, _ruler) for stage in part(recipe, out, seed)]
     for name in recipe["arms"]:
         arm = arm_of(recipe, name)
-        new = [_base(recipe, out, seed, arm["base"]) for seed in seeds]
+        new = [_base(recipe, out, seed, arm["base"]) for seed in dict.fromkeys([*seeds, *arm["seeds"]])]
         new += [_corpus(recipe, out, corpus, arm["row_length"]) for corpus in ("ordinary", arm["corpus"])]
         new += [_evaluate(recipe, out, seed, arm["base"], recipe["defaults"]) for seed in seeds]
         for seed in arm["seeds"]:
@@ -66,6 +67,11 @@ def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
 def arm_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     """Everything that an arm is made with: what it says, and the defaults for the rest."""
     return {"seeds": recipe["seeds"], **recipe["defaults"], **recipe["arms"][name]}
+
+
+def seeds_of(recipe: dict[str, Any]) -> list[int]:
+    """The seeds of every arm."""
+    return sorted({seed for name in recipe["arms"] for seed in arm_of(recipe, name)["seeds"]})
 
 
 def labels_of(recipe: dict[str, Any], command: str) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from claims import CLAIMS
 from figures import claims_figure, reuse_figure, trained_figure
+from plan import seeds_of
 from tables import by_length, depth, precision, reuse, ruler, shown, speed, table, training, variation
 from verdicts import Estimate, Rows
 
@@ -34,7 +35,7 @@ class Summary:
     """What one folder holds."""
 
     def __init__(self, recipe: dict[str, Any], out: Path) -> None:
-        self.recipe, self.rows, self.out = recipe, Rows.of(out, recipe["seeds"]), out
+        self.recipe, self.rows, self.out = recipe, Rows.of(out, seeds_of(recipe)), out
         self.results: list[Result] = []
 
     def mean(self, metric: str, **context: Any) -> Estimate:

@@ -1,6 +1,7 @@
 """Make the quickstart's starting point: a very small Llama that knows contexts of 512 tokens, and its tokenizer.
 
     python recipes/quickstart/pretrain.py OUT [--seed 0] [--max-seconds 240] [--max-steps 3000] [--layers 2 --width 64]
+        [--text-weight 0.1] [--cooldown 80]
 
 It trains a byte-level BPE on the standard library's sources, then 2 layers of width 64 to read the text and to answer
 planted facts (anchorctx.data.facts), in plain torch with plain causal attention, and saves a Hugging Face folder.
@@ -23,7 +24,8 @@ import argparse
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,8 @@ class Stage:
     """... on average over this many batches in a row."""
     cooldown: int = 0
     """Updates made in any case, over which the learning rates fall to a tenth; 0 keeps them constant."""
+    text_weight: float = TEXT_WEIGHT
+    """Loss weight of a token of text."""
 
 
 CURRICULUM = (
@@ -73,6 +77,16 @@ CURRICULUM = (
     Stage(MAX_LENGTH, 16, 2, 4096, goal=0.97, batches=10, cooldown=80),
 )
 """The first four have no text."""
+
+
+def curriculum(text_weight: float, cooldown: int) -> list[Stage]:
+    """`CURRICULUM` with text of another weight, and another number of updates in the last stage's cooldown."""
+    if text_weight < 0 or cooldown < 1:
+        raise UserError(
+            f"--text-weight {text_weight} must be at least 0 and --cooldown {cooldown} at least 1: give other numbers"
+        )
+    stages = [replace(stage, text_weight=text_weight) for stage in CURRICULUM]
+    return [*stages[:-1], replace(stages[-1], cooldown=cooldown)]
 
 
 class Rows:
@@ -143,14 +157,19 @@ def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def train_step(
-    model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], rows: FactRows, lr_factor: float = 1.0
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    rows: FactRows,
+    text_weight: float = TEXT_WEIGHT,
+    lr_factor: float = 1.0,
 ) -> float:
-    """One update on one batch; returns the accuracy of its answers, before the update."""
+    """One update on one batch, in which an answer weighs 1; returns the accuracy of its answers, before the update."""
     ids = torch.from_numpy(rows.ids)
-    weights = torch.from_numpy(np.where(rows.answers, 1.0, np.where(rows.text, TEXT_WEIGHT, 0.0))[:, 1:]).float()
+    weights = torch.from_numpy(np.where(rows.answers, 1.0, np.where(rows.text, text_weight, 0.0))[:, 1:]).float()
     scored = weights > 0
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, width)
     logits, labels, weights = model.lm_head(hidden[scored]), ids[:, 1:][scored], weights[scored]
+    answers = torch.from_numpy(rows.answers[:, 1:])[scored]
     loss = (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
     model.zero_grad()
     loss.backward()
@@ -159,14 +178,14 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor
         optimizer.step()
-    return (logits.argmax(-1) == labels)[weights == 1].float().mean().item()
+    return (logits.argmax(-1) == labels)[answers].float().mean().item()
 
 
-def pretrain(model: LlamaForCausalLM, rows: Rows, max_seconds: float, max_steps: int) -> None:
-    """Run the curriculum; raises UserError when it is not finished within the limits."""
+def pretrain(model: LlamaForCausalLM, rows: Rows, stages: Sequence[Stage], max_seconds: float, max_steps: int) -> None:
+    """Run a curriculum; raises UserError when it is not finished within the limits."""
     optimizers, start, step = build_optimizers(model), time.perf_counter(), 0
-    with tqdm(total=len(CURRICULUM), desc="pretraining", unit="stage", bar_format=BAR) as bar:
-        for number, stage in enumerate(CURRICULUM, 1):
+    with tqdm(total=len(stages), desc="pretraining", unit="stage", bar_format=BAR) as bar:
+        for number, stage in enumerate(stages, 1):
             recent: deque[float] = deque(maxlen=stage.batches)
             first, tokens, began = step, 0, time.perf_counter()
             while (
@@ -180,7 +199,7 @@ def pretrain(model: LlamaForCausalLM, rows: Rows, max_seconds: float, max_steps:
                     )
                 batch = rows.draw(stage)
                 fall = min((step - first) / stage.cooldown, 1.0) if stage.cooldown else 0.0
-                recent.append(train_step(model, optimizers, batch, 1 - 0.9 * fall))
+                recent.append(train_step(model, optimizers, batch, stage.text_weight, 1 - 0.9 * fall))
                 step, tokens = step + 1, tokens + batch.ids.size
                 if step % 5 == 0:
                     rate = tokens / (time.perf_counter() - began)
@@ -204,13 +223,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-steps", type=int, default=3000, help="give up after this many updates")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers, at least 2")
     parser.add_argument("--width", type=int, default=64, help=f"of the residual stream, a multiple of {HEAD}")
+    parser.add_argument("--text-weight", type=float, default=TEXT_WEIGHT, help="loss weight of text, an answer's is 1")
+    parser.add_argument("--cooldown", type=int, default=CURRICULUM[-1].cooldown, help="updates in the last stage")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     try:
+        stages = curriculum(options.text_weight, options.cooldown)
         print("training a tokenizer on the standard library's sources ...", flush=True)
         tokenizer = train_tokenizer()
         model = build_model(tokenizer, options.layers, options.width)
-        pretrain(model, Rows(tokenizer, options.seed), options.max_seconds, options.max_steps)
+        pretrain(model, Rows(tokenizer, options.seed), stages, options.max_seconds, options.max_steps)
     except UserError as error:
         print(f"pretraining failed: {error}", file=sys.stderr)
         return 1

@@ -64,6 +64,22 @@ def test_retrieval_counts_exactly_what_a_model_knows(tokenizer: PreTrainedTokeni
     assert half[0] == 1.0 and 0.0 < half[1] < 1.0
 
 
+def test_without_bos_a_row_is_the_same_from_its_second_token_on(tokenizer: PreTrainedTokenizerFast, subject: Subject):
+    def of(bos: bool) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        retrieval = Retrieval(RetrievalConfig(lengths=[100], rows=4, bos=bos), TEXTS, seed=1)
+        stream, line_start = text_stream(TEXTS, tokenizer)
+        first: Any = tokenizer.bos_token_id
+        (rows,) = retrieval._batches(np.random.default_rng(0), FactTokens.of(tokenizer), first, stream, line_start, 100)
+        (result,) = retrieval.run(subject, {"length": 100}, ignore)
+        return rows.ids, rows.answers, {"n": result.n, **result.context}
+
+    ids, answers, row = of(bos=True)
+    bare, bare_answers, bare_row = of(bos=False)
+    assert (ids[:, 0] == tokenizer.bos_token_id).all() and not (bare == tokenizer.bos_token_id).any()
+    assert (bare == ids[:, 1:]).all() and (bare_answers == answers[:, 1:]).all()
+    assert (row["bos"], bare_row["bos"]) == (True, False) and row["n"] == bare_row["n"]
+
+
 def test_a_length_alone_has_the_numbers_it_has_among_others(subject: Subject):
     def rows(lengths: list[int]) -> list[Any]:
         retrieval = Retrieval(RetrievalConfig(lengths=lengths, rows=3), TEXTS, seed=0)

@@ -98,7 +98,10 @@ def test_a_key_that_must_not_be_there_tells_rows_apart(module) -> None:
     assert rows.value(0, "m", length=1, first=None) == 1.0
 
 
-@pytest.mark.parametrize(("page", "kinds", "number"), [("HYPOTHESES.md", "TK", 18), ("HYPOTHESES_2.md", "C", 11)])
+@pytest.mark.parametrize(
+    ("page", "kinds", "number"),
+    [("HYPOTHESES.md", "TK", 18), ("HYPOTHESES_2.md", "C", 11), ("HYPOTHESES_3.md", "BWR", 11)],
+)
 def test_every_claim_written_down_beforehand_has_its_margin(module, page: str, kinds: str, number: int) -> None:
     """The pages' tables and the code agree on names and numeric margins."""
     claims = {claim.name: claim for claim in module("claims").CLAIMS}
@@ -116,15 +119,19 @@ def test_claims_that_repeat_others_have_their_margins(module) -> None:
     claims = {claim.name: claim for claim in module("claims").CLAIMS}
     for name, like in {"L1": "T1", "L2": "T2", "L3": "T3", "L4": "T4", "D1": "T1", "D2": "T2"}.items():
         assert claims[name].margin == claims[like].margin
-    assert {f"P{i}" for i in range(1, 5)} <= set(claims) and len(claims) == 39
+    assert {f"P{i}" for i in range(1, 5)} <= set(claims) and len(claims) == 50
 
 
-@pytest.mark.parametrize("name", ["L1", "L4", "D2", "C2", "C5", "C6", "C11"])
+@pytest.mark.parametrize("name", ["L1", "L4", "D2", "C2", "C5", "C6", "C11", "B2", "W1", "W5", "R1", "R3", "R4"])
 def test_claims_name_models_that_the_recipe_makes(module, name: str) -> None:
     """Asked of rows for everything that the recipe evaluates, no claim goes without an answer."""
     recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
     plan, asked = module("plan"), set()
-    known = {*recipe["bases"], *recipe["arms"], *plan.labels_of(recipe, "kvcomm"), *plan.labels_of(recipe, "precision")}
+    known = {
+        *recipe["bases"],
+        *recipe["arms"],
+        *(label for command in ("kvcomm", "precision", "eval") for label in plan.labels_of(recipe, command)),
+    }
 
     class Recorder:
         def row(self, seed: int, metric: str, **context) -> Result:
