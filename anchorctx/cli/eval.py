@@ -14,7 +14,19 @@ anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
 anchorctx eval 'model=[base,exported]' out_dir=results 'evals=[ruler]' 'ruler.lengths=[8192,32768]' ruler.limit=50
 torchrun --nproc_per_node 8 -m anchorctx.cli.eval model=exported out_dir=results \\
     'evals=[lm_eval]' 'lm_eval.tasks=[mmlu,hellaswag]' lm_eval.batch_size=8"""
-HIDDEN = ("model", "tokens", "loss_nats", "documents", "facts", "rows", "style", "distractors", "checkpoints", "asked")
+HIDDEN = (
+    "model",
+    "tokens",
+    "loss_nats",
+    "documents",
+    "facts",
+    "rows",
+    "bos",
+    "style",
+    "distractors",
+    "checkpoints",
+    "asked",
+)
 """What of a row's context says how a number came about rather than which it is."""
 
 
