@@ -37,12 +37,16 @@ def verdict(figure: dict[str, Any], rows: Sequence[Result]) -> tuple[bool, str]:
 
 
 def bounds(figure: dict[str, Any]) -> tuple[float, float]:
-    """The least and the greatest value that are right; UserError when the figure says none."""
-    if not {"value", "at_least", "at_most"} & set(figure) or ("value" in figure) != ("tolerance" in figure):
+    """The least and the greatest value that are right; UserError when the figure says none, or no numbers."""
+    given = {key: figure[key] for key in BOUNDS if key in figure}
+    if not {"value", "at_least", "at_most"} & set(given) or ("value" in given) != ("tolerance" in given):
         raise UserError(f"the figure {figure} has no bounds: give value and tolerance, at_least, or at_most")
-    middle, width = figure.get("value"), figure.get("tolerance", 0.0)
+    for key, number in given.items():
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise UserError(f"the figure {figure} has {key}={number}, which is no number: give one that a row can miss")
+    middle, width = given.get("value"), given.get("tolerance", 0.0)
     low, high = (-math.inf, math.inf) if middle is None else (middle - width, middle + width)
-    return max(low, figure.get("at_least", -math.inf)), min(high, figure.get("at_most", math.inf))
+    return max(low, given.get("at_least", -math.inf)), min(high, given.get("at_most", math.inf))
 
 
 def read(expected: Path, results: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Result]]:
@@ -53,6 +57,11 @@ def read(expected: Path, results: Sequence[Path]) -> tuple[list[dict[str, Any]],
         raise UserError(f"{expected} cannot be read ({error!r}): name a recipe's expected.json") from None
     if not figures:
         raise UserError(f"{expected} has no figures, so nothing would be compared: add some")
+    for figure in figures:
+        if not isinstance(figure, dict) or "metric" not in figure:
+            raise UserError(
+                f"{expected} has the figure {figure}, which names no metric: see the recipes' expected.json"
+            )
     return figures, [row for p in results for row in read_results(p / FILE if p.is_dir() else p)]
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 from verdicts import Rows
 
 from anchorctx.results import Result
 
-ROW, LONG = 4096, 16_384
-"""Tokens of a row, and of the longer ones (models named `..._16k`)."""
+SHORT = 512
+"""Tokens: the bases' contexts. What is measured at several lengths is read at the longest, the row's."""
 TWO = ("two_hop", "override")
 """Kinds of problems that take two documents."""
 
 
 def retrieval(rows: Rows, seed: int, model: str) -> float:
     """Accuracy at the row's length."""
-    return rows.value(seed, "retrieval_accuracy", model=model, length=LONG if "_16k" in model else ROW)
+    return rows.longest(seed, "retrieval_accuracy", model=model)
 
 
 def gain(better: str, worse: str) -> Callable[[Rows, int], float]:
@@ -40,31 +41,32 @@ def short_loss(better: str, worse: str) -> Callable[[Rows, int], float]:
     return lambda rows, seed: nats(rows, seed, worse) - nats(rows, seed, better)
 
 
-def changed(rows: Rows, seed: int, model: str, length: int, arithmetic: str = "bfloat16", first: str = "kept") -> float:
-    """The share of attention that a shift by 16 moves."""
-    where = {"arithmetic": arithmetic, "first": first, "length": length, "layer": "all", "shift": 16}
-    return rows.value(seed, "precision_attention_change", model=model, weights="trained", rows="shift", **where)
+def changed(rows: Rows, seed: int, model: str, arithmetic: str = "bfloat16", **where: Any) -> float:
+    """The share of attention that a shift by 16 moves, in rows of the greatest length unless `where` has another."""
+    where = {"arithmetic": arithmetic, "layer": "all", "shift": 16, "first": "kept"} | where
+    measure = rows.value if "length" in where else rows.longest
+    return measure(seed, "precision_attention_change", model=model, weights="trained", rows="shift", **where)
 
 
 def first_token(rows: Rows, seed: int, model: str = "intra_doc") -> float:
     """P1: share of the change that is gone with the first token hidden, above a half."""
-    return 1 - changed(rows, seed, model, ROW, first="hidden") / changed(rows, seed, model, ROW) - 0.5
+    return 1 - changed(rows, seed, model, first="hidden") / changed(rows, seed, model) - 0.5
 
 
 def growth(rows: Rows, seed: int, model: str = "intra_doc") -> float:
     """P2: log of the change at the row's length over that at 512."""
-    return math.log(changed(rows, seed, model, ROW) / changed(rows, seed, model, 512))
+    return math.log(changed(rows, seed, model) / changed(rows, seed, model, length=SHORT))
 
 
 def mended(rows: Rows, seed: int, model: str = "intra_doc") -> float:
     """P3: share of the change that rotating in float32 removes, above a half."""
-    return 1 - changed(rows, seed, model, ROW, "float32_rotation") / changed(rows, seed, model, ROW) - 0.5
+    return 1 - changed(rows, seed, model, "float32_rotation") / changed(rows, seed, model) - 0.5
 
 
 def sink(rows: Rows, seed: int, model: str = "intra_doc") -> float:
     """P4: mean attention on the first token, above a tenth."""
-    where = {"length": ROW, "layer": "all", "shift": 16, "weights": "trained", "rows": "shift", "first": None}
-    return rows.value(seed, "precision_first_attention", model=model, arithmetic="float32", **where) - 0.1
+    where = {"layer": "all", "shift": 16, "weights": "trained", "rows": "shift", "first": None}
+    return rows.longest(seed, "precision_first_attention", model=model, arithmetic="float32", **where) - 0.1
 
 
 def varies(rows: Rows, seed: int, model: str) -> float:

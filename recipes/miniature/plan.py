@@ -10,26 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from settings import CORPORA, arm_of, seeds_of
+
 from anchorctx.manifest import fingerprint
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "quickstart"
 ANCHORCTX = [sys.executable, "-m", "anchorctx.cli.main"]
-CORPORA: dict[str, list[str]] = {
-    "ordinary": [],
-    "tags": ["pack.domain_tags=true"],
-    "interleaved": ["pack.interleave=2"],
-    "uniform": ["weights=uniform"],
-}
-"""Overrides of `anchorctx prepare`; `unique` is made from `ordinary`."""
-
 SHORT = 512
 """Tokens: what the bases were pretrained with, and every model is asked at beside its row's length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One part of the chain; done when its marker names these very commands."""
+    """One part of the chain; done when its marker names these very commands, and those of all that it needs."""
 
     name: str
     commands: list[list[str]]
@@ -37,11 +31,6 @@ class Stage:
     """Seconds that it may take on one core: what the progress line and the remaining time go by."""
     needs: list[str] = field(default_factory=list)
     """Stages that come before."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the commands."""
-        return fingerprint(self.commands)
 
     def script(self) -> str:
         """The commands, as one would type them."""
@@ -64,20 +53,16 @@ def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
     return [*found.values(), *_speed(recipe, out)]
 
 
-def arm_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    """Everything that an arm is made with: what it says, and the defaults for the rest."""
-    return {"seeds": recipe["seeds"], **recipe["defaults"], **recipe["arms"][name]}
-
-
-def seeds_of(recipe: dict[str, Any]) -> list[int]:
-    """The seeds of every arm."""
-    return sorted({seed for name in recipe["arms"] for seed in arm_of(recipe, name)["seeds"]})
-
-
-def labels_of(recipe: dict[str, Any], command: str) -> list[str]:
-    """What the results of a command's studies call their models."""
-    studies = [study for study in recipe["studies"].values() if study["command"] == command]
-    return [study.get("label", "{}").format(name) for study in studies for name in study["models"]]
+def fingerprints(todo: list[Stage], out: Path) -> dict[str, str]:
+    """By stage: what changes with its commands and those of all that it needs, but not with where these are run."""
+    found: dict[str, str] = {}
+    places = {sys.executable: "python", f"{HERE.parent}/": "RECIPES/", f"{out}/": "OUT/"}
+    for stage in todo:
+        words = [word for command in stage.commands for word in command]
+        for place, name in places.items():
+            words = [word.replace(place, name) for word in words]
+        found[stage.name] = fingerprint([words, [found[need] for need in stage.needs]])
+    return found
 
 
 def made_by(recipe: dict[str, Any], seed: int, name: str) -> str:
@@ -114,7 +99,8 @@ def _train(out: Path, seed: int, name: str, arm: dict[str, Any]) -> Stage:
     export = [*ANCHORCTX, "export", f"run={run}", f"out_dir={exported}"]
     budget = 110 if arm["pattern"] == "full" else 75
     needs = [f"base/{seed}/{base}", f"corpus/{corpus}"]
-    return Stage(f"train/{seed}/{name}", [train, ["rm", "-rf", str(exported)], export], budget, needs)
+    clear = ["rm", "-rf", str(run), str(exported)]  # a run of other settings would be gone on with
+    return Stage(f"train/{seed}/{name}", [clear, train, export], budget, needs)
 
 
 def _evaluate(recipe: dict[str, Any], out: Path, seed: int, name: str, arm: dict[str, Any]) -> Stage:

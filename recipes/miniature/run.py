@@ -3,7 +3,7 @@
     python recipes/miniature/run.py RECIPE.yaml OUT [--jobs 2] [--only train/0 kvcomm]
 
 OUT/logs/STAGE.log    commands and their output
-OUT/done/STAGE.json   fingerprint of the commands and seconds that they took: remove it to do a stage again
+OUT/done/STAGE.json   seconds that they took, and a fingerprint: remove it to do a stage, and what rests on it, again
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import yaml
-from plan import Stage, stages
+from plan import Stage, fingerprints, stages
+from settings import read_recipe
 
+from anchorctx.errors import UserError
 from anchorctx.manifest import read_json, write_json
 
 
@@ -27,7 +28,10 @@ class Runner:
 
     def __init__(self, todo: list[Stage], out: Path, jobs: int) -> None:
         self.stages, self.out, self.jobs = todo, out, jobs
-        self.done = {stage.name for stage in todo if self._is_done(stage)}
+        self.fingerprints, self.done = fingerprints(todo, out), set[str]()
+        for stage in todo:
+            if self._is_done(stage):
+                self.done.add(stage.name)
         self.began, self.spent, self.planned = time.perf_counter(), 0.0, 0
         """Seconds of this call's stages, and what they were to take."""
 
@@ -59,7 +63,10 @@ class Runner:
                     tail = log.read_text(errors="replace")[-1500:]
                     raise SystemExit(f"{stage.name} failed; {log} ends with:\n{tail}")
         seconds = time.perf_counter() - start
-        write_json(self._path("done", stage, ".json"), {"commands": stage.fingerprint, "seconds": round(seconds, 1)})
+        write_json(
+            self._path("done", stage, ".json"),
+            {"commands": self.fingerprints[stage.name], "seconds": round(seconds, 1)},
+        )
         return seconds
 
     def _report(self, stage: Stage, seconds: float) -> None:
@@ -75,7 +82,8 @@ class Runner:
 
     def _is_done(self, stage: Stage) -> bool:
         path = self._path("done", stage, ".json")
-        return path.is_file() and read_json(path)["commands"] == stage.fingerprint
+        known = path.is_file() and self.done.issuperset(stage.needs)
+        return known and read_json(path)["commands"] == self.fingerprints[stage.name]
 
     def _path(self, folder: str, stage: Stage, suffix: str) -> Path:
         path = self.out / folder / f"{stage.name.replace('/', '.')}{suffix}"
@@ -89,12 +97,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file: models, corpora, numerics, seeds")
     parser.add_argument("out", type=Path, help="folder for everything")
     parser.add_argument("--jobs", type=int, default=2, help="stages at a time, a core each")
-    parser.add_argument("--only", nargs="*", help="only stages whose name begins so, and what they need")
+    parser.add_argument("--only", nargs="+", help="only stages whose name begins so, and what they need")
     parser.add_argument("--list", action="store_true", help="print the stages and their commands, run nothing")
     options = parser.parse_args(arguments)
-    if not options.recipe.is_file():
-        parser.error(f"{options.recipe} is no file: give recipe.yaml, recipe_ci.yaml or one like them")
-    todo = stages(yaml.safe_load(options.recipe.read_text()), options.out)
+    try:
+        todo = stages(read_recipe(options.recipe), options.out)
+    except UserError as error:
+        parser.error(str(error))
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs} must be at least 1: give the number of stages at a time")
     if options.only:
         unknown = [prefix for prefix in options.only if not wanted(todo, (prefix,))]
         if unknown:

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from claims import CLAIMS
 from figures import claims_figure, reuse_figure, trained_figure
-from plan import seeds_of
+from settings import read_recipe, seeds_of
 from tables import by_length, depth, precision, reuse, ruler, shown, speed, table, training, variation
 from verdicts import Estimate, Rows
 
+from anchorctx.errors import UserError
 from anchorctx.manifest import build_manifest, read_json, write_manifest
 from anchorctx.results import FILE, Result, append_results, read_results
 
@@ -77,8 +77,10 @@ class Summary:
 
     def judge_saving(self, row: Result) -> None:
         """S1 of HYPOTHESES.md: supported where the interval is above a fifth, not supported where it is below."""
-        low, high = (row.value if end is None else end for end in (row.low, row.high))
-        answer = "supported" if low > SAVED else "not supported" if high < SAVED else "undecided"
+        low, high = row.low, row.high
+        answer = "undecided"  # also for a single turn, which has no interval
+        if low is not None and high is not None:
+            answer = "supported" if low > SAVED else "not supported" if high < SAVED else answer
         context = {"claim": f"S1 at {row.context['length']:,}", "answer": answer, "margin": SAVED}
         context["values"] = [row.value]
         self.results.append(dataclasses.replace(row, metric="claim", context=context))
@@ -99,9 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="YAML file of the recipe")
     parser.add_argument("out", type=Path, help="folder of the run")
     options = parser.parse_args(arguments)
-    recipe = yaml.safe_load(options.recipe.read_text())
-    summary, folder = Summary(recipe, options.out), options.out / "summary"
-    text = "".join(summary.tables()).lstrip()
+    try:
+        if not options.out.is_dir():
+            raise UserError(f"{options.out} is no folder: give one that run.py has filled")
+        recipe = read_recipe(options.recipe)
+        summary, folder = Summary(recipe, options.out), options.out / "summary"
+        text = "".join(summary.tables()).lstrip()
+    except UserError as error:
+        parser.error(str(error))
     stamp = write_manifest(folder, build_manifest("miniature", recipe))
     (folder / FILE).unlink(missing_ok=True)
     append_results(folder / FILE, [dataclasses.replace(row, manifest=stamp) for row in summary.results])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plan import SHORT, arm_of, labels_of
+from plan import SHORT
+from settings import arm_of, labels_of
 from verdicts import Estimate
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ def shown(found: Estimate, digits: int = 3) -> str:
     interval = found.interval
     ends = f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
     return f"{found.mean:.{digits}f}{ends}"
+
+
+def number(found: Sequence[Estimate]) -> str:
+    """How many seeds the estimates of a line have."""
+    return str(max(len(estimate.values) for estimate in found))
 
 
 def table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -61,22 +67,24 @@ def by_length(summary: Summary) -> str:
         spans = sorted({(c["start"], c["stop"]) for c in contexts})
         lengths = sorted({r.context["length"] for r in rows.all("retrieval_accuracy")
                           if r.context["model"] == label})  # fmt: skip
-        cells = [f"{n:,}: {shown(rows.estimate('retrieval_accuracy', model=label, length=n))}" for n in lengths]
+        answers = [rows.estimate("retrieval_accuracy", model=label, length=n) for n in lengths]
+        cells = [f"{n:,}: {shown(estimate)}" for n, estimate in zip(lengths, answers, strict=True)]
         found = [rows.estimate("perplexity_by_position", model=label, start=a, stop=b) for a, b in spans]
         places = [f"{a:,} to {b:,}: {estimate.mean:.1f}" for (a, b), estimate in zip(spans, found, strict=True)]
         if cells:
-            lines.append([label, "; ".join(cells), "; ".join(places)])
-    return table("Lengths between, and positions", ["model", "retrieval", "perplexity by position, mean"], lines)
+            lines.append([label, "; ".join(cells), "; ".join(places), number(answers)])
+    head = ["model", "retrieval", "perplexity by position, mean", "seeds"]
+    return table("Retrieval at other lengths and without BOS, perplexity by position", head, lines)
 
 
 def depth(summary: Summary) -> str:
     """Needles at the row's length."""
     lines = []
     for model, length in lengths(summary).items():
-        cells = [shown(summary.mean("needle_accuracy", model=model, length=length, depth=d), 2) for d in DEPTHS]
-        if any(cells):
-            lines.append([model, *cells])
-    return table("Needle at the row's length, by depth", ["model", *(f"{d:g}" for d in DEPTHS)], lines)
+        found = [summary.mean("needle_accuracy", model=model, length=length, depth=d) for d in DEPTHS]
+        if any(estimate.values for estimate in found):
+            lines.append([model, *(shown(estimate, 2) for estimate in found), number(found)])
+    return table("Needle at the row's length, by depth", ["model", *(f"{d:g}" for d in DEPTHS), "seeds"], lines)
 
 
 def precision(summary: Summary) -> str:
@@ -93,8 +101,16 @@ def precision(summary: Summary) -> str:
             ]
             attention = summary.mean("precision_first_attention", arithmetic="float32", first=None, **at)
             if attention.values:
-                lines.append([model, f"{length:,}", *(shown(c, 5) for c in cells), shown(attention, 4)])
-    head = ["model", "tokens", "change, bfloat16", "first token hidden", "rotated in float32", "attention on it"]
+                lines.append([model, f"{length:,}", *(shown(c, 5) for c in cells), shown(attention, 4), number(cells)])
+    head = [
+        "model",
+        "tokens",
+        "change, bfloat16",
+        "first token hidden",
+        "rotated in float32",
+        "attention on it",
+        "seeds",
+    ]
     return table("Precision: share of attention that a shift by 16 moves", head, lines)
 
 
@@ -112,9 +128,9 @@ def reuse(summary: Summary) -> str:
                 shown(summary.mean("kvcomm_judge_consistency", kind="all", shuffled=s, **where), 2)
                 for s in (False, True)
             ]
-            lines.append([arm, model, shown(kl, 4), *kinds, *judges])
+            lines.append([arm, model, shown(kl, 4), *kinds, *judges, number([kl])])
     head = ["arm", "model", "KL from dense, nats", *(f"{k}: accuracy - dense" for k in KINDS)]
-    return table("Reuse of KV caches", [*head, "judge consistent", "shuffled"], lines)
+    return table("Reuse of KV caches", [*head, "judge consistent", "shuffled", "seeds"], lines)
 
 
 def variation(summary: Summary) -> str:
@@ -122,13 +138,12 @@ def variation(summary: Summary) -> str:
     parts = [(cause, part) for cause in ("content", "shift") for part in ("key", "value")]
     lines = []
     for model in labels_of(summary.recipe, "kvcomm"):
-        cells = [
-            shown(summary.mean("kvcomm_variation", model=model, cause=cause, part=part, layer=1))
-            for cause, part in parts
+        found = [
+            summary.mean("kvcomm_variation", model=model, cause=cause, part=part, layer=1) for cause, part in parts
         ]
-        if any(cells):
-            lines.append([model, *cells])
-    head = ["model", "other prefix: keys", "values", "moved: keys", "values"]
+        if any(estimate.values for estimate in found):
+            lines.append([model, *map(shown, found), number(found)])
+    head = ["model", "other prefix: keys", "values", "moved: keys", "values", "seeds"]
     return table("A document's KV in the second layer, relative error", head, lines)
 
 

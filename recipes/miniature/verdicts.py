@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anchorctx.errors import UserError
 from anchorctx.results import Result, mean_interval, read_results
 
 LEAST = 3
@@ -67,12 +68,28 @@ class Rows:
         return [row for rows in self._by_seed.values() for row in rows if row.metric == metric]
 
     def row(self, seed: int, metric: str, **context: Any) -> Result:
-        """The one row whose context has all of `context` (None: has no such key); KeyError when it was not measured."""
-        rows = (row for row in self._by_seed[seed] if row.metric == metric)
-        found = [row for row in rows if all(row.context.get(key) == value for key, value in context.items())]
-        if len(found) != 1:
-            raise KeyError(f"{len(found)} rows of {metric} with {context} for seed {seed}")
+        """The one row whose context has all of `context` (None: has no such key).
+
+        Raises KeyError when it was not measured, UserError when several rows fit.
+        """
+        found = self._fitting(seed, metric, context)
+        if not found:
+            raise KeyError(f"no row of {metric} with {context} for seed {seed}")
+        if len(found) > 1:
+            raise UserError(
+                f"seed {seed} has {len(found)} rows of {metric} with {context}, where there should be one: move "
+                "what no stage of this recipe wrote out of the folder"
+            )
         return found[0]
+
+    def longest(self, seed: int, metric: str, **context: Any) -> float:
+        """The value of the one row of the greatest `length` among those that fit; see `row`."""
+        lengths = [row.context["length"] for row in self._fitting(seed, metric, context)]
+        return self.value(seed, metric, length=max(lengths, default=None), **context)
+
+    def _fitting(self, seed: int, metric: str, context: Mapping[str, Any]) -> list[Result]:
+        rows = (row for row in self._by_seed[seed] if row.metric == metric)
+        return [row for row in rows if all(row.context.get(key) == value for key, value in context.items())]
 
     def value(self, seed: int, metric: str, **context: Any) -> float:
         """See `row`."""

@@ -20,8 +20,9 @@ def test_the_chain_runs_and_shows_what_every_run_must_show(tmp_path: Path) -> No
     check = [sys.executable, str(ROOT / "scripts" / "check_recipe.py"), str(RECIPE / "expected_ci.json")]
     compared = subprocess.run([*check, str(out / "summary")], capture_output=True, text=True)
     assert compared.returncode == 0, compared.stdout
-    claims = [line for line in done.stdout.splitlines() if re.match(r"\| [TLDPKC]\d+ ", line)]
-    assert len(claims) == 39 and all(line.endswith("| undecided |") for line in claims)  # one seed decides nothing
+    claims = [line.split(" | ") for line in done.stdout.splitlines() if re.match(r"\| [A-Z]\d+ \| .* \|$", line)]
+    assert len(claims) == 50 and {cells[-1] for cells in claims} == {"undecided |"}  # one seed decides nothing
+    assert {cells[0][2:] for cells in claims if cells[-2] == "1"} == {"T1", "T9", "T10", "K5", "K6"}
     assert {path.name for path in (out / "summary").glob("*.png")} == {"trained.png", "reuse.png", "claims.png"}
     again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     stages = len(list((out / "done").iterdir()))

@@ -50,6 +50,19 @@ def test_answers(module, values: tuple[float, ...], margin: float, answer: str) 
     assert module("verdicts").Estimate(values).answer(margin) == answer
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "answer"),
+    [(0.21, 0.5, "supported"), (0.1, 0.19, "not supported"), (0.1, 0.5, "undecided"), (None, None, "undecided")],
+)
+def test_time_saved_is_judged_by_its_interval(module, tmp_path: Path, low: float, high: float, answer: str) -> None:
+    recipe = yaml.safe_load((MINIATURE / "recipe_ci.yaml").read_text())
+    summary = module("summary").Summary(recipe, tmp_path)
+    summary.judge_saving(
+        Result(metric="time_saved", value=0.3, unit="1", n=5, low=low, high=high, context={"length": 8192})
+    )
+    assert summary.results[0].context["answer"] == answer and summary.results[0].context["claim"] == "S1 at 8,192"
+
+
 def test_the_interval_is_students(module) -> None:
     found = module("verdicts").Estimate((1.0, 2.0, 4.0))
     low, high = found.interval  # mean 7/3, standard error sqrt(7/3 / 3), t = 4.3027
@@ -85,9 +98,11 @@ def test_seeds_without_a_measurement_are_left_out(module) -> None:
 
 
 def test_a_row_measured_twice_is_not_chosen_from(module) -> None:
-    rows = module("verdicts").Rows({0: [Result(metric="m", value=v, unit="1", n=1) for v in (1.0, 2.0)]})
-    with pytest.raises(KeyError, match="2 rows"):
-        rows.row(0, "m")
+    """Nor is its seed left out in silence."""
+    verdicts = module("verdicts")
+    rows = verdicts.Rows({0: [Result(metric="m", value=v, unit="1", n=1) for v in (1.0, 2.0)]})
+    with pytest.raises(UserError, match="seed 0 has 2 rows of m"):
+        verdicts.estimate([0], lambda seed: rows.value(seed, "m"))
 
 
 def test_a_key_that_must_not_be_there_tells_rows_apart(module) -> None:
@@ -122,32 +137,6 @@ def test_claims_that_repeat_others_have_their_margins(module) -> None:
     assert {f"P{i}" for i in range(1, 5)} <= set(claims) and len(claims) == 50
 
 
-@pytest.mark.parametrize("name", ["L1", "L4", "D2", "C2", "C5", "C6", "C11", "B2", "W1", "W5", "R1", "R3", "R4"])
-def test_claims_name_models_that_the_recipe_makes(module, name: str) -> None:
-    """Asked of rows for everything that the recipe evaluates, no claim goes without an answer."""
-    recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
-    plan, asked = module("plan"), set()
-    known = {
-        *recipe["bases"],
-        *recipe["arms"],
-        *(label for command in ("kvcomm", "precision", "eval") for label in plan.labels_of(recipe, command)),
-    }
-
-    class Recorder:
-        def row(self, seed: int, metric: str, **context) -> Result:
-            asked.add(context["model"])
-            if context.get("layer", 0) not in (1, "all", 0):
-                raise KeyError
-            return Result(metric=metric, value=0.5, unit="1", n=1, context={"loss_nats": 1.0})
-
-        def value(self, seed: int, metric: str, **context) -> float:
-            return self.row(seed, metric, **context).value
-
-    claim = next(c for c in module("claims").CLAIMS if c.name == name)
-    claim.measure(Recorder(), 0)
-    assert asked and asked <= known
-
-
 def test_keys_become_unique_in_a_row_and_facts_stay_true(module) -> None:
     tokens = FactTokens(np.arange(100, 164), np.arange(200, 264))
     ids = np.array([1, 100, 200, 7, 101, 201, 100, 200, 8, 100, 202, 9, 101, 203, 100, 202])
@@ -180,17 +169,40 @@ def test_stages_are_whole_and_in_order(module, name: str) -> None:
 
 def test_continuations_of_a_seed_differ_in_what_the_recipe_says_alone(module) -> None:
     recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
-    by_name = {s.name: s.commands[0] for s in module("plan").stages(recipe, Path("out"))}
+    by_name = {s.name: s.commands[1] for s in module("plan").stages(recipe, Path("out")) if s.name[:5] == "train"}
     one, other = by_name["train/1/full"], by_name["train/1/anchor"]
     differ = {a.split("=")[0] for a, b in zip(one, other, strict=True) if a != b}
     assert differ == {"out_dir", "pattern"}
+
+
+def test_what_a_stage_rests_on_is_in_its_fingerprint_and_where_it_runs_is_not(module) -> None:
+    recipe = yaml.safe_load((MINIATURE / "recipe_ci.yaml").read_text())
+    plan = module("plan")
+
+    def of(recipe: dict, out: str) -> dict[str, str]:
+        return plan.fingerprints(plan.stages(recipe, Path(out)), Path(out))
+
+    before = of(recipe, "out")
+    assert of(recipe, "/elsewhere/out") == before
+    after = of(recipe | {"arms": recipe["arms"] | {"anchor": {"pattern": "anchor", "lr": 5e-4}}}, "out")
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"train/0/anchor", "eval/0/anchor", "kvcomm/0/anchor", "precision/0/anchor"}
+    after = of(recipe | {"bases": {"base": {"cooldown": 90}}}, "out")
+    assert all(before[name] != after[name] for name in before)
+
+
+def test_a_training_of_other_settings_is_not_gone_on_with(module) -> None:
+    recipe = yaml.safe_load((MINIATURE / "recipe_ci.yaml").read_text())
+    (stage,) = (s for s in module("plan").stages(recipe, Path("out")) if s.name == "train/0/anchor")
+    assert stage.commands[0] == ["rm", "-rf", "out/seed_0/runs/anchor", "out/seed_0/anchor"]
+    assert "out_dir=out/seed_0/runs/anchor" in stage.commands[1]
 
 
 def test_an_arm_says_what_it_has_of_its_own(module) -> None:
     recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
     by_name = {s.name: s for s in module("plan").stages(recipe, Path("out"))}
     long, large = by_name["train/0/anchor_16k"], by_name["train/0/large_anchor"]
-    assert {"model.max_length=16384", "tokens_per_step=16384", "steps=30"} <= set(long.commands[0])
+    assert {"model.max_length=16384", "tokens_per_step=16384", "steps=30"} <= set(long.commands[1])
     assert "corpus/ordinary_16384" in long.needs and "base/0/large_base" in large.needs
     assert by_name["base/0/large_base"].commands[0][-4:] == ["--layers", "4", "--width", "128"]
     evaluated = by_name["eval/0/intra_doc_16k_bf16"].commands[1]
@@ -207,7 +219,7 @@ def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Pat
     assert (tmp_path / "made").read_text() == "xx" and "2 of 2 stages are done already" in capsys.readouterr().out
     changed = [plan.Stage("a/one", [[*write, "more"]], 1), stages[1]]
     run.Runner(changed, tmp_path, 1).run()
-    assert (tmp_path / "made").read_text() == "xxx"
+    assert (tmp_path / "made").read_text() == "xxxx"  # and what rests on it, whose own command is the same
     broken = [plan.Stage("c", [[sys.executable, "-c", "raise SystemExit('no such luck')"]], 1)]
     with pytest.raises(SystemExit, match="c failed.*\n.*\nno such luck"):
         run.Runner(broken, tmp_path, 1).run()
@@ -218,12 +230,50 @@ def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Pat
     [
         (["none.yaml", "out"], "none.yaml is no file"),
         ([str(MINIATURE / "recipe_ci.yaml"), "out", "--only", "trian"], "--only trian begins no stage's name"),
+        ([str(MINIATURE / "recipe_ci.yaml"), "out", "--jobs", "0"], "--jobs 0 must be at least 1"),
     ],
 )
 def test_mistakes_at_the_runner_are_said(module, capsys, arguments: list[str], sentence: str) -> None:
     with pytest.raises(SystemExit) as ended:
         module("run").main(arguments)
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seeds": []}, r"seeds=\[\] must be a list"),
+        ({"seeds": 2}, "seeds=2 must be a list"),
+        ({"arms": {"full": {"pattern": "ful"}}}, "arm full has pattern=ful: choose full"),
+        ({"arms": {"full": {"pattern": "full", "step": 5}}}, "arm full has step, which no arm has"),
+        ({"arms": {"full": {"pattern": "full", "base": "huge"}}}, "arm full has base=huge: choose base"),
+        ({"arms": {"full": {"pattern": "full", "corpus": "tag"}}}, "arm full has corpus=tag: choose ordinary"),
+        ({"studies": {"s": {"command": "plan"}}}, "study s has command=plan: choose kvcomm"),
+        (
+            {"studies": {"s": {"command": "eval", "models": {"ful": [0]}}}},
+            "study s has ful of seed 0, which nothing makes",
+        ),
+        ({"ruler": {"models": {"full": [7]}}}, "study ruler has full of seed 7"),
+        ({"needles": None}, None),
+    ],
+)
+def test_mistakes_in_a_recipe_are_said_before_anything_runs(module, tmp_path: Path, change: dict, sentence: str | None):
+    recipe = yaml.safe_load((MINIATURE / "recipe_ci.yaml").read_text()) | change
+    (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    if sentence is None:
+        assert module("settings").read_recipe(path) == recipe
+        return
+    with pytest.raises(UserError, match=sentence):
+        module("settings").read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("", "has no seeds"), ("a: [", "is no YAML"), ("seeds: [0]", "no bases")]
+)
+def test_what_is_no_recipe_is_refused(module, tmp_path: Path, text: str, sentence: str) -> None:
+    (path := tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        module("settings").read_recipe(path)
 
 
 def check(tmp_path: Path, *figures: dict) -> subprocess.CompletedProcess[str]:
@@ -253,5 +303,10 @@ def test_figures_of_a_run_are_compared(tmp_path: Path) -> None:
     for mistake in ({}, {"value": 1}, {"tolerance": 1}):
         done = check(tmp_path, perplexity | mistake)
         assert done.returncode == 2 and "has no bounds" in done.stderr
+    for mistake in ({"value": None, "tolerance": 1}, {"value": 71, "tolerance": float("inf")}, {"at_most": "71"}):
+        done = check(tmp_path, perplexity | mistake)
+        assert done.returncode == 2 and "which is no number" in done.stderr
+    done = check(tmp_path, {"model": "after", "at_least": 0})
+    assert done.returncode == 2 and "names no metric" in done.stderr
     done = check(tmp_path)
     assert done.returncode == 2 and "no figures" in done.stderr
