@@ -16,8 +16,9 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from plan import Stage, fingerprints, stages
+from plan import stages
 from settings import read_recipe
+from stage import Stage, fingerprints
 
 from anchorctx.errors import UserError
 from anchorctx.manifest import read_json, write_json

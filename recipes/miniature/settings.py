@@ -40,8 +40,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def arm_of(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    """Everything that an arm is made with: what it says, and the defaults for the rest."""
-    return {"seeds": recipe["seeds"], **recipe["defaults"], **recipe["arms"][name]}
+    """Everything that an arm is made with: what it says, and the defaults for the rest; of a base, what it is."""
+    own = recipe["arms"][name] if name in recipe["arms"] else {"base": name}
+    return {"seeds": recipe["seeds"], **recipe["defaults"], **own}
 
 
 def seeds_of(recipe: dict[str, Any]) -> list[int]:

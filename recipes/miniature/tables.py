@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plan import SHORT
 from settings import arm_of, labels_of
+from stage import SHORT
 from verdicts import Estimate
 
 if TYPE_CHECKING:

@@ -180,7 +180,7 @@ def test_what_a_stage_rests_on_is_in_its_fingerprint_and_where_it_runs_is_not(mo
     plan = module("plan")
 
     def of(recipe: dict, out: str) -> dict[str, str]:
-        return plan.fingerprints(plan.stages(recipe, Path(out)), Path(out))
+        return module("stage").fingerprints(plan.stages(recipe, Path(out)), Path(out))
 
     before = of(recipe, "out")
     assert of(recipe, "/elsewhere/out") == before
@@ -211,16 +211,16 @@ def test_an_arm_says_what_it_has_of_its_own(module) -> None:
 
 
 def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Path, capsys) -> None:
-    plan, run = module("plan"), module("run")
+    stage, run = module("stage"), module("run")
     write = [sys.executable, "-c", f"open(r'{tmp_path / 'made'}', 'a').write('x')"]
-    stages = [plan.Stage("a/one", [write], 1), plan.Stage("b", [write], 1, ["a/one"])]
+    stages = [stage.Stage("a/one", [write], 1), stage.Stage("b", [write], 1, ["a/one"])]
     run.Runner(stages, tmp_path, 2).run()
     run.Runner(stages, tmp_path, 2).run()
     assert (tmp_path / "made").read_text() == "xx" and "2 of 2 stages are done already" in capsys.readouterr().out
-    changed = [plan.Stage("a/one", [[*write, "more"]], 1), stages[1]]
+    changed = [stage.Stage("a/one", [[*write, "more"]], 1), stages[1]]
     run.Runner(changed, tmp_path, 1).run()
     assert (tmp_path / "made").read_text() == "xxxx"  # and what rests on it, whose own command is the same
-    broken = [plan.Stage("c", [[sys.executable, "-c", "raise SystemExit('no such luck')"]], 1)]
+    broken = [stage.Stage("c", [[sys.executable, "-c", "raise SystemExit('no such luck')"]], 1)]
     with pytest.raises(SystemExit, match="c failed.*\n.*\nno such luck"):
         run.Runner(broken, tmp_path, 1).run()
 
