@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Both papers' claims in miniature: base models, continued training by pattern and numerics, evaluation, reuse of KV
-# caches; on two CPU cores with no network. An hour and a half; SCALE=ci takes some three minutes: does the chain work?
+# caches; on two CPU cores with no network. Over two hours; SCALE=ci takes some three minutes: does the chain work?
 #
 #   bash recipes/miniature/run.sh
 #   SCALE=ci bash recipes/miniature/run.sh
