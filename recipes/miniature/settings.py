@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML ({str(error).splitlines()[0]}): give recipe.yaml or one like it") from None
     wanted = ("seeds", "bases", "defaults", "arms", "needles", "studies")
-    if missing := [key for key in wanted if not isinstance(recipe, Mapping) or key not in recipe]:
+    if missing := [key for key in wanted if not isinstance(recipe, dict) or key not in recipe]:
         raise UserError(f"{path} has no {missing[0]}: a recipe has {', '.join(wanted)}, as recipe.yaml does")
     for problem in _problems(recipe):
         raise UserError(f"{path}: {problem}")
