@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -40,6 +40,8 @@ from anchorctx.kvcomm.tasks.retrieval import FactVocabulary, RetrievalTask, Retr
 from anchorctx.kvcomm.tasks.sandbox import Limits
 from anchorctx.manifest import build_manifest, write_manifest
 from anchorctx.results import FILE, Result, append_results
+
+logger = logging.getLogger(__name__)
 
 CORPUS_TEXTS = 40
 """Held-out documents that the retrieval task and the split of errors draw their text from."""
@@ -296,11 +298,10 @@ def _variation(lab: Lab, lines: list[tuple[int, ...]], config: VariationConfig) 
     stream, longest = np.array([token for line in lines for token in line]), max(config.tokens, config.prefix)
     needed = config.tokens + 2 * config.prefix + 1
     if len(stream) < 4 * longest or lab.decoder.reach < needed:
-        print(
+        logger.warning(
             f"kvcomm_variation is left out: variation.tokens={config.tokens} behind variation.prefix={config.prefix} "
             f"needs {needed:,} tokens of the model, which reaches {lab.decoder.reach:,}, and {4 * longest:,} of text, "
-            f"of which there are {len(stream):,}: lower them",
-            file=sys.stderr,
+            f"of which there are {len(stream):,}: lower them"
         )
         return []
     starts = np.random.default_rng([lab.seed, 1]).integers(0, len(stream) - longest, size=(config.documents, 3))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +103,10 @@ def _say_what_is_waited_for() -> None:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted([*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")]):
-        print(
-            f"waiting while another process builds DeepSpeed's extension; if none does (a run was killed at it), "
-            f"remove {lock}",
-            file=sys.stderr,
-            flush=True,
+        logger.warning(
+            "waiting while another process builds DeepSpeed's extension; if none does (a run was killed at it), "
+            "remove %s",
+            lock,
         )
 
 

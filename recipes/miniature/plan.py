@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from settings import CORPORA, arm_of, seeds_of
+from recipe import CORPORA, arm_of, seeds_of
 from stage import ANCHORCTX, BUDGETS, HERE, QUICKSTART, SHORT, Stage, budget_of, flow, made_by, model_of
 
 
@@ -19,9 +19,9 @@ def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:
         arm = arm_of(recipe, name)
         new = [_base(recipe, out, seed, arm["base"]) for seed in dict.fromkeys([*seeds, *arm["seeds"]])]
         new += [_corpus(recipe, out, corpus, arm["row_length"]) for corpus in ("ordinary", arm["corpus"])]
-        new += [_evaluate(recipe, out, seed, arm["base"], recipe["defaults"]) for seed in seeds]
+        new += [_evaluate(recipe, out, seed, arm["base"]) for seed in seeds]
         for seed in arm["seeds"]:
-            new += [_train(recipe, out, seed, name, arm), _evaluate(recipe, out, seed, name, arm)]
+            new += [_train(recipe, out, seed, name), _evaluate(recipe, out, seed, name)]
         found |= {stage.name: stage for stage in new if stage.name not in found}
         found |= {s.name: s for s in studies if s.name not in found and found.keys() >= set(s.needs)}
     return [*found.values(), *_speed(recipe, out)]
@@ -47,8 +47,9 @@ def _corpus(recipe: dict[str, Any], out: Path, name: str, row_length: int) -> St
     return Stage(f"corpus/{target.name}", [["rm", "-rf", str(target)], command], BUDGETS["corpus"], [need])
 
 
-def _train(recipe: dict[str, Any], out: Path, seed: int, name: str, arm: dict[str, Any]) -> Stage:
-    folder, corpus = out / f"seed_{seed}", f"{arm['corpus']}_{arm['row_length']}"
+def _train(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
+    arm, folder = arm_of(recipe, name), out / f"seed_{seed}"
+    corpus = f"{arm['corpus']}_{arm['row_length']}"
     run, exported, base = folder / "runs" / name, folder / name, arm["base"]
     train = [*ANCHORCTX, "train", "--recipe", str(QUICKSTART / "recipe_train.yaml"), f"out_dir={run}"]
     train += [f"data.train={out / 'corpus' / corpus}", "data.validation=null", f"model.path={folder / base}"]
@@ -63,16 +64,17 @@ def _train(recipe: dict[str, Any], out: Path, seed: int, name: str, arm: dict[st
     return Stage(f"train/{seed}/{name}", [clear, train, export], budget, needs)
 
 
-def _evaluate(recipe: dict[str, Any], out: Path, seed: int, name: str, arm: dict[str, Any]) -> Stage:
+def _evaluate(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
     """Retrieval by length and depth, and short contexts; a base is read past its limit as it is."""
-    folder, length = out / f"seed_{seed}", arm["row_length"]
+    arm, folder = arm_of(recipe, name), out / f"seed_{seed}"
+    length = arm["row_length"]
     target = folder / "eval" / name
     command = [*ANCHORCTX, "eval", f"out_dir={target}", f"models=[{flow(model_of(recipe, folder, name))}]"]
     command += [f"rope_dtype={arm['rope_dtype']}", "evals=[retrieval,perplexity,needle]"]
     command += [f"retrieval.lengths=[{SHORT},{length}]", f"retrieval.rows={arm['rows']}"]
     command += [f"perplexity.max_length={SHORT}", "perplexity.documents=64"]
     command += [f"needle.lengths=[{length}]", f"needle.rows={recipe['needles']}"]
-    commands, budget = [["rm", "-rf", str(target)], command], budget_of(recipe, "eval", arm_of(recipe, name))
+    commands, budget = [["rm", "-rf", str(target)], command], budget_of(recipe, "eval", arm)
     return Stage(f"eval/{seed}/{name}", commands, budget, [made_by(recipe, seed, name)])
 
 
@@ -88,8 +90,7 @@ def _studies(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
             model["label"] = study.get("label", "{}").format(name)
             command = [*ANCHORCTX, study["command"], f"out_dir={target}", f"model={model.pop('path')}", *options]
             command += [f"{key}={flow(value)}" for key, value in model.items()]
-            needs, arm = [made_by(recipe, seed, name)], arm_of(recipe, name)
-            budget = budget_of(recipe, "study", arm)
+            needs, budget = [made_by(recipe, seed, name)], budget_of(recipe, "study", arm_of(recipe, name))
             yield Stage(f"{kind}/{seed}/{name}", [["rm", "-rf", str(target)], command], budget, needs)
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from plan import stages
-from settings import read_recipe
+from recipe import read_recipe
 from stage import Stage, fingerprints
 
 from anchorctx.errors import UserError

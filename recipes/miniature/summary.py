@@ -17,7 +17,7 @@ from typing import Any
 
 from claims import CLAIMS
 from figures import claims_figure, reuse_figure, trained_figure
-from settings import read_recipe, seeds_of
+from recipe import read_recipe, seeds_of
 from tables import by_length, depth, precision, reuse, ruler, shown, speed, table, training, variation
 from verdicts import Estimate, Rows
 

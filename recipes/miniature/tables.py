@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from settings import arm_of, labels_of
+from recipe import arm_of, labels_of
 from stage import SHORT
 from verdicts import Estimate
 

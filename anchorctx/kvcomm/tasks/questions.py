@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from anchorctx.errors import UserError
 from anchorctx.kvcomm.agents import Answer
@@ -92,12 +93,12 @@ class Mmlu:
         problems = []
         for row in rows:
             if len(row["choices"]) != len(LETTERS):
-                raise UserError(f"an MMLU question has {len(row['choices'])} choices, where there are four: correct it")
+                raise UserError(f"{_named(row)} has {len(row['choices'])} choices, where there are four: correct it")
             choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
             answer = row["answer"]
             expected = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < 4 else str(answer).strip().upper()
             if expected not in tuple(LETTERS):
-                raise UserError(f"the answer {answer!r} of an MMLU question is neither 0 to 3 nor A to D: correct it")
+                raise UserError(f"{_named(row)} has the answer {answer!r}, neither 0 to 3 nor A to D: correct it")
             problems.append(Problem({"question": f"{row['question']}\n{choices}"}, expected))
         last = "You decide. Read the other agents' answers, then reply with the letter of the right choice alone."
         agents, graph = panel(
@@ -114,6 +115,10 @@ class Mmlu:
     def score(self, answer: Answer, problem: Problem) -> bool:
         """The reply's letter is the right one."""
         return letter_of(answer.text) == problem.expected
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"the MMLU question {row['question'][:60]!r}"
 
 
 def number_of(text: str) -> Decimal | None:

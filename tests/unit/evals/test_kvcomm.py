@@ -140,7 +140,7 @@ def test_settings_with_which_nothing_runs_are_refused(folder: Path, capsys: pyte
     assert not (folder / "never").exists()
 
 
-def test_variation_is_measured_behind_the_prefix_that_is_asked_for(folder: Path, capsys) -> None:
+def test_variation_is_measured_behind_the_prefix_that_is_asked_for(folder: Path, capsys, caplog) -> None:
     def run(prefix: int) -> list[Result]:
         out = folder / f"variation_{prefix}"
         options = ["variation.documents=2", "variation.tokens=16", f"variation.prefix={prefix}"]
@@ -153,7 +153,7 @@ def test_variation_is_measured_behind_the_prefix_that_is_asked_for(folder: Path,
     assert (
         command(folder, folder / "far", "tasks=[copy]", "copy.problems=1", "arms=[rotate]", "variation.prefix=600") == 0
     )
-    assert "needs 1,457 tokens of the model, which reaches 1,024" in capsys.readouterr().err
+    assert "needs 1,457 tokens of the model, which reaches 1,024" in caplog.text
     assert command(folder, folder / "no", "variation.prefix=0") == 2
     assert "variation.prefix=0 must be at least 1" in capsys.readouterr().err
 

@@ -180,11 +180,11 @@ def of_reuse(model: str) -> Iterator[Result]:
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(MINIATURE))
-    return {name: importlib.import_module(name) for name in ("claims", "settings", "verdicts")}
+    return {name: importlib.import_module(name) for name in ("claims", "recipe", "verdicts")}
 
 
 def test_every_claim_measures_what_it_says(modules: dict[str, ModuleType]) -> None:
-    rows = modules["verdicts"].Rows({0: list(measured(modules["settings"]))})
+    rows = modules["verdicts"].Rows({0: list(measured(modules["recipe"]))})
     found = {claim.name: claim.estimate(rows).values for claim in modules["claims"].CLAIMS}
     assert found.keys() == EFFECTS.keys()
     for name, expected in EFFECTS.items():

@@ -261,10 +261,10 @@ def test_mistakes_in_a_recipe_are_said_before_anything_runs(module, tmp_path: Pa
     recipe = yaml.safe_load((MINIATURE / "recipe_ci.yaml").read_text()) | change
     (path := tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     if sentence is None:
-        assert module("settings").read_recipe(path) == recipe
+        assert module("recipe").read_recipe(path) == recipe
         return
     with pytest.raises(UserError, match=sentence):
-        module("settings").read_recipe(path)
+        module("recipe").read_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_mistakes_in_a_recipe_are_said_before_anything_runs(module, tmp_path: Pa
 def test_what_is_no_recipe_is_refused(module, tmp_path: Path, text: str, sentence: str) -> None:
     (path := tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UserError, match=sentence):
-        module("settings").read_recipe(path)
+        module("recipe").read_recipe(path)
 
 
 def check(tmp_path: Path, *figures: dict) -> subprocess.CompletedProcess[str]:
