@@ -81,10 +81,10 @@ CURRICULUM = (
 
 def curriculum(text_weight: float, cooldown: int) -> list[Stage]:
     """`CURRICULUM` with text of another weight, and another number of updates in the last stage's cooldown."""
-    if text_weight < 0 or cooldown < 1:
-        raise UserError(
-            f"--text-weight {text_weight} must be at least 0 and --cooldown {cooldown} at least 1: give other numbers"
-        )
+    if not text_weight >= 0:  # nan is not
+        raise UserError(f"--text-weight {text_weight} must be at least 0: an answer weighs 1, text 0.1 by default")
+    if cooldown < 1:
+        raise UserError(f"--cooldown {cooldown} must be at least 1: it counts the last stage's updates")
     stages = [replace(stage, text_weight=text_weight) for stage in CURRICULUM]
     return [*stages[:-1], replace(stages[-1], cooldown=cooldown)]
 
