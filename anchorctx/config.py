@@ -21,13 +21,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 from anchorctx.errors import UserError
 
 SCHEMAS = {
-    "prepare": "anchorctx.data.prepare_config:PrepareConfig",
+    "prepare": "anchorctx.data.config:PrepareConfig",
     "plan": "anchorctx.plan.config:PlanConfig",
     "train": "anchorctx.cli.train:TrainCommand",
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
-    "precision": "anchorctx.evals.precision.config:PrecisionConfig",
-    "kvcomm": "anchorctx.evals.kvcomm:KvcommConfig",
+    "precision": "anchorctx.evals.evaluators.precision.config:PrecisionConfig",
+    "kvcomm": "anchorctx.evals.evaluators.reuse.evaluator:KvcommConfig",
     "plot": "anchorctx.report.render:PlotConfig",
     "report": "anchorctx.report.page:ReportConfig",
 }

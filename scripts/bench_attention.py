@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from anchorctx.attention import attend
 from anchorctx.layout import PackedLayout, Pattern
-from anchorctx.manifest import build_manifest, write_json
+from anchorctx.records.manifest import build_manifest, write_json
 
 VARIANTS = ("anchor", "documents", "full", "dense")
 MEDIAN_LENGTH, SPREAD = 800, 1.2

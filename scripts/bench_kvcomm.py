@@ -32,15 +32,15 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anchorctx.evals.evaluators.reuse.tasks.base import Team
+from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask, CopyTaskConfig
 from anchorctx.kvcomm import grouped
-from anchorctx.kvcomm.arms import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
+from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
+from anchorctx.kvcomm.arms.exemplars import PoolConfig
+from anchorctx.kvcomm.arms.offsets import KvcommUngated, MeanOffset
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.exemplars import PoolConfig
-from anchorctx.kvcomm.offsets import KvcommUngated, MeanOffset
 from anchorctx.kvcomm.session import Session, Turn
-from anchorctx.kvcomm.tasks.base import Team
-from anchorctx.kvcomm.tasks.copy import CopyTask, CopyTaskConfig
-from anchorctx.manifest import build_manifest, write_json
+from anchorctx.records.manifest import build_manifest, write_json
 from anchorctx.testing.tiny import word_tokenizer
 
 PAPER = {"last": 7.82, "request": 4.50}

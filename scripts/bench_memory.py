@@ -31,14 +31,14 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from anchorctx.attention.rope import RopeDtype
-from anchorctx.data.shards import Row, ShardWriter
+from anchorctx.data.packed_set import Row, ShardWriter
 from anchorctx.layout import PackedLayout
-from anchorctx.manifest import build_manifest, write_json
-from anchorctx.parallel.config import MemoryConfig, ParallelConfig
-from anchorctx.parallel.loss import LossKind
+from anchorctx.models.config import LossKind, MemoryConfig
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.plan.memory import Parts, worst_moment
 from anchorctx.plan.planner import weights_of
 from anchorctx.plan.trace import meta_model, trace
+from anchorctx.records.manifest import build_manifest, write_json
 from anchorctx.report.scaling import memory_figure
 
 VOCABULARY = 8192

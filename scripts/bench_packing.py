@@ -35,25 +35,25 @@ import numpy as np
 from bench_packing_report import draw, report
 from tqdm import tqdm
 
-from anchorctx.data.accounting import Accounting
-from anchorctx.data.documents import OnBadRow, Reading
+from anchorctx.data.config import PrepareConfig
 from anchorctx.data.inspection import expect
-from anchorctx.data.mixture import MixtureConfig
 from anchorctx.data.order import deal, epoch_order
+from anchorctx.data.packed_set import ShardWriter, rows_per_shard
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.packing.mixture import MixtureConfig
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import Rows, make_pieces
+from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows, shards_of
 from anchorctx.data.packing.tags import Tags
 from anchorctx.data.packing.text import ArrayText
-from anchorctx.data.plan import Corpus, DocumentPlan, plan_rows, shards_of
 from anchorctx.data.prepare import Making, Preparation, write_rows
-from anchorctx.data.prepare_config import PrepareConfig
-from anchorctx.data.shards import ShardWriter, rows_per_shard
-from anchorctx.data.sources import SourceConfig, SourceFormat
-from anchorctx.data.stdlib import Split, StdlibConfig, train_tokenizer
-from anchorctx.data.store import DOCUMENT, TokenPart
-from anchorctx.manifest import build_manifest, write_json
+from anchorctx.data.sources.documents import OnBadRow, Reading
+from anchorctx.data.sources.source import SourceConfig, SourceFormat
+from anchorctx.data.sources.stdlib import Split, StdlibConfig, train_tokenizer
+from anchorctx.data.tokens.store import DOCUMENT, TokenPart
+from anchorctx.records.manifest import build_manifest, write_json
 
 MEDIAN, SIGMA = 900, 1.2
 """Log-normal lengths of documents: median in tokens and standard deviation of the logarithm."""

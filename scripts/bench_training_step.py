@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from anchorctx.flops import ModelFlops
 from anchorctx.layout import PackedLayout, Pattern
-from anchorctx.manifest import build_manifest, write_json
 from anchorctx.models import ModelConfig, load_model
-from anchorctx.parallel.loss import CausalLMLoss
+from anchorctx.models.loss import CausalLMLoss
+from anchorctx.records.manifest import build_manifest, write_json
 
 VOCABULARY = 1024
 

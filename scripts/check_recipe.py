@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorctx.errors import UserError
-from anchorctx.results import FILE, Result, read_results
+from anchorctx.records.results import FILE, Result, read_results
 
 BOUNDS = ("value", "tolerance", "at_least", "at_most")
 

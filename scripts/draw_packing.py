@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from anchorctx.data.accounting import Accounting
-from anchorctx.data.block import Row
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, assemble
+from anchorctx.data.packing.block import Row
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import Rows, make_pieces

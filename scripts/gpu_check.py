@@ -24,7 +24,7 @@ from anchorctx.attention.kernels.base import Score
 from anchorctx.attention.kernels.torch_varlen import missing_cuda
 from anchorctx.errors import BackendUnavailableError
 from anchorctx.layout import PackedLayout, Pattern
-from anchorctx.manifest import build_manifest, write_json
+from anchorctx.records.manifest import build_manifest, write_json
 from anchorctx.testing.numerics import Attention, Deviation, deviations
 
 DEVICE = "cuda"

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "anchorctx"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = SOURCES + [p for folder in ("scripts", "recipes", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
 
-FOUNDATION = {"errors", "manifest", "results", "layout", "flops"}
+FOUNDATION = {"errors", "records", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "attention", "plan", "report"}
 MAY_IMPORT = {
     "cli": {"config"} | PARTS,
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "evals": {"models", "parallel", "data", "kvcomm", "attention"},
     "kvcomm": {"attention.rope"},
     "models": {"attention"},
-    "parallel": {"attention"},
+    "parallel": {"attention", "models"},
     "attention": set(),
     "data": set(),
     "plan": {"models", "parallel", "data", "attention"},
@@ -39,7 +39,7 @@ ONLY_IN = {
     "hydra": ("cli", "config"),
     "omegaconf": ("cli", "config"),
     "flash_attn": ("attention.kernels.flash_attn",),
-    "lm_eval": ("evals.harness",),
+    "lm_eval": ("evals.evaluators.lm_eval",),
     "wandb": ("train",),
     "deepspeed": ("train", "parallel"),
 }

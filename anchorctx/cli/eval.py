@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from anchorctx.cli.configured import configuration
 from anchorctx.cli.main import Arguments, main
-from anchorctx.results import Result
+from anchorctx.records.results import Result
 
 EXAMPLE = """\
 anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
@@ -35,8 +35,8 @@ def run(arguments: Arguments) -> None:
     config = configuration("eval", arguments, EXAMPLE)
     if config is None:
         return
+    from anchorctx.evals.distribute import is_first
     from anchorctx.evals.runner import evaluate
-    from anchorctx.evals.share import is_first
 
     rows = evaluate(config)
     if is_first():

@@ -18,7 +18,7 @@ def run(arguments: Arguments) -> int:
     config = configuration("kvcomm", arguments, EXAMPLE)
     if config is None:
         return 0
-    from anchorctx.evals.kvcomm import evaluate_reuse
+    from anchorctx.evals.evaluators.reuse.evaluator import evaluate_reuse
     from anchorctx.report.kvcomm import draw_reuse, reuse_table
 
     outcome = evaluate_reuse(config)

@@ -9,8 +9,8 @@ from pathlib import Path
 from anchorctx.cli.configured import configuration
 from anchorctx.cli.main import Arguments, main
 from anchorctx.config import resolve, schema
-from anchorctx.manifest import build_manifest, write_json
 from anchorctx.plan.config import PlanConfig
+from anchorctx.records.manifest import build_manifest, write_json
 
 EXAMPLE = """\
 anchorctx plan --recipe recipes/llama3_8b_128k/recipe_train.yaml gpu=H100 gpus=8

@@ -19,7 +19,7 @@ def run(arguments: Arguments) -> None:
     config = configuration("plot", arguments, EXAMPLE)
     if config is None:
         return
-    from anchorctx.data.shards import PackedSet
+    from anchorctx.data.packed_set import PackedSet
     from anchorctx.report.render import render
 
     layout = None

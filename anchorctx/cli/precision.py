@@ -16,8 +16,8 @@ def run(arguments: Arguments) -> None:
     config = configuration("precision", arguments, EXAMPLE)
     if config is None:
         return
-    from anchorctx.evals.precision.study import study
-    from anchorctx.evals.precision.table import table
+    from anchorctx.evals.evaluators.precision.study import study
+    from anchorctx.evals.evaluators.precision.table import table
     from anchorctx.report.precision_figure import precision_figure
     from anchorctx.report.precision_series import Study
 

@@ -47,7 +47,7 @@ def _with_folders(arguments: Arguments) -> Arguments:
 
 def _layouts(config: ReportConfig, material: Material) -> dict[Path, PackedLayout]:
     """A row of the first packed set, under the pattern asked for, or that of the first run, or AnchorAttention's."""
-    from anchorctx.data.shards import PackedSet
+    from anchorctx.data.packed_set import PackedSet
 
     used = [run.place.manifest.get("config", {}).get("pattern") for run in material.runs]
     name = config.pattern or next((pattern for pattern in used if pattern), Pattern.anchor.value)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anchorctx.data.accounting import Accounting
+from anchorctx.data.config import PrepareConfig
 from anchorctx.data.engine import open_engine
 from anchorctx.data.once import in_use
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows
 from anchorctx.data.packing.tags import Tags
-from anchorctx.data.plan import Corpus, DocumentPlan, plan_rows
 from anchorctx.data.prepare import Preparation, length_histogram, skipped
-from anchorctx.data.prepare_config import PrepareConfig
 
 BAR_WIDTH = 40
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from anchorctx.data.order import deal, epoch_order
-from anchorctx.data.shards import PackedSet
+from anchorctx.data.packed_set import PackedSet
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from anchorctx.evals.config import EvaluatedModel
 from anchorctx.evals.journal import Journal
-from anchorctx.results import Result, mean_interval
+from anchorctx.records.results import Result, mean_interval
 
 KEYS = ("length", "depth", "context_length", "start", "stop", "task", "measure")
 """What of a row's context tells the numbers of one model apart; the rest describes how they came about."""

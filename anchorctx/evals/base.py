@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
-from anchorctx.results import Result
+from anchorctx.records.results import Result
 
 Progress = Callable[[int, int], None]
 """Called with (what was done since the last call, all there is of it in this unit), in what the evaluator `counts`."""

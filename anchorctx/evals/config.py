@@ -7,14 +7,14 @@ from enum import StrEnum
 from typing import Any
 
 from anchorctx.attention.rope import RopeDtype
-from anchorctx.data.sources import SourceConfig
-from anchorctx.evals.context import ContextConfig
+from anchorctx.data.sources.source import SourceConfig
 from anchorctx.evals.corpus import embedded
-from anchorctx.evals.harness import LmEvalConfig
-from anchorctx.evals.needle import NeedleConfig
-from anchorctx.evals.perplexity import PerplexityConfig
-from anchorctx.evals.retrieval import RetrievalConfig
-from anchorctx.evals.ruler import RulerConfig
+from anchorctx.evals.evaluators.context import ContextConfig
+from anchorctx.evals.evaluators.lm_eval import LmEvalConfig
+from anchorctx.evals.evaluators.needle import NeedleConfig
+from anchorctx.evals.evaluators.perplexity import PerplexityConfig
+from anchorctx.evals.evaluators.retrieval import RetrievalConfig
+from anchorctx.evals.evaluators.ruler import RulerConfig
 from anchorctx.models import RopeConfig
 
 

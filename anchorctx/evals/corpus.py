@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from anchorctx.data.documents import Reading
-from anchorctx.data.sources import Source, SourceConfig, SourceFormat, open_source
-from anchorctx.data.stdlib import Split, StdlibConfig
+from anchorctx.data.sources.documents import Reading
+from anchorctx.data.sources.source import Source, SourceConfig, SourceFormat, open_source
+from anchorctx.data.sources.stdlib import Split, StdlibConfig
 
 
 def embedded() -> SourceConfig:

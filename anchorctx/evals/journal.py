@@ -19,8 +19,8 @@ from typing import IO, Any
 
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Unit
-from anchorctx.manifest import build_manifest, fingerprint, write_json
-from anchorctx.results import FILE, Result, append_results, read_results
+from anchorctx.records.manifest import build_manifest, fingerprint, write_json
+from anchorctx.records.results import FILE, Result, append_results, read_results
 
 MANIFESTS = "manifests"
 CODE = ("evals", "models", "attention", "data", "parallel", "layout.py")

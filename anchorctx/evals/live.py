@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchorctx.data.sources import SourceConfig
+from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Evaluator, Subject
-from anchorctx.evals.context import ContextConfig, ContextPerplexity
 from anchorctx.evals.corpus import Corpus, embedded
-from anchorctx.evals.needle import NeedleConfig, NeedleMap
-from anchorctx.evals.perplexity import Perplexity, PerplexityConfig
-from anchorctx.evals.retrieval import Retrieval, RetrievalConfig
+from anchorctx.evals.evaluators.context import ContextConfig, ContextPerplexity
+from anchorctx.evals.evaluators.needle import NeedleConfig, NeedleMap
+from anchorctx.evals.evaluators.perplexity import Perplexity, PerplexityConfig
+from anchorctx.evals.evaluators.retrieval import Retrieval, RetrievalConfig
 from anchorctx.models import reach
-from anchorctx.results import Result
+from anchorctx.records.results import Result
 
 
 class LiveName(StrEnum):

@@ -27,19 +27,19 @@ from anchorctx.evals.attention import attention_name
 from anchorctx.evals.average import average
 from anchorctx.evals.base import Evaluator, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
-from anchorctx.evals.context import ContextPerplexity
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.harness import LmEval, lm_eval_version
+from anchorctx.evals.distribute import is_first, place, same_everywhere
+from anchorctx.evals.evaluators.context import ContextPerplexity
+from anchorctx.evals.evaluators.lm_eval import LmEval, lm_eval_version
+from anchorctx.evals.evaluators.needle import NeedleMap
+from anchorctx.evals.evaluators.perplexity import Perplexity
+from anchorctx.evals.evaluators.retrieval import Retrieval
+from anchorctx.evals.evaluators.ruler import Ruler
 from anchorctx.evals.journal import Journal, code_fingerprint, run_facts
-from anchorctx.evals.needle import NeedleMap
-from anchorctx.evals.perplexity import Perplexity
-from anchorctx.evals.retrieval import Retrieval
-from anchorctx.evals.ruler import Ruler
-from anchorctx.evals.share import is_first, place, same_everywhere
 from anchorctx.evals.subject import check_reach, device_of, identity, load, models_of, read_config, read_tokenizer
-from anchorctx.manifest import write_manifest
 from anchorctx.parallel import dist
-from anchorctx.results import Result
+from anchorctx.records.manifest import write_manifest
+from anchorctx.records.results import Result
 
 __all__ = ["EVALUATORS", "EvalConfig", "EvalDtype", "EvalName", "EvaluatedModel", "evaluate"]
 logger = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.kvcomm.agents import Agent, Answer, Template, check_agents, check_placeholders
-from anchorctx.kvcomm.arms import Arm, Dense
+from anchorctx.kvcomm.arms.basic import Arm, Dense
+from anchorctx.kvcomm.arms.registry import make_arm
 from anchorctx.kvcomm.decoder import Buffer, Decoder
-from anchorctx.kvcomm.engine import Prefill, keep_message, prefill, recite, speak, total
 from anchorctx.kvcomm.prompts import Frame, Ids, Prompt
-from anchorctx.kvcomm.registry import make_arm
-from anchorctx.kvcomm.scene import Prefixes, RequestState, Scene, now
+from anchorctx.kvcomm.request import Prefixes, RequestState, Scene, now
 from anchorctx.kvcomm.topology import TOPOLOGIES, Topology
+from anchorctx.kvcomm.turn import Prefill, keep_message, prefill, recite, speak, total
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,10 @@ from enum import StrEnum
 from typing import Any
 
 from anchorctx.attention.rope import RopeDtype
+from anchorctx.errors import UserError
+
+SMALLEST_TILE = 128
+"""Tokens of a tile of an MLP, at least: below, the calls cost more than the matrices."""
 
 
 class ModelDtype(StrEnum):
@@ -72,3 +76,75 @@ class ModelConfig:
     """Attention backend: auto, flash_attn, torch_varlen, cpu, flex or reference."""
     seed: int = 0
     """Seed of a new model's weights."""
+
+
+class LossKind(StrEnum):
+    """How the loss is computed."""
+
+    tiled = "tiled"
+    """Plain torch in tiles, any device."""
+    liger = "liger"
+    """Liger's fused kernel on CUDA; needs the extra `liger` and one weight for all trained tokens."""
+    whole = "whole"
+    """torch's own cross-entropy on all logits at once: what the others are compared with, and its memory."""
+
+
+class ActivationStore(StrEnum):
+    """Where the inputs of recomputed layers wait for the backward pass."""
+
+    device = "device"
+    """Where they are."""
+    cpu = "cpu"
+    """In pinned memory of the CPU, copied while the next layer computes."""
+    folder = "folder"
+    """In files under `offload_folder`, on a fast local disk."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MemoryConfig:
+    """What is recomputed, cut into tiles or moved away so that longer rows fit; loss and gradients stay the same."""
+
+    checkpoint_every: int = 0
+    """Recompute every n-th layer in the backward pass: 1 is all of them, 2 every other one, 0 leaves it to
+    parallel.activation_checkpointing (all or none)."""
+    mlp_tile: int = 0
+    """Tokens that go through an MLP at once; 0 is the whole row. The hidden size is a good choice."""
+    offload_activations: ActivationStore = ActivationStore.device
+    """Where the inputs of recomputed layers are kept: device, cpu or folder."""
+    offload_folder: str | None = None
+    """Folder for offload_activations=folder, on a local disk."""
+    loss: LossKind = LossKind.tiled
+    """How the loss is computed: tiled, liger (CUDA) or whole (all logits at once, to compare with)."""
+    loss_tile: int | None = None
+    """Tokens whose logits exist at once; null chooses it."""
+    sharded_loading: bool = True
+    """Under ZeRO 3, keep only this process's share of each weight while a checkpoint is loaded."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that cannot be meant."""
+        if self.checkpoint_every < 0:
+            raise UserError(f"memory.checkpoint_every={self.checkpoint_every} must be at least 0")
+        if self.mlp_tile and self.mlp_tile < SMALLEST_TILE:
+            raise UserError(f"memory.mlp_tile={self.mlp_tile} must be 0 or at least {SMALLEST_TILE} tokens")
+        if self.loss_tile is not None and self.loss_tile < 1:
+            raise UserError(f"memory.loss_tile={self.loss_tile} must be at least 1: null chooses it")
+        if (self.offload_activations is ActivationStore.folder) != (self.offload_folder is not None):
+            given = f"memory.offload_folder={self.offload_folder}"
+            raise UserError(
+                f"memory.offload_activations={self.offload_activations.value} does not go with {given}: give "
+                "offload_activations=folder and an offload_folder, or neither"
+            )
+
+    def recomputed(self, all_layers: bool) -> int:
+        """Recompute every n-th layer, 0 for none; UserError for an offload that nothing feeds.
+
+        Args:
+            all_layers: `parallel.activation_checkpointing`, for a `checkpoint_every` of 0.
+        """
+        every = self.checkpoint_every or int(all_layers)
+        if not every and self.offload_activations is not ActivationStore.device:
+            raise UserError(
+                f"memory.offload_activations={self.offload_activations.value} moves the inputs of recomputed layers, "
+                "but none is recomputed: set memory.checkpoint_every=1"
+            )
+        return every

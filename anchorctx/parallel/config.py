@@ -1,12 +1,10 @@
-"""What a user says about processes and memory: ZeRO, sequence parallelism, recomputation, tiling, offloading."""
+"""What a user says about processes: ZeRO and sequence parallelism."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from anchorctx.errors import UserError
-from anchorctx.parallel.loss import LossKind
 
 BUCKET = 50_000_000
 """Weights whose gradients are reduced, or that are gathered, in one call: 100 MB in bfloat16. DeepSpeed's own 5e8 holds
@@ -15,8 +13,6 @@ LIVE = 500_000_000
 """Weights that ZeRO 3 keeps gathered at once, at most, beside the module that runs; DeepSpeed's own is 1e9."""
 SUBGROUP = 250_000_000
 """Weights that the optimizer updates at once under ZeRO 3."""
-SMALLEST_TILE = 128
-"""Tokens of a tile of an MLP, at least: below, the calls cost more than the matrices."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,60 +50,3 @@ class ParallelConfig:
                 f"parallel.offload_parameters=true needs parallel.zero_stage=3, not {self.zero_stage}: "
                 "only ZeRO 3 shards parameters"
             )
-
-
-class ActivationStore(StrEnum):
-    """Where the inputs of recomputed layers wait for the backward pass."""
-
-    device = "device"
-    """Where they are."""
-    cpu = "cpu"
-    """In pinned memory of the CPU, copied while the next layer computes."""
-    folder = "folder"
-    """In files under `offload_folder`, on a fast local disk."""
-
-
-@dataclass(kw_only=True, slots=True)
-class MemoryConfig:
-    """What is recomputed, cut into tiles or moved away so that longer rows fit; loss and gradients stay the same."""
-
-    checkpoint_every: int = 0
-    """Recompute every n-th layer in the backward pass: 1 is all of them, 2 every other one, 0 leaves it to
-    parallel.activation_checkpointing (all or none)."""
-    mlp_tile: int = 0
-    """Tokens that go through an MLP at once; 0 is the whole row. The hidden size is a good choice."""
-    offload_activations: ActivationStore = ActivationStore.device
-    """Where the inputs of recomputed layers are kept: device, cpu or folder."""
-    offload_folder: str | None = None
-    """Folder for offload_activations=folder, on a local disk."""
-    loss: LossKind = LossKind.tiled
-    """How the loss is computed: tiled, liger (CUDA) or whole (all logits at once, to compare with)."""
-    loss_tile: int | None = None
-    """Tokens whose logits exist at once; null chooses it."""
-    sharded_loading: bool = True
-    """Under ZeRO 3, keep only this process's share of each weight while a checkpoint is loaded."""
-
-    def validate(self) -> None:
-        """Raise UserError for values that cannot be meant."""
-        if self.checkpoint_every < 0:
-            raise UserError(f"memory.checkpoint_every={self.checkpoint_every} must be at least 0")
-        if self.mlp_tile and self.mlp_tile < SMALLEST_TILE:
-            raise UserError(f"memory.mlp_tile={self.mlp_tile} must be 0 or at least {SMALLEST_TILE} tokens")
-        if self.loss_tile is not None and self.loss_tile < 1:
-            raise UserError(f"memory.loss_tile={self.loss_tile} must be at least 1: null chooses it")
-        if (self.offload_activations is ActivationStore.folder) != (self.offload_folder is not None):
-            given = f"memory.offload_folder={self.offload_folder}"
-            raise UserError(
-                f"memory.offload_activations={self.offload_activations.value} does not go with {given}: give "
-                "offload_activations=folder and an offload_folder, or neither"
-            )
-
-    def recomputed(self, parallel: ParallelConfig) -> int:
-        """Recompute every n-th layer, 0 for none; UserError for an offload that nothing feeds."""
-        every = self.checkpoint_every or int(parallel.activation_checkpointing)
-        if not every and self.offload_activations is not ActivationStore.device:
-            raise UserError(
-                f"memory.offload_activations={self.offload_activations.value} moves the inputs of recomputed layers, "
-                "but none is recomputed: set memory.checkpoint_every=1"
-            )
-        return every

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from anchorctx.layout import PackedLayout
-from anchorctx.parallel.loss import IGNORE, shift
+from anchorctx.models.loss import IGNORE, shift
 from anchorctx.parallel.mesh import Mesh
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
-from anchorctx.parallel.config import MemoryConfig, ParallelConfig
+from anchorctx.models.config import MemoryConfig
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.plan.machines import Machine, machine
 
 

@@ -12,15 +12,16 @@ from transformers import PreTrainedModel
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.layout import PackedLayout
+from anchorctx.models.config import ActivationStore, MemoryConfig
+from anchorctx.models.known import planned_config
 from anchorctx.parallel import ulysses
-from anchorctx.parallel.config import ActivationStore, MemoryConfig, ParallelConfig
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.mesh import check_mesh
 from anchorctx.plan.compute import Cost, Job, Shape, cost
 from anchorctx.plan.config import PlanConfig
-from anchorctx.plan.corpus import typical_rows
-from anchorctx.plan.known import planned_config
 from anchorctx.plan.machines import GIB
 from anchorctx.plan.memory import Parts, Weights, worst_moment
+from anchorctx.plan.rows import typical_rows
 from anchorctx.plan.trace import Traced, meta_model, trace
 
 
@@ -89,7 +90,7 @@ class Planner:
         groups = gpus // parallel.sequence_parallel
         unit = groups * self.config.micro_rows
         rows = self._rows_per_step(unit)
-        every = memory.recomputed(parallel)
+        every = memory.recomputed(parallel.activation_checkpointing)
         return Job(gpus, rows, self.config.micro_rows, parallel, every, bool(memory.mlp_tile))
 
     def cost(self, job: Job) -> Cost:
@@ -107,7 +108,7 @@ class Planner:
 
         A layer that is not recomputed keeps eight times as much as its input (q, k, v, o, two norms, the MLP's).
         """
-        every = memory.recomputed(parallel)
+        every = memory.recomputed(parallel.activation_checkpointing)
         again = 1 / every if every else 0.0
         held = again if memory.offload_activations is ActivationStore.device else 0.0
         kept = self.inputs(parallel) * (held + (1 - again) * 8)
@@ -120,7 +121,9 @@ class Planner:
     def traced(self, parallel: ParallelConfig, memory: MemoryConfig) -> Traced:
         """The trace of one micro-batch."""
         fields = {name: getattr(memory, name) for name in memory.__dataclass_fields__ if name != "sharded_loading"}
-        return self._trace(memory.recomputed(parallel), parallel.sequence_parallel, tuple(fields.items()))
+        return self._trace(
+            memory.recomputed(parallel.activation_checkpointing), parallel.sequence_parallel, tuple(fields.items())
+        )
 
     def _traced(self, every: int, sequence: int, fields: tuple[tuple[str, object], ...]) -> Traced:
         config = self.config

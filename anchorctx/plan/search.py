@@ -9,10 +9,11 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from anchorctx.errors import UserError
+from anchorctx.models.config import SMALLEST_TILE, ActivationStore, MemoryConfig
+from anchorctx.models.tiled_mlp import routes
 from anchorctx.parallel import ulysses
-from anchorctx.parallel.config import SMALLEST_TILE, ActivationStore, MemoryConfig, ParallelConfig
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.mesh import sequence_sizes
-from anchorctx.parallel.tiled import routes
 from anchorctx.plan.compute import Job
 from anchorctx.plan.planner import Plan, Planner
 

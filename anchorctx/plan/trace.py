@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from anchorctx.attention.rope import RopeDtype, set_rope_dtype
 from anchorctx.layout import PackedLayout
 from anchorctx.models import checkpoint_activations
-from anchorctx.parallel.config import ActivationStore, MemoryConfig
-from anchorctx.parallel.loss import CausalLMLoss, LossKind
-from anchorctx.parallel.offload import Offload
+from anchorctx.models.config import ActivationStore, LossKind, MemoryConfig
+from anchorctx.models.loss import CausalLMLoss
+from anchorctx.models.offload import Offload
+from anchorctx.models.tiled_mlp import tile_mlps
 from anchorctx.parallel.sharder import padded
-from anchorctx.parallel.tiled import tile_mlps
 from anchorctx.plan import shadow
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
-from anchorctx.manifest import FILE as MANIFEST
-from anchorctx.manifest import manifest_hash
-from anchorctx.results import FILE as RESULTS
-from anchorctx.results import Result, read_results
+from anchorctx.records.manifest import FILE as MANIFEST
+from anchorctx.records.manifest import manifest_hash
+from anchorctx.records.results import FILE as RESULTS
+from anchorctx.records.results import Result, read_results
 
 METRICS = "metrics.jsonl"
 MANIFESTS = "manifests"

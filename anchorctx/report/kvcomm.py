@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from anchorctx.records.results import Result
 from anchorctx.report.plots import BLUE, GREEN, MARKERS, ORANGE, SERIES, SKY, load_matplotlib, new_figure, save, styled
-from anchorctx.results import Result
 
 KL_FLOOR = 1e-8
 """Where bars of a logarithmic KL axis begin, in nats: float32's rounding."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
-from anchorctx.results import Result
+from anchorctx.records.results import Result
 
 BLUE, SKY, ORANGE, GREEN, GREY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#ECECEC"
 SERIES = ("#7F7F7F", BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00")

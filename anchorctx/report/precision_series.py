@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anchorctx.results import Result
+from anchorctx.records.results import Result
 
 ARITHMETICS = {"bfloat16": "bfloat16", "float32_rotation": "float32 rotation", "float32": "float32"}
 COLORS = {"bfloat16": 2, "float32_rotation": 1, "float32": 3}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.records.results import read_results
 from anchorctx.report.plots import loss_figure, pattern_figure, retrieval_figure
-from anchorctx.results import read_results
 
 
 @dataclass(kw_only=True, slots=True)

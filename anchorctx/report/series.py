@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from anchorctx.errors import UserError
+from anchorctx.records.results import Result
 from anchorctx.report.collect import Row
-from anchorctx.results import Result
 
 Series = dict[str, list[Row]]
 """Rows by model, in order of appearance."""

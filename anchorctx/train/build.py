@@ -8,12 +8,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from anchorctx.models import build_config, checkpoint_activations, load_model
+from anchorctx.models.loss import CausalLMLoss
+from anchorctx.models.memory import check_offload, saving
+from anchorctx.models.tiled_mlp import tile_mlps
 from anchorctx.parallel import ulysses
 from anchorctx.parallel.loading import sharded_loading
-from anchorctx.parallel.loss import CausalLMLoss
-from anchorctx.parallel.memory import check_offload, saving
 from anchorctx.parallel.mesh import Mesh
-from anchorctx.parallel.tiled import tile_mlps
 from anchorctx.train.config import TrainConfig
 from anchorctx.train.engine import deepspeed_config
 
@@ -33,7 +33,7 @@ def build_model(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> PreTrain
 def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, row_length: int) -> CausalLMLoss:
     """The model with its memory switches and attention, and the loss around it."""
     memory = config.memory
-    if every := memory.recomputed(config.parallel):
+    if every := memory.recomputed(config.parallel.activation_checkpointing):
         checkpoint_activations(model, every=every)
         tokens = config.micro_rows * -(-row_length // mesh.sequence)
         check_offload(memory, model, tokens, every, mesh.ranks.world)

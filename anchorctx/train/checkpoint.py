@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from anchorctx.errors import UserError
-from anchorctx.manifest import write_json
 from anchorctx.parallel.dist import Ranks, barrier
+from anchorctx.records.manifest import write_json
 
 logger = logging.getLogger(__name__)
 

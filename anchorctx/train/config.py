@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
-from anchorctx.parallel.config import MemoryConfig, ParallelConfig
+from anchorctx.models.config import MemoryConfig
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.train.callbacks import LoggingConfig
 from anchorctx.train.checkpoint import CheckpointConfig
 from anchorctx.train.optim import OptimConfig
@@ -77,7 +78,7 @@ class TrainConfig:
             )
         for part in (self.optim, self.parallel, self.memory, self.checkpoint):
             part.validate()
-        self.memory.recomputed(self.parallel)
+        self.memory.recomputed(self.parallel.activation_checkpointing)
 
     def rows_per_step(self, row_length: int, world: int) -> int:
         """Rows of one global step; UserError when the batch does not divide."""

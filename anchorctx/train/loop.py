@@ -20,14 +20,14 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from anchorctx.data.loader import RowLoader, Step, validation_batches
-from anchorctx.data.shards import PackedSet
+from anchorctx.data.packed_set import PackedSet
 from anchorctx.errors import InterruptedRun, UserError
 from anchorctx.flops import ModelFlops
-from anchorctx.manifest import build_manifest, write_manifest
 from anchorctx.models import check_attention, check_length, check_vocabulary
 from anchorctx.parallel import dist, ulysses
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Share, share
+from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train import checkpoint
 from anchorctx.train.build import accumulation, build_model, build_module
 from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb, WandbMode

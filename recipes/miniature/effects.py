@@ -9,7 +9,7 @@ from typing import Any
 
 from verdicts import Rows
 
-from anchorctx.results import Result
+from anchorctx.records.results import Result
 
 SHORT = 512
 """Tokens: the bases' contexts. What is measured at several lengths is read at the longest, the row's."""

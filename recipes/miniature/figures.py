@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from anchorctx.records.results import Result
 from anchorctx.report.plots import BLUE, MARKERS, ORANGE, SERIES, new_figure, save, styled
-from anchorctx.results import Result
 
 
 def _bar(row: Result) -> tuple[list[float], list[float]]:

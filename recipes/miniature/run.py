@@ -21,7 +21,7 @@ from recipe import read_recipe
 from stage import Stage, fingerprints
 
 from anchorctx.errors import UserError
-from anchorctx.manifest import read_json, write_json
+from anchorctx.records.manifest import read_json, write_json
 
 
 class Runner:

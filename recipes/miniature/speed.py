@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from anchorctx.data.config import LossWeights, PrepareConfig
 from anchorctx.data.loader import Batch, validation_batches
+from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.prepare import prepare
-from anchorctx.data.prepare_config import LossWeights, PrepareConfig
-from anchorctx.data.shards import PackedSet
-from anchorctx.data.sources import SourceConfig, SourceFormat
-from anchorctx.data.stdlib import StdlibConfig
+from anchorctx.data.sources.source import SourceConfig, SourceFormat
+from anchorctx.data.sources.stdlib import StdlibConfig
 from anchorctx.layout import Pattern
-from anchorctx.manifest import build_manifest, write_manifest
 from anchorctx.models import ModelConfig, load_model
 from anchorctx.models.config import RopeConfig
-from anchorctx.parallel.loss import CausalLMLoss, shift
-from anchorctx.results import FILE, Result, append_results, mean_interval
+from anchorctx.models.loss import CausalLMLoss, shift
+from anchorctx.records.manifest import build_manifest, write_manifest
+from anchorctx.records.results import FILE, Result, append_results, mean_interval
 
 PATTERNS = (Pattern.full, Pattern.intra_doc, Pattern.intra_doc_reset, Pattern.anchor)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anchorctx.manifest import fingerprint
+from anchorctx.records.manifest import fingerprint
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "quickstart"

@@ -22,8 +22,8 @@ from tables import by_length, depth, precision, reuse, ruler, shown, speed, tabl
 from verdicts import Estimate, Rows
 
 from anchorctx.errors import UserError
-from anchorctx.manifest import build_manifest, read_json, write_manifest
-from anchorctx.results import FILE, Result, append_results, read_results
+from anchorctx.records.manifest import build_manifest, read_json, write_manifest
+from anchorctx.records.results import FILE, Result, append_results, read_results
 
 FIGURES = {"mean_retrieval_accuracy": trained_figure, "mean_kvcomm_kl": reuse_figure, "claim": claims_figure}
 """What is drawn where rows of a metric are there."""

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from anchorctx.data.facts import NUM_KEYS, FactTokens
-from anchorctx.data.shards import PackedSet, ShardWriter
+from anchorctx.data.packed_set import PackedSet, ShardWriter
+from anchorctx.data.sources.facts import NUM_KEYS, FactTokens
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
-from anchorctx.manifest import fingerprint
+from anchorctx.records.manifest import fingerprint
 
 
 def relabelled(ids: np.ndarray, layout: PackedLayout, tokens: FactTokens, rng: np.random.Generator) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorctx.errors import UserError
-from anchorctx.results import Result, mean_interval, read_results
+from anchorctx.records.results import Result, mean_interval, read_results
 
 LEAST = 3
 """Seeds without which nothing is decided."""

@@ -4,7 +4,8 @@
         [--text-weight 0.1] [--cooldown 80]
 
 It trains a byte-level BPE on the standard library's sources, then 2 layers of width 64 to read the text and to answer
-planted facts (anchorctx.data.facts), in plain torch with plain causal attention, and saves a Hugging Face folder.
+planted facts (anchorctx.data.sources.facts), in plain torch with plain causal attention, and saves a Hugging Face
+folder.
 
 Looking a fact up takes two attention layers that work together, which form suddenly or not at all. Found by trial:
 - a curriculum: one fact and no text at all, more facts, then text between them; each stage must be mastered before
@@ -33,10 +34,10 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from anchorctx.data.facts import TEXT_WEIGHT, FactRows, FactTokens, fact_rows, lines_of
-from anchorctx.data.stdlib import StdlibConfig, documents, train_tokenizer
+from anchorctx.data.sources.facts import TEXT_WEIGHT, FactRows, FactTokens, fact_rows, lines_of
+from anchorctx.data.sources.stdlib import StdlibConfig, documents, train_tokenizer
 from anchorctx.errors import UserError
-from anchorctx.evals.retrieval import text_stream
+from anchorctx.evals.evaluators.retrieval import text_stream
 
 MAX_LENGTH = 512
 """Tokens: the longest context of the pretraining."""

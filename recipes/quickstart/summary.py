@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from anchorctx.results import Result, read_results
+from anchorctx.records.results import Result, read_results
 
 
 def main(out: Path, seconds: int) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from anchorctx.data.block import Row
-from anchorctx.data.shards import ShardWriter
+from anchorctx.data.packed_set import ShardWriter
+from anchorctx.data.packing.block import Row
 from anchorctx.layout import PackedLayout
 
 LENGTH, VOCABULARY = 64, 60

@@ -13,8 +13,8 @@ import torch
 import torch.distributed
 
 from anchorctx.layout import PackedLayout
+from anchorctx.models.loss import CausalLMLoss
 from anchorctx.parallel import dist, ulysses
-from anchorctx.parallel.loss import CausalLMLoss
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import share
 from anchorctx.testing.tiny import ARCHITECTURES, true_float64

@@ -15,12 +15,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from anchorctx.config import resolve
-from anchorctx.data.sources import SourceConfig
-from anchorctx.data.stdlib import train_tokenizer
-from anchorctx.evals.context import ContextConfig
-from anchorctx.evals.perplexity import PerplexityConfig
+from anchorctx.data.sources.source import SourceConfig
+from anchorctx.data.sources.stdlib import train_tokenizer
+from anchorctx.evals.evaluators.context import ContextConfig
+from anchorctx.evals.evaluators.perplexity import PerplexityConfig
 from anchorctx.evals.runner import EvalConfig, EvalName, evaluate
-from anchorctx.results import Result, read_results
+from anchorctx.records.results import Result, read_results
 from anchorctx.train.export import ExportConfig, export
 
 from .runs import curve, metrics, torchrun

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from anchorctx.data.loader import validation_batches
-from anchorctx.data.shards import PackedSet
+from anchorctx.data.packed_set import PackedSet
 from anchorctx.layout import Pattern
 from anchorctx.train.export import ExportConfig, export
 

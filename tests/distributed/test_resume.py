@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import anchorctx
 from anchorctx.data.loader import RowLoader
-from anchorctx.data.shards import PackedSet
+from anchorctx.data.packed_set import PackedSet
 from anchorctx.layout import Pattern
 from anchorctx.train.export import ExportConfig, export
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from anchorctx.cli.main import COMMANDS, parse
 from anchorctx.cli.plan import planned
 from anchorctx.config import SCHEMAS, compose_config
-from anchorctx.data.stdlib import train_tokenizer
+from anchorctx.data.sources.stdlib import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from anchorctx.data.stdlib import Split, StdlibConfig, documents, train_tokenizer
-from anchorctx.results import read_results
+from anchorctx.data.sources.stdlib import Split, StdlibConfig, documents, train_tokenizer
+from anchorctx.records.results import read_results
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 65_536

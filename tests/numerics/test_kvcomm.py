@@ -14,14 +14,14 @@ from transformers import PreTrainedModel
 
 from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.agents import Template
-from anchorctx.kvcomm.arms import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
+from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
+from anchorctx.kvcomm.arms.exemplars import PoolConfig
+from anchorctx.kvcomm.arms.offsets import Kvcomm, MeanOffset
 from anchorctx.kvcomm.cache import KV, concatenate
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.engine import Prefill, keep_message, prefill, recite
-from anchorctx.kvcomm.exemplars import PoolConfig
-from anchorctx.kvcomm.offsets import Kvcomm, MeanOffset
 from anchorctx.kvcomm.prompts import Frame, Ids
-from anchorctx.kvcomm.scene import Prefixes, RequestState, Scene
+from anchorctx.kvcomm.request import Prefixes, RequestState, Scene
+from anchorctx.kvcomm.turn import Prefill, keep_message, prefill, recite
 from anchorctx.layout import PackedLayout
 from anchorctx.models import RopeConfig, RopeType
 from anchorctx.testing.numerics import max_error

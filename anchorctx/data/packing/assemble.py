@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anchorctx.data.accounting import Accounting
-from anchorctx.data.block import Block
+from anchorctx.data.packing.accounting import Accounting
+from anchorctx.data.packing.block import Block
 from anchorctx.data.packing.interleave import scatter_rows
 from anchorctx.data.packing.pieces import Rows
 from anchorctx.data.packing.tags import Tags

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from anchorctx.data.accounting import Accounting
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import LongDocuments
 from anchorctx.data.packing.pieces import cut_pieces
 

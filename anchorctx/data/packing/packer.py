@@ -7,12 +7,12 @@ from typing import Protocol
 
 import numpy as np
 
-from anchorctx.data.accounting import Accounting
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.best_fit import BestFit
 from anchorctx.data.packing.concat_split import ConcatSplit
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.packing.limits import drop_short
 from anchorctx.data.packing.long_documents import fit_long
-from anchorctx.data.packing.min_length import drop_short
 from anchorctx.data.packing.one_per_row import OnePerRow
 from anchorctx.data.packing.pieces import Rows
 from anchorctx.errors import UserError

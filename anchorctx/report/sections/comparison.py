@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from anchorctx.records.results import Result
+from anchorctx.records.statistics import INTERVALS, PAIRED_T, SIGN_FLIP, Difference, difference, holm, over_cells
 from anchorctx.report.blocks import Cell, Section, Table, measured
 from anchorctx.report.collect import Material
 from anchorctx.report.series import KEYS, Series, by_model, comparable, place_of
-from anchorctx.report.statistics import INTERVALS, PAIRED_T, SIGN_FLIP, Difference, difference, holm, over_cells
-from anchorctx.results import Result
 
 SKIPPED = "precision_"
 """Metrics with a section that compares its own arms."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from anchorctx.records.results import Result
 from anchorctx.report.blocks import Cell, Figure, Section, Table, measured
 from anchorctx.report.charts import Line, heat_map, line_chart
 from anchorctx.report.collect import Material
 from anchorctx.report.series import check_one_manifest
 from anchorctx.report.svg import Axis, number
-from anchorctx.results import Result
 
 PREFIX = "kvcomm_"
 ALL = {"kind": "all"}

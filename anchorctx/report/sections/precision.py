@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from anchorctx.records.results import Result
 from anchorctx.report.blocks import Cell, Figure, Note, Section, Table
 from anchorctx.report.charts import Line, line_chart
 from anchorctx.report.collect import Material
 from anchorctx.report.precision_series import ARITHMETICS, WEIGHTS, Arm, Study
 from anchorctx.report.series import check_one_manifest
 from anchorctx.report.svg import Axis, number
-from anchorctx.results import Result
 
 PREFIX = "precision_"
 MOVED = "attention that moves"

@@ -13,7 +13,7 @@ from anchorctx import __version__
 from anchorctx.cli.configured import field_docs, help_text
 from anchorctx.cli.main import COMMANDS, main, parse
 from anchorctx.config import SCHEMAS, schema
-from anchorctx.data.sources import SourceConfig
+from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from anchorctx.data.prepare_config import PrepareConfig
-from anchorctx.data.shards import PackedSet
-from anchorctx.data.sources import SourceConfig
+from anchorctx.data.config import PrepareConfig
+from anchorctx.data.packed_set import PackedSet
+from anchorctx.data.sources.source import SourceConfig
 
 TEXTS = [f"document {i}: " + "größer " * (i % 5) for i in range(12)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from anchorctx.data.stdlib import train_tokenizer
+from anchorctx.data.sources.stdlib import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from anchorctx.cli.main import main
 from anchorctx.data.inspection import inspect
 from anchorctx.data.packing.config import PackConfig
 from anchorctx.data.prepare import TOKENS, prepare
-from anchorctx.data.store import TokenWriter
+from anchorctx.data.tokens.store import TokenWriter
 
 from .byte_corpus import byte_tokenizer, small_config
 

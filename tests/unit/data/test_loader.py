@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from anchorctx.data.block import Row
 from anchorctx.data.loader import Batch, RowLoader, Step, make_batch, validation_batches
-from anchorctx.data.shards import PackedSet, ShardWriter
+from anchorctx.data.packed_set import PackedSet, ShardWriter
+from anchorctx.data.packing.block import Row
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern, Positions
 

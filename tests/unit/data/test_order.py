@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorctx.data.accounting import Accounting
 from anchorctx.data.order import BLOCK_ROWS, WINDOW_ROWS, deal, epoch_order
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import PackConfig
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import Rows, make_pieces

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from anchorctx.data.documents import OnBadRow
+from anchorctx.data.config import LossWeights, PrepareConfig
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.prepare import TOKENS, prepare
-from anchorctx.data.prepare_config import LossWeights, PrepareConfig
-from anchorctx.data.sources import SourceConfig, SourceFormat
-from anchorctx.data.stdlib import Split, StdlibConfig, train_tokenizer
+from anchorctx.data.sources.documents import OnBadRow
+from anchorctx.data.sources.source import SourceConfig, SourceFormat
+from anchorctx.data.sources.stdlib import Split, StdlibConfig, train_tokenizer
 from anchorctx.errors import UserError
 
 from .byte_corpus import TEXTS, byte_tokenizer, small_config, texts_in

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from anchorctx.data import packed_set as shards
 from anchorctx.data import prepare as module
-from anchorctx.data import shards
-from anchorctx.data.ingest import Ingest
+from anchorctx.data.config import PrepareConfig
+from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.packing.config import LongDocuments, Policy
 from anchorctx.data.prepare import TOKENS, prepare
-from anchorctx.data.prepare_config import PrepareConfig
-from anchorctx.data.shards import PackedSet
-from anchorctx.data.sources import SourceConfig
-from anchorctx.data.store import TokenWriter
+from anchorctx.data.sources.source import SourceConfig
+from anchorctx.data.tokens.ingest import Ingest
+from anchorctx.data.tokens.store import TokenWriter
 from anchorctx.errors import UserError
 
 from .byte_corpus import TEXTS, byte_tokenizer, small_config, texts_in
@@ -202,9 +202,9 @@ SCRIPT = """
 import os, sys, time
 from pathlib import Path
 from anchorctx.data.prepare import Preparation, prepare
-from anchorctx.data.prepare_config import PrepareConfig
-from anchorctx.data.sources import SourceConfig
-from anchorctx.data.store import TokenWriter
+from anchorctx.data.config import PrepareConfig
+from anchorctx.data.sources.source import SourceConfig
+from anchorctx.data.tokens.store import TokenWriter
 import logging
 logging.basicConfig(level=logging.INFO)
 real = TokenWriter.add

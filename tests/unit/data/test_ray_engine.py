@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from anchorctx.data import shards
+from anchorctx.data import packed_set as shards
+from anchorctx.data.config import PrepareConfig
 from anchorctx.data.engine import EngineName, open_engine
 from anchorctx.data.prepare import prepare
-from anchorctx.data.prepare_config import PrepareConfig
-from anchorctx.data.sources import SourceConfig
+from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 
 from .byte_corpus import TEXTS, byte_tokenizer, small_config
@@ -27,10 +27,10 @@ from pathlib import Path
 
 import ray
 
-from anchorctx.data import prepare as module, shards
+from anchorctx.data import prepare as module, packed_set as shards
 from anchorctx.data.engine import EngineName
-from anchorctx.data.prepare_config import PrepareConfig
-from anchorctx.data.sources import SourceConfig
+from anchorctx.data.config import PrepareConfig
+from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 
 folder = Path(sys.argv[1])
@@ -44,7 +44,7 @@ tokenise, write = module.run_part, module.write_rows
 
 
 def dying_tokenise(ingest, item, progress=None):
-    from anchorctx.data.store import TokenWriter
+    from anchorctx.data.tokens.store import TokenWriter
 
     if item.source == 2 and not (folder / "died_tokenising").exists():
         (folder / "died_tokenising").touch()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from anchorctx.data.stdlib import train_tokenizer
+from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.evals.base import Subject
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" * (i + 1) for i in range(12)]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from anchorctx.config import resolve
-from anchorctx.data.sources import SourceConfig, SourceFormat
-from anchorctx.data.stdlib import Split
+from anchorctx.data.sources.source import SourceConfig, SourceFormat
+from anchorctx.data.sources.stdlib import Split
 from anchorctx.errors import UserError
 from anchorctx.evals.corpus import Corpus, embedded, open_corpus
 

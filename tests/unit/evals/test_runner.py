@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from anchorctx.attention.rope import RopeDtype, get_rope_dtype
 from anchorctx.cli.eval import table
-from anchorctx.data.sources import SourceConfig
+from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 from anchorctx.evals import runner
+from anchorctx.evals.evaluators.perplexity import PerplexityConfig
+from anchorctx.evals.evaluators.retrieval import Retrieval, RetrievalConfig
 from anchorctx.evals.journal import Journal
-from anchorctx.evals.perplexity import PerplexityConfig
-from anchorctx.evals.retrieval import Retrieval, RetrievalConfig
 from anchorctx.evals.runner import EvalConfig, EvalDtype, EvalName, EvaluatedModel, evaluate
 from anchorctx.evals.subject import identity, load, models_of, read_config, read_tokenizer
 from anchorctx.models import RopeConfig
-from anchorctx.results import read_results
+from anchorctx.records.results import read_results
 
 from .conftest import TEXTS, make_model, save
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anchorctx.data.stdlib import train_tokenizer
+from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.testing.tiny import text_model
 
 DOCS = Path(__file__).parents[3] / "docs" / "kvcomm.md"

@@ -9,10 +9,10 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrained
 
 from anchorctx.errors import UserError
 from anchorctx.kvcomm import Agent, Session, grouped
+from anchorctx.kvcomm.arms.exemplars import PoolConfig
+from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
+from anchorctx.kvcomm.arms.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.exemplars import PoolConfig
-from anchorctx.kvcomm.offsets import Kvcomm, KvcommUngated, MeanOffset
-from anchorctx.kvcomm.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.session import Turn
 from anchorctx.kvcomm.topology import Topology
 from anchorctx.testing.tiny import ARCHITECTURES

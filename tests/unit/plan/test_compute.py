@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from anchorctx.flops import ModelFlops
 from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.models import build_config
-from anchorctx.parallel.config import MemoryConfig, ParallelConfig
+from anchorctx.models.config import MemoryConfig
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.ulysses import bytes_sent
 from anchorctx.plan.planner import weights_of
 from anchorctx.plan.simulate import simulate

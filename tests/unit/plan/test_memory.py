@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from anchorctx.attention.rope import RopeDtype
 from anchorctx.layout import PackedLayout
 from anchorctx.models import ModelConfig, build_config, checkpoint_activations, load_model
-from anchorctx.parallel.config import ActivationStore, MemoryConfig, ParallelConfig
-from anchorctx.parallel.loss import CausalLMLoss, LossKind
-from anchorctx.parallel.tiled import tile_mlps
+from anchorctx.models.config import ActivationStore, LossKind, MemoryConfig
+from anchorctx.models.loss import CausalLMLoss
+from anchorctx.models.tiled_mlp import tile_mlps
+from anchorctx.parallel.config import ParallelConfig
 from anchorctx.plan.memory import SUMMED, Weights, worst_moment
 from anchorctx.plan.trace import LiveBytes, Traced, trace
 

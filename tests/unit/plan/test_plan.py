@@ -14,8 +14,8 @@ from anchorctx.config import resolve
 from anchorctx.models import ModelConfig
 from anchorctx.plan import search as searching
 from anchorctx.plan.config import CorpusConfig
-from anchorctx.plan.corpus import typical_rows
 from anchorctx.plan.planner import Plan
+from anchorctx.plan.rows import typical_rows
 from anchorctx.plan.search import search
 
 from .planning import SMALL, planner

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from anchorctx.results import Result
+from anchorctx.records.results import Result
 
 MINIATURE = Path(__file__).parents[3] / "recipes" / "miniature"
 LAYERS = {"small": (0, 1), "large": (0, 1, 2, 3)}

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from anchorctx.data.facts import FactTokens
+from anchorctx.data.sources.facts import FactTokens
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
-from anchorctx.results import Result, append_results
+from anchorctx.records.results import Result, append_results
 
 ROOT = Path(__file__).parents[3]
 MINIATURE = ROOT / "recipes" / "miniature"

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from anchorctx.data.shards import Row, ShardWriter
+from anchorctx.data.packed_set import Row, ShardWriter
 from anchorctx.layout import PackedLayout
-from anchorctx.manifest import write_manifest
-from anchorctx.results import Result, append_results, wilson_interval
+from anchorctx.records.manifest import write_manifest
+from anchorctx.records.results import Result, append_results, wilson_interval
 
 LENGTHS = (4096, 8192, 16384, 32768)
 TASKS = ("niah_multikey_2", "niah_multikey_3", "niah_single_1", "ruler_cwe", "ruler_fwe", "ruler_vt")

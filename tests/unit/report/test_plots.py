@@ -10,8 +10,8 @@ import pytest
 
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
+from anchorctx.records.results import Result
 from anchorctx.report import plots
-from anchorctx.results import Result
 
 LAYOUTS = [
     PackedLayout((0, 1, 30, 31, 64), 1),

@@ -15,13 +15,13 @@ import pytest
 from anchorctx.cli.main import main
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.records.results import Result, append_results, read_results
 from anchorctx.report.charts import heat_map, stacked_bars
 from anchorctx.report.collect import collect
 from anchorctx.report.page import render_page
 from anchorctx.report.sections import comparison, data, kvcomm, pattern, precision, retrieval, ruler, training
 from anchorctx.report.series import by_model
 from anchorctx.report.svg import Axis, number, scale
-from anchorctx.results import Result, append_results, read_results
 
 from .fixtures import LENGTHS, TASKS, make_evaluation, make_packed, make_precision, make_run
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from anchorctx.data.accounting import Accounting
 from anchorctx.data.packing import best_fit
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, assemble
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import make_pieces
+from anchorctx.data.packing.planning import shards_of
 from anchorctx.data.packing.tags import Tags
 from anchorctx.data.packing.text import ArrayText
-from anchorctx.data.plan import shards_of
 from anchorctx.layout import Pattern
 
 from ..plain_packing import PlainDocument, PlainPacker, PlainRow

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorctx.data.accounting import Accounting
-from anchorctx.data.block import Block
+from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, assemble
 from anchorctx.data.packing.best_fit import BestFit, best_fit_decreasing
+from anchorctx.data.packing.block import Block
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.interleave import scatter
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import Rows, make_pieces
 from anchorctx.data.packing.tags import Tags
 from anchorctx.data.packing.text import ArrayText
-from anchorctx.data.store import stored_weights
+from anchorctx.data.tokens.store import stored_weights
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern, Positions
 

@@ -1,0 +1,75 @@
+"""What `anchorctx prepare` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from anchorctx.data.engine import EngineName
+from anchorctx.data.packing.config import PackConfig
+from anchorctx.data.packing.mixture import MixtureConfig
+from anchorctx.data.sources.source import SourceConfig
+from anchorctx.errors import UserError
+
+
+class LossWeights(StrEnum):
+    """How much each token counts in the loss."""
+
+    uniform = "uniform"
+    """All trained tokens the same."""
+    facts = "facts"
+    """Planted facts: 1 on answers, 0.1 on text, 0 on what cannot be predicted."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig:
+    """What `anchorctx prepare` does."""
+
+    out_dir: str
+    """Folder for packed sets; each gets a folder of its own in it, named by its fingerprint."""
+    sources: list[SourceConfig]
+    """Where the documents come from, read one after the other."""
+    tokenizer: str
+    """Folder or hub name of the model whose tokenizer to use."""
+    row_length: int
+    """Tokens in a row, anchor included."""
+    anchor_len: int = 1
+    """Anchor tokens at the start of each row."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """How documents become rows."""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    """How much of which source."""
+    weights: LossWeights = LossWeights.uniform
+    """Loss weights: uniform or facts."""
+    append_eos: bool = True
+    """End each document with EOS, unless it ends so already, where the tokenizer has one; it is trained like any
+    token."""
+    engine: EngineName = EngineName.local
+    """local, or ray for a cluster (RAY_ADDRESS) whose machines all see out_dir and the sources; the result is the
+    same."""
+    workers: int | None = None
+    """Tokenising processes; 1 uses threads; null chooses by the size of the corpus and the number of processors. With
+    engine=ray the workers of the cluster. The result is the same."""
+    keep_tokens: bool = False
+    """Keep the token ids beside the packed sets, in out_dir/.tokens, to pack them again another way in seconds; false
+    removes them when the set is whole."""
+    seed: int = 0
+    """Seed of the interleaving."""
+
+    def validate(self) -> None:
+        """UserError for values out of range."""
+        if self.anchor_len < 1:
+            raise UserError(f"anchor_len={self.anchor_len} must be at least 1: patterns without an anchor ignore it")
+        if self.row_length < self.anchor_len + 2:
+            raise UserError(
+                f"row_length={self.row_length} must be at least {self.anchor_len + 2}, "
+                "the anchor and two tokens: raise it"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers={self.workers} must be at least 1: use null to choose by the processors")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} is negative: use 0 or more")
+        if not self.sources:
+            raise UserError("sources is empty: name at least one, such as sources=[{path: corpus.jsonl}]")
+        self.pack.validate(self.row_length - self.anchor_len)
+        self.mixture.validate()

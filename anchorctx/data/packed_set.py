@@ -1,0 +1,242 @@
+"""A packed set on disk: memory-mapped shards of rows, named by a fingerprint, described by a manifest.
+
+    FINGERPRINT/
+      manifest.json            what went in, what came out, every file's size and sha256; written last
+      tokenizer/               the tokenizer that made the ids
+      tokens_00000.npy         (rows, T) uint16, or uint32 for vocabularies above 65,536
+      weights_00000.npy        (rows, T) loss weights: uint8 where all are 0 or 1, else float16; 0 is not trained
+      offsets_00000.npy        segment boundaries of the shard's rows, flattened, int32
+      doc_ids_00000.npy        the document of each segment, flattened, int32; nothing for rows without interleaving
+      pointers_00000.npy       (rows + 1, 2) int64: where each row's boundaries and document ids begin
+      rows.npz                 per row: sum of weights, trained tokens, documents, attention's cost
+
+It is written into a hidden folder beside and renamed when whole (`staging`), so a set that exists is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anchorctx.data.packing.block import Block, Row
+from anchorctx.data.staging import StagedFolder
+from anchorctx.data.tokens.store import token_dtype
+from anchorctx.errors import UserError
+from anchorctx.records.manifest import FILE, read_manifest, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHARD_TOKENS = 2**25
+"""Tokens in a shard, about: 64 or 128 MiB of token ids. Whoever makes a shard holds it in memory."""
+OPEN_SHARDS = 64
+"""Shards that are mapped at once, at most: each map holds a file open."""
+ARRAYS = ("tokens", "weights", "offsets", "doc_ids", "pointers")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """One shard, written."""
+
+    index: dict[str, np.ndarray]
+    """(R,) what is known of each of its rows, see `Block.index`."""
+    files: dict[str, dict[str, Any]]
+    """Size and sha256 of each of its files, by name."""
+
+
+def write_shard(folder: Path, number: int, block: Block) -> ShardFiles:
+    """Write shard `number` of the set in the making in `folder`."""
+    paths = {name: _shard_file(folder, name, number) for name in ARRAYS}
+    for name, path in paths.items():
+        np.save(path, getattr(block, name))
+    return ShardFiles(block.index(), {path.name: _entry(path) for path in paths.values()})
+
+
+def rows_per_shard(row_length: int) -> int:
+    """Rows of a shard, by default."""
+    return max(SHARD_TOKENS // row_length, 1)
+
+
+class ShardWriter:
+    """A set in the making: becomes visible when it is whole.
+
+    Shards are given with `put` by whoever wrote them into `folder`, or made of single rows that are given with `add`. A
+    context manager: left without `close`, it removes what was written. Two may write the same set at once.
+    """
+
+    def __init__(
+        self, folder: Path, row_length: int, vocab_size: int, anchor_len: int, rows: int | None = None
+    ) -> None:
+        """`rows` is the number of rows in a shard, None the default."""
+        self._anchor_len, self._vocab_size = anchor_len, vocab_size
+        self._rows_per_shard = rows or rows_per_shard(row_length)
+        self._staged = StagedFolder(folder, FILE)
+        self._rows: list[Row] = []
+        self._documents: list[int] = []
+        self._shards: list[ShardFiles] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._staged.discard()
+
+    @property
+    def folder(self) -> Path:
+        """The folder being written; other files may be put into it before `close`."""
+        return self._staged.folder
+
+    @property
+    def trained(self) -> int:
+        """Trained tokens of all shards so far, as they were written."""
+        return sum(int(shard.index["trained"].sum()) for shard in self._shards)
+
+    def put(self, shard: ShardFiles) -> None:
+        """Take the next shard, which is in `folder` already; all but the last are full."""
+        self._shards.append(shard)
+
+    def add(self, row: Row, documents: int) -> None:
+        """Append a row that holds so many documents (or pieces)."""
+        if int(row.input_ids.max()) >= self._vocab_size:
+            raise ValueError(f"token id {row.input_ids.max()} is beyond the vocabulary of {self._vocab_size}")
+        self._rows.append(row)
+        self._documents.append(documents)
+        if len(self._rows) == self._rows_per_shard:
+            self._flush()
+
+    def close(self, manifest: dict[str, Any]) -> Path:
+        """Write the index and the manifest, and give the folder its name, unless another writer was first."""
+        self._flush()
+        folder, names = self.folder, self._shards[0].index
+        index = {name: np.concatenate([shard.index[name] for shard in self._shards]) for name in names}
+        np.savez(folder / "rows.npz", **index)  # type: ignore[arg-type]
+        files = {name: entry for shard in self._shards for name, entry in shard.files.items()}
+        others = (path for path in folder.rglob("*") if path.is_file() and path.name not in files)
+        files |= {path.relative_to(folder).as_posix(): _entry(path) for path in others}
+        rows = len(index["trained"])
+        facts = {"rows": rows, "rows_per_shard": self._rows_per_shard, "anchor_len": self._anchor_len}
+        write_json(folder / FILE, {**manifest, **facts, "files": dict(sorted(files.items()))})
+        return self._staged.publish()
+
+    def _flush(self) -> None:
+        if self._rows:
+            block = Block.of(self._rows, self._documents, token_dtype(self._vocab_size))
+            self.put(write_shard(self.folder, len(self._shards), block))
+        self._rows, self._documents = [], []
+
+
+class PackedSet:
+    """A packed set, opened for random access."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        with np.load(folder / "rows.npz") as archive:
+            index = dict(archive)
+        self.row_weight: np.ndarray = index["weight"]
+        """(rows,) float64: sum of the loss weights of each row."""
+        self.row_trained: np.ndarray = index["trained"]
+        """(rows,) int64: trained tokens of each row."""
+        self.row_documents: np.ndarray = index["documents"]
+        """(rows,) int64: documents (or pieces) in each row."""
+        self.row_cost: np.ndarray = index["cost"]
+        """(rows,) float64: what each row costs in attention, in tokens squared (`block.attention_costs`)."""
+        self._shards: OrderedDict[int, Block] = OrderedDict()
+        self._lock = threading.Lock()  # the loader reads in a thread of its own
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> PackedSet:
+        """Open the folder of a packed set, or a folder that holds exactly one.
+
+        `verify` compares every file's checksum. Raises UserError when there is no whole, unchanged set.
+        """
+        folder = _locate(Path(path))
+        try:
+            manifest = read_manifest(folder)
+        except ValueError as error:
+            raise UserError(f"{folder / FILE} is not valid JSON: remove {folder} and prepare it again") from error
+        if not {"fingerprint", "row_length", "rows_per_shard", "files"} <= set(manifest):
+            raise UserError(f"{folder} is no packed set: name a folder that anchorctx prepare made")
+        for name, expected in manifest["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != expected["bytes"]:
+                raise UserError(f"{file} is missing or cut short: remove {folder} and prepare it again")
+            if verify and _sha256(file) != expected["sha256"]:
+                raise UserError(f"{file} was changed after it was written: remove {folder} and prepare it again")
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return int(self.manifest["rows"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the set's content: sources, tokenizer and policies."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def row_length(self) -> int:
+        """Tokens in each row, `T`."""
+        return int(self.manifest["row_length"])
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that made the ids."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    def row(self, index: int) -> Row:
+        """Row `index`, 0 .. len-1."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number, i = divmod(index, int(self.manifest["rows_per_shard"]))
+        return self._shard(number).row(i, int(self.manifest["anchor_len"]))
+
+    def _shard(self, number: int) -> Block:
+        """The shard's memory-mapped arrays; those used longest ago are closed."""
+        with self._lock:
+            if number not in self._shards:
+                arrays = [_map(_shard_file(self.folder, name, number)) for name in ARRAYS]
+                self._shards[number] = Block(*arrays, documents=self._documents_of(number))
+                if len(self._shards) > OPEN_SHARDS:
+                    self._shards.popitem(last=False)
+            self._shards.move_to_end(number)
+            return self._shards[number]
+
+    def _documents_of(self, number: int) -> np.ndarray:
+        rows = int(self.manifest["rows_per_shard"])
+        return self.row_documents[number * rows : (number + 1) * rows]
+
+
+def _locate(path: Path) -> Path:
+    if (path / FILE).is_file():
+        return path
+    found = sorted(child for child in path.glob("*") if (child / FILE).is_file() and not child.name.startswith("."))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UserError(f"{path} holds no packed set: make one with `anchorctx prepare out_dir={path} ...`")
+    names = ", ".join(folder.name for folder in found)
+    raise UserError(f"{path} holds {len(found)} packed sets ({names}): name one of them")
+
+
+def _shard_file(folder: Path, name: str, number: int) -> Path:
+    return folder / f"{name}_{number:05d}.npy"
+
+
+def _map(file: Path) -> np.ndarray:
+    small = file.stat().st_size <= 4096  # not worth a map, and an empty array cannot be mapped
+    return np.load(file, mmap_mode=None if small else "r")
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

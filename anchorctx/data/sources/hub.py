@@ -1,0 +1,101 @@
+"""Documents from any dataset of the `datasets` library: by name, or saved in a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anchorctx.data.sources.arrow import arrow_rows
+from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens
+from anchorctx.data.sources.fields import Fields
+from anchorctx.errors import UserError
+
+ROWS_AT_ONCE = 128
+"""Rows read at once where they hold token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetName:
+    """Which dataset, and which part of it."""
+
+    path: str
+    """Name on the hub, a local folder saved by `save_to_disk`, or whatever `load_dataset` takes."""
+    subset: str | None
+    """The dataset's configuration name."""
+    split: str
+    """Its split."""
+    revision: str | None
+    """Commit or tag on the hub."""
+    streaming: bool
+    """Read from the network as it comes, nothing stored."""
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Was the folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`?"""
+    return any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def open_dataset(name: DatasetName) -> Any:
+    """The `datasets.Dataset` (or IterableDataset); UserError when there is no such dataset, subset or split."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if not is_saved_dataset(name.path):
+            return datasets.load_dataset(
+                name.path, name.subset, split=name.split, streaming=name.streaming, revision=name.revision
+            )
+        loaded = datasets.load_from_disk(name.path)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise UserError(
+            f"the dataset {name.path} (subset={name.subset}, split={name.split}) cannot be loaded ({reason}): "
+            "correct path, subset and split"
+        ) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if name.split not in loaded:
+            raise UserError(f"{name.path} has no split {name.split}: set split to one of {', '.join(map(str, loaded))}")
+        loaded = loaded[name.split]
+    return loaded
+
+
+def dataset_identity(dataset: Any, name: DatasetName) -> dict[str, Any]:
+    """What names the content: the library's own fingerprint; of a stream only its name, split and revision."""
+    identity = {"subset": name.subset, "split": name.split}
+    if name.streaming:
+        return identity | {"path": name.path, "revision": name.revision}
+    return identity | {"fingerprint": dataset._fingerprint, "rows": len(dataset)}
+
+
+def dataset_bytes(dataset: Any) -> int | None:
+    """Bytes of the dataset in memory-mapped tables; None for a stream."""
+    return None if not hasattr(dataset, "data") else int(dataset.data.nbytes)
+
+
+def read_dataset(
+    dataset: Any, name: DatasetName, fields: Fields, reading: Reading, start: int = 0
+) -> Iterator[Document | Tokens]:
+    """Yield the documents of a dataset in order; its first row is row `start` of the whole, for messages."""
+    if dataset.column_names is not None:
+        try:
+            dataset = dataset.select_columns(fields.columns(dataset.column_names, f"the dataset {name.path}"))
+        except BadRow as row:  # every row is without: no skipping will help
+            raise UserError(row.sentence) from row
+    before, size, rows = reading.bytes_read, dataset_bytes(dataset) or 0, 1 if name.streaming else max(len(dataset), 1)
+    for number, row in enumerate(_rows(dataset, name, fields), start=1):
+        reading.bytes_read = before + size * number // rows
+        try:
+            yield from fields.documents(row, f"{name.path}:{start + number}")
+        except BadRow as bad:
+            reading.bad(bad)
+
+
+def _rows(dataset: Any, name: DatasetName, fields: Fields) -> Iterator[Any]:
+    """The rows; of a stored dataset through Arrow, token ids as arrays."""
+    if name.streaming or fields.tokens is None:
+        yield from dataset
+        return
+    for table in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
+        yield from arrow_rows(table, fields.tokens)

@@ -1,0 +1,167 @@
+"""Texts to token ids, in parallel; the order and the ids are the same whatever the number of workers.
+
+With one worker the tokenizers library's own threads use all processors, on two batches at a time; the ids' way through
+Python integers holds the interpreter lock meanwhile, and that costs a tenth of the speed. With more workers each is a
+process that returns numpy arrays, and nothing waits. benchmarks/packing.md has the rates.
+Workers import `tokenizers` and numpy, neither transformers nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from anchorctx.data.sources.documents import Document, Tokens
+from anchorctx.data.tokens.tokenizer import serialized
+from anchorctx.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_CHARS = 2**20
+"""Characters of text sent to a worker at once: some 150 ms of work of two cores: little time at the ends
+of batches, when few long texts are left, and little memory."""
+BATCH_DOCUMENTS = 4096
+"""Documents sent at once, at most."""
+
+PROCESSES_FROM_BYTES = 2**25
+"""Bytes of text from which processes are worth their start."""
+ENCODING_THREADS = 2
+"""Batches that the tokenizers library's threads work on at the same time, so that none of them is idle when only one
+long text of a batch is left."""
+
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Token ids of several texts, flattened, uint32; and the number of tokens of each, int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A tokenizer that can be sent to another process."""
+
+    rules: str | None
+    """The fast tokenizer as JSON; None when it is a slow one."""
+    slow: PreTrainedTokenizerBase | None
+    """The tokenizer itself where it is a slow one."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        """The tokenizer's encoder."""
+        rules = serialized(tokenizer)
+        return cls(rules, tokenizer if rules is None else None)
+
+
+def default_workers(size: int | None) -> int:
+    """For so many bytes of text: 1, that is threads, where they are few, else a process for each processor we may use.
+
+    Starting processes takes as long as threads need for some megabytes. None is an unknown size, taken for a large one.
+    """
+    if size is not None and size < PROCESSES_FROM_BYTES:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tokenize(documents: Iterable[Document], encoder: Encoder, workers: int = 1) -> Iterator[Tokens]:
+    """Yield each document's tokens, in order, no special tokens added.
+
+    At most `workers` + 2 batches are read ahead. A tokenizer without a fast backend runs in one thread.
+    """
+    with _executor(encoder, workers) as (pool, encode):
+        pending: deque[tuple[list[Document], Future[Encoded]]] = deque()
+        try:
+            for batch in _batches(documents):
+                pending.append((batch, pool.submit(encode, [document.text for document in batch])))
+                if len(pending) > workers + 2:
+                    yield from _unpack(*pending.popleft())
+            while pending:
+                yield from _unpack(*pending.popleft())
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"a tokenising process died, most often for lack of memory: set workers below {workers}"
+            ) from error
+
+
+@contextmanager
+def _executor(encoder: Encoder, workers: int) -> Iterator[tuple[Executor, Callable[[list[str]], Encoded]]]:
+    """Where batches are encoded, and the function that does it."""
+    if encoder.rules is not None and workers > 1:
+        pool: Executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder.rules,))
+        encode = _encode_in_worker
+    else:
+        pool, encode = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="tokenize"), _encoding(encoder)
+    try:
+        yield pool, encode
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encoding(encoder: Encoder) -> Callable[[list[str]], Encoded]:
+    if encoder.rules is not None:
+        return partial(_encode, _fast(encoder.rules))
+    slow = encoder.slow
+    assert slow is not None
+    return lambda texts: _flat([slow.encode(text, add_special_tokens=False, verbose=False) for text in texts])
+
+
+@lru_cache(maxsize=2)  # a worker tokenises one part after the other
+def _fast(rules: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(rules)
+
+
+_worker: Tokenizer | None = None
+
+
+def _start_worker(rules: str) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
+    _worker = _fast(rules)
+
+
+def _encode_in_worker(texts: list[str]) -> Encoded:
+    assert _worker is not None
+    return _encode(_worker, texts)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+    return _flat([encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+
+
+def _flat(lists: list[list[int]]) -> Encoded:
+    lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
+    flat = [np.frombuffer(array("I", ids), np.uint32) for ids in lists]  # a third of the time of np.array(ids)
+    return np.concatenate(flat), lengths
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _unpack(batch: list[Document], future: Future[Encoded]) -> Iterator[Tokens]:
+    flat, lengths = future.result()
+    parts = np.split(flat, np.cumsum(lengths)[:-1])
+    for document, ids in zip(batch, parts, strict=True):
+        yield Tokens(ids, document.source, document.domain)

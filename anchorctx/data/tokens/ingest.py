@@ -1,0 +1,152 @@
+"""The first stage: the documents of one part of a source, to token ids on disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchorctx.data.sources.documents import BadRow, Document, OnBadRow, Reading, Tokens
+from anchorctx.data.sources.facts import FactTokens
+from anchorctx.data.sources.parts import Part
+from anchorctx.data.tokens import store
+from anchorctx.data.tokens.encode import Encoder, default_workers, tokenize
+from anchorctx.data.tokens.store import TokenPart, TokenWriter
+from anchorctx.errors import UserError
+from anchorctx.records.manifest import fingerprint
+
+STORE_VERSION = 2
+"""Raised whenever the same part would give other tokens or another format, so that no old store is read."""
+STRETCH_TOKENS = 2**25
+"""Tokens after which a part's next store begins: what an interruption, or a bad row, costs at most."""
+
+Progress = Callable[[Reading, int], None]
+"""Told, after every document, what was read of the part and how many tokens that made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    """What all parts share; can be sent to another process."""
+
+    root: Path
+    """Folder of the token stores."""
+    encoder: Encoder
+    """The tokenizer."""
+    tokenizer: str
+    """Its fingerprint."""
+    vocab_size: int
+    """Ids are below it."""
+    eos: int | None
+    """Appended to documents; None appends nothing."""
+    needs_domain: bool
+    """Are documents without a domain a mistake?"""
+    facts: FactTokens | None
+    """Weigh the loss by planted facts; None weighs all tokens the same."""
+    workers: int | None
+    """Tokenising processes; 1 uses threads, None chooses by the part's size."""
+
+    def folder(self, part: Part, stretch: int) -> Path:
+        """Where the tokens of a stretch of the part are, or will be: named by everything that decides them."""
+        identity = {
+            "version": STORE_VERSION,
+            "part": part.identity,
+            "stretch": [stretch, STRETCH_TOKENS],
+            "tokenizer": self.tokenizer,
+            "eos": self.eos,
+            "facts": self.facts is not None,
+        }
+        return self.root / fingerprint(identity)
+
+    def run(self, part: Part, on_bad_row: OnBadRow, progress: Progress | None = None) -> list[Path]:
+        """Tokenise the part, in stretches of some STRETCH_TOKENS, unless that was done before; returns their folders.
+
+        Nothing half-written is left behind. A stretch that is whole stays, whatever happens after it: its documents are
+        read again, to get past them, but not tokenised.
+        """
+        done = self._whole(part, on_bad_row)
+        folders, tokens = [stretch.folder for stretch in done], sum(stretch.facts["tokens"] for stretch in done)
+        if done and done[-1].facts["is_last"]:
+            return folders
+        reading, is_last = Reading(on_bad_row, documents=sum(stretch.facts["read"] for stretch in done)), False
+        with closing(self._tokens(part, reading)) as documents:
+            while not is_last:
+                own, folder = Reading(on_bad_row), self.folder(part, len(folders))
+                with TokenWriter(folder, self.vocab_size, self.eos, self.facts is not None) as writer:
+                    for _ in self._fill(writer, documents, own):
+                        if progress is not None:
+                            progress(reading, tokens + writer.tokens)
+                    is_last = writer.tokens < STRETCH_TOKENS
+                    is_clean = not own.skipped and not reading.skipped
+                    own.skipped += reading.skipped if is_last else Counter()  # reading is ahead of the stretches
+                    folders.append(writer.close(own, is_last, is_clean))
+                tokens += writer.tokens
+        return folders
+
+    def _whole(self, part: Part, on_bad_row: OnBadRow) -> list[TokenPart]:
+        """The first stretches, as far as they are there; where bad rows are an error, as far as they have none."""
+        found: list[TokenPart] = []
+        while not (found and found[-1].facts["is_last"]):
+            folder = self.folder(part, len(found))
+            if not (folder / store.FILE).is_file():
+                break
+            stretch = TokenPart.open(folder)
+            if on_bad_row is OnBadRow.fail and not stretch.facts["is_clean"]:
+                break
+            found.append(stretch)
+        return found
+
+    def _fill(self, writer: TokenWriter, documents: Iterator[Tokens], own: Reading) -> Iterator[None]:
+        """Write documents, one at a time, until the stretch is full."""
+        for document in documents:
+            own.documents += 1
+            if self._is_usable(document, own):
+                writer.add(document.ids, document.domain, self._weights(document.ids))
+            yield
+            if writer.tokens >= STRETCH_TOKENS:
+                return
+
+    def _tokens(self, part: Part, reading: Reading) -> Generator[Tokens, None, None]:
+        """Tokens of all documents but the first `reading.documents`: of texts by the tokenizer, of ids as they are."""
+        documents = islice(part.documents(reading), reading.documents, None)
+        first = next(documents, None)
+        if first is None:
+            return
+        every: Iterator[Any] = chain([first], documents)  # a part holds one kind
+        if isinstance(first, Document):
+            every = tokenize(every, self.encoder, self.workers or default_workers(part.size))
+        for document in every:
+            reading.documents += 1
+            yield document
+
+    def _is_usable(self, document: Tokens, reading: Reading) -> bool:
+        ids = document.ids
+        if self.needs_domain and not document.domain:
+            raise UserError(
+                f"{document.source} has no domain, but pack.domain_tags=true: set domain or domain_field of its source"
+            )
+        if not len(ids):
+            sentence = f"{document.source} has a text that the tokenizer turns into no token: remove it"
+            reading.bad(BadRow("no tokens", sentence))
+            return False
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
+            reading.bad(
+                BadRow(
+                    "id outside the vocabulary",
+                    f"{document.source} has token id {wrong}, outside the tokenizer's 0 to {self.vocab_size - 1}: "
+                    "set tokenizer to the one that made the ids",
+                )
+            )
+            return False
+        return True
+
+    def _weights(self, ids: np.ndarray) -> np.ndarray | None:
+        if self.facts is None:
+            return None
+        return self.facts.loss_weights(ids if self.eos is None else np.append(ids, self.eos))

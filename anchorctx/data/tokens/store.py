@@ -1,0 +1,207 @@
+"""Tokenised documents on disk: what a part of a source becomes, once, before anything is packed.
+
+    FINGERPRINT/            of the part's content, the tokenizer, whatever else decides the tokens, and the stretch
+      part.json             documents, skipped rows, domains, sizes; written last
+      tokens.bin            all documents' token ids end to end, uint16, or uint32 for vocabularies above 65,536
+      weights.bin           their loss weights, float16; only where documents have some
+      documents.npy         (D,) DOCUMENT: where each lies, its domain and its hash
+
+Packing reads lengths first and tokens once, so that it needs memory for neither; and a preparation that was interrupted
+finds the stretches that were whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anchorctx.data.sources.documents import Reading
+from anchorctx.data.staging import StagedFolder
+from anchorctx.errors import UserError
+from anchorctx.records.manifest import read_json, write_json
+
+FILE = "part.json"
+DOCUMENT = np.dtype(
+    [
+        ("start", "<i8"),  # first token
+        ("length", "<i8"),  # tokens, an appended EOS included; at least 1
+        ("eos", "<i8"),  # 1 where an EOS was appended
+        ("domain", "<i4"),  # index into the part's domains
+        ("hash", "<u8", (2,)),  # of the token ids, 128 bits
+    ]
+)
+FLOAT16_MAX = 65504
+
+
+def token_dtype(vocab_size: int) -> type[np.integer]:
+    """The narrowest type that holds the ids of a vocabulary."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPart:
+    """A part that was tokenised; its arrays are read when they are asked for."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenPart:
+        """Open a whole part; UserError when a file is missing or cut short."""
+        facts = read_json(folder / FILE)
+        for name, size in facts["bytes"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise UserError(f"{file} is missing or cut short: remove {folder} and prepare again")
+        return cls(folder, facts)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """(D,) DOCUMENT, mapped."""
+        return np.load(self.folder / "documents.npy", mmap_mode="r" if self.facts["documents"] else None)
+
+    @property
+    def domains(self) -> list[str]:
+        """Different domains of its documents."""
+        return self.facts["domains"]
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows left out, by reason."""
+        return Counter(self.facts["skipped"])
+
+    @contextmanager
+    def text(self) -> Iterator[FileText]:
+        """The tokens and loss weights, open for reading."""
+        with ExitStack() as files:
+            tokens = files.enter_context((self.folder / "tokens.bin").open("rb")).fileno()
+            weights = None
+            if self.facts["weights"]:
+                weights = files.enter_context((self.folder / "weights.bin").open("rb")).fileno()
+            yield FileText(np.dtype(self.facts["dtype"]), tokens, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class FileText:
+    """Tokens in files: read where they are needed, not mapped, so that what was read leaves the memory at once."""
+
+    dtype: np.dtype
+    tokens: int
+    """Descriptor of the open file."""
+    weights: int | None
+
+    @property
+    def has_weights(self) -> bool:
+        """Are there loss weights?"""
+        return self.weights is not None
+
+    def read_tokens(self, start: int, into: np.ndarray) -> None:
+        """Read tokens."""
+        _read(self.tokens, start, into)
+
+    def read_weights(self, start: int, into: np.ndarray) -> None:
+        """Read loss weights."""
+        assert self.weights is not None
+        _read(self.weights, start, into)
+
+
+def _read(file: int, start: int, into: np.ndarray) -> None:
+    """Fill `into`, contiguous, from its `start`-th element on."""
+    left, at = into.view(np.uint8).data, start * into.itemsize
+    while count := os.preadv(file, [left], at):
+        if count == len(left):
+            return
+        left, at = left[count:], at + count
+    raise UserError("a file of tokens was cut short while it was read: prepare again")
+
+
+class TokenWriter:
+    """Writes a part; a context manager: left without `close`, it removes what it has written."""
+
+    def __init__(self, folder: Path, vocab_size: int, eos: int | None, has_weights: bool) -> None:
+        self._staged = StagedFolder(folder, FILE)
+        self._dtype = np.dtype(token_dtype(vocab_size))
+        self._eos = None if eos is None else np.array([eos], self._dtype).tobytes()
+        self._tokens = (self._staged.folder / "tokens.bin").open("wb")
+        self._weights = (self._staged.folder / "weights.bin").open("wb") if has_weights else None
+        self._documents: list[tuple[int, int, int, int, bytes]] = []
+        self._domains: dict[str, int] = {}
+        self.tokens = 0
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_files()
+        self._staged.discard()
+
+    def add(self, ids: np.ndarray, domain: str, weights: np.ndarray | None) -> None:
+        """Append a document of at least one token, and EOS unless it ends in one already.
+
+        `weights` are those of `ids` and of the EOS after them.
+        """
+        content = ids.astype(self._dtype, copy=False).tobytes()
+        eos = int(self._eos is not None and not content.endswith(self._eos))
+        length = len(ids) + eos
+        self._tokens.write(content)
+        if eos:
+            assert self._eos is not None
+            self._tokens.write(self._eos)
+        if self._weights is not None:
+            assert weights is not None
+            self._weights.write(stored_weights(weights[:length]).tobytes())
+        number = self._domains.setdefault(domain, len(self._domains))
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        self._documents.append((self.tokens, length, eos, number, digest))
+        self.tokens += length
+
+    def close(self, reading: Reading, is_last: bool, is_clean: bool) -> Path:
+        """Write the index, and give the folder its name.
+
+        `is_last` says that nothing of the part comes after it, `is_clean` that no row was left out so far.
+        """
+        self._close_files()
+        folder = self._staged.folder
+        documents = np.zeros(len(self._documents), DOCUMENT)
+        if self._documents:
+            starts, lengths, eos, domains, digests = zip(*self._documents, strict=True)
+            documents["start"], documents["length"], documents["eos"] = starts, lengths, eos
+            documents["domain"] = domains
+            documents["hash"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
+        np.save(folder / "documents.npy", documents)
+        facts = {
+            "documents": len(documents),
+            "tokens": self.tokens,
+            "dtype": self._dtype.name,
+            "weights": self._weights is not None,
+            "domains": list(self._domains),
+            "read": reading.documents,
+            "skipped": dict(reading.skipped),
+            "is_last": is_last,
+            "is_clean": is_clean,
+            "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        }
+        write_json(folder / FILE, facts)
+        return self._staged.publish()
+
+    def _close_files(self) -> None:
+        self._tokens.close()
+        if self._weights is not None:
+            self._weights.close()
+
+
+def stored_weights(weights: np.ndarray) -> np.ndarray:
+    """(n,) float16; ValueError unless 0 stays 0 and nothing else becomes it."""
+    with np.errstate(over="ignore"):
+        stored = weights.astype(np.float16)
+    if not np.isfinite(stored).all() or (stored < 0).any() or ((stored == 0) != (weights == 0)).any():
+        raise ValueError(f"loss weights must be 0 or within 1e-7 to {FLOAT16_MAX}, the range of float16")
+    return stored

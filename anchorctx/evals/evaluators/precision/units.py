@@ -1,0 +1,136 @@
+"""The units of a study: one arm at one length under all shifts, without its first token, and on packed rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from anchorctx.evals.evaluators.precision.measure import Instrument, document_queries, late_queries
+from anchorctx.evals.evaluators.precision.probe import Change, first_keys
+from anchorctx.evals.evaluators.precision.rows import ALL, key_rows, layer_rows, mean_result
+from anchorctx.evals.evaluators.precision.texts import TextRow
+from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.records.results import Result
+
+OFFSET_BINS = 4
+"""Parts of a packed row that documents are sorted into by where they begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a study measures, defaults filled in."""
+
+    label: str
+    lengths: tuple[int, ...]
+    """Tokens, rising."""
+    shifts: tuple[int, ...]
+    """Tokens, rising; includes `shift`."""
+    shift: int
+    layers: frozenset[int]
+    queries: int
+    end_to_end: bool
+
+
+def shift_unit(
+    tool: Instrument,
+    setting: Setting,
+    texts: Sequence[TextRow],
+    advance: Callable[[int], Any],
+    context: dict[str, Any],
+) -> Iterator[Result]:
+    """Rows for every shift at the texts' length; `advance` is told the tokens read."""
+    length = len(texts[0].ids)
+    layout, positions = PackedLayout((0, length)), _shifted(length, setting.shifts)
+    queries = late_queries(length, setting.queries)
+    context = context | {"rows": "shift", "length": length}
+    changes: list[list[dict[int, Change]]] = []
+    spoken: list[list[torch.Tensor]] = []
+    for text in texts:
+        changes.append(tool.changes(text, layout, positions, queries))
+        advance(length * len(positions))
+        if setting.end_to_end:
+            spoken.append(tool.log_probabilities(text, layout, positions, queries))
+            advance(length * len(positions))
+    for i, shift in enumerate(setting.shifts):
+        at, of = context | {"shift": shift}, [change[i] for change in changes]
+        main = shift == setting.shift
+        yield from layer_rows(of, at, layers=main or length == setting.lengths[-1])
+        if main:
+            yield from key_rows(of, at)
+        if spoken:
+            yield _spoken_row([(logp[0], logp[i + 1]) for logp in spoken], at)
+
+
+def dropped_unit(
+    tool: Instrument, setting: Setting, texts: Sequence[TextRow], context: dict[str, Any]
+) -> Iterator[Result]:
+    """The main shift with the first token dropped from the text: does the next one take its place?"""
+    dropped = [text.without_first() for text in texts]
+    length = len(dropped[0].ids)
+    layout, positions = PackedLayout((0, length)), _shifted(length, (setting.shift,))
+    queries = late_queries(length, setting.queries)
+    changes = [tool.changes(text, layout, positions, queries)[0] for text in dropped]
+    context = context | {"rows": "shift", "length": len(texts[0].ids), "shift": setting.shift}
+    for row in layer_rows(changes, context, layers=False):
+        if row.context.get("first") != "hidden":
+            yield dataclasses.replace(row, context=row.context | {"first": "dropped"})
+
+
+def packed_unit(
+    tool: Instrument, setting: Setting, texts: Sequence[TextRow], context: dict[str, Any]
+) -> Iterator[Result]:
+    """`intra_doc` against `intra_doc_reset`: the same rows, each document shifted by where it begins."""
+    context = context | {"rows": "intra_doc", "length": len(texts[0].ids)}
+    starts: list[torch.Tensor] = []  # where each query's document begins
+    changes: list[dict[int, Change]] = []
+    spoken: list[list[torch.Tensor]] = []
+    for text in texts:
+        reset, running = (p.apply(text.layout) for p in (Pattern.intra_doc_reset, Pattern.intra_doc))
+        queries = document_queries(running, setting.queries)
+        if not len(queries):
+            continue  # nothing but very short documents
+        positions = [reset.position_ids(), running.position_ids()]
+        starts.append(torch.from_numpy(first_keys(running))[queries])
+        changes.append(tool.changes(text, running, positions, queries)[0])
+        if setting.end_to_end:
+            spoken.append(tool.log_probabilities(text, running, positions, queries))
+    if changes:
+        yield from layer_rows(changes, context, layers=True)
+        yield from _offset_rows(starts, changes, context)
+    if spoken:
+        yield _spoken_row([(before, after) for before, after in spoken], context)
+        losses = [float((before - after).mean()) for before, after in spoken]
+        yield mean_result("precision_loss_change", losses, "nats", context)
+
+
+def _offset_rows(
+    starts: Sequence[torch.Tensor], changes: Sequence[dict[int, Change]], context: dict[str, Any]
+) -> Iterator[Result]:
+    """`precision_offset_change`: the change in documents that begin (so are shifted by) between `start` and `stop`."""
+    length = context["length"]
+    for part in range(OFFSET_BINS):
+        start, stop = part * length // OFFSET_BINS, (part + 1) * length // OFFSET_BINS
+        values = []
+        for at, change in zip(starts, changes, strict=True):
+            inside = (at >= start) & (at < stop)
+            moved = torch.stack([layer.attention for layer in change.values()]).mean(0)[inside]
+            values += [float(moved.mean())] if len(moved) else []
+        if values:
+            yield mean_result(
+                "precision_offset_change", values, "1", context | {"layer": ALL, "start": start, "stop": stop}
+            )
+
+
+def _spoken_row(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], context: dict[str, Any]) -> Result:
+    """Mean absolute change of the next token's log-probability, all layers together."""
+    values = [float((after - before).abs().mean()) for before, after in pairs]
+    return mean_result("precision_logprob_change", values, "nats", context)
+
+
+def _shifted(length: int, shifts: Sequence[int]) -> list[torch.Tensor]:
+    """Positions 0..length-1, then those of every shift."""
+    return [torch.arange(length) + shift for shift in (0, *shifts)]

@@ -1,0 +1,169 @@
+"""One sentence with numbers, and a recommendation, from a study's rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anchorctx.evals.evaluators.precision.config import Arithmetic
+from anchorctx.evals.evaluators.precision.rows import ALL, interval_half
+from anchorctx.records.results import Result
+
+MOST = 0.5
+"""The first token carries the error when hiding it removes at least this share of the change ..."""
+SOME = 0.1
+"""... and a part of it from this share on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the verdict is about."""
+
+    model: str
+    shift: int
+    lengths: Sequence[int]
+
+
+def verdict(rows: Sequence[Result], question: Question) -> Result | None:
+    """The row `precision_verdict`: the share of the change that float32 rotation removes, with `sentence` and
+    `recommendation` in its context; None where bfloat16 was not studied."""
+    at = {"weights": "trained", "rows": "shift", "layer": ALL, "shift": question.shift, "length": question.lengths[-1]}
+    change = {a: find(rows, "precision_attention_change", arithmetic=a.value, first="kept", **at) for a in Arithmetic}
+    bfloat16, ours = change[Arithmetic.bfloat16], change[Arithmetic.float32_rotation]
+    if bfloat16 is None:
+        return None
+    removed, half = _removed(bfloat16, ours) if ours is not None else (0.0, None)
+    sentence = f"{question.model}: {_changes(rows, question, change, at)}; {_growth(rows, question, at)}"
+    context = {
+        "model": question.model,
+        "shift": question.shift,
+        "length": question.lengths[-1],
+        "sentence": sentence + _first_token(rows, at) + ".",
+        "recommendation": _recommendation(rows, removed, half, at) if ours is not None else "",
+    }
+    low, high = (None, None) if half is None else (removed - half, removed + half)
+    return Result(
+        metric="precision_verdict", value=removed, unit="1", n=bfloat16.n, low=low, high=high, context=context
+    )
+
+
+def find(rows: Sequence[Result], metric: str, /, **context: Any) -> Result | None:
+    """The row of `metric` whose context has all of `context`, or None."""
+    wanted = context.items()
+    return next((row for row in rows if row.metric == metric and wanted <= _plain(row.context).items()), None)
+
+
+def _plain(context: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in context.items() if not isinstance(value, list | dict)}
+
+
+def _removed(before: Result, after: Result) -> tuple[float, float | None]:
+    """Mean over texts of the share of the change that is gone, and half its interval."""
+    pairs = zip(before.context["values"], after.context["values"], strict=True)
+    shares = [1 - b / a if a else 0.0 for a, b in pairs]
+    return statistics.fmean(shares), interval_half(shares)
+
+
+def _changes(
+    rows: Sequence[Result], question: Question, change: dict[Arithmetic, Result | None], at: dict[str, Any]
+) -> str:
+    names = {
+        Arithmetic.bfloat16: "in bfloat16",
+        Arithmetic.float32_rotation: "with float32 rotation",
+        Arithmetic.float32: "in float32",
+    }
+    parts = [f"{percent(row.value)} {names[a]}" for a, row in change.items() if row is not None]
+    control = find(
+        rows, "precision_attention_change", arithmetic="bfloat16", first="kept", **at | {"weights": "control"}
+    )
+    beside = f" (weights drawn anew: {percent(control.value)} in bfloat16)" if control else ""
+    tokens = "token" if question.shift == 1 else "tokens"
+    parts[0] = parts[0].replace(" %", " % of each query's attention", 1)
+    return (
+        f"at {question.lengths[-1]:,} tokens, shifting all positions by {question.shift:,} {tokens} moves "
+        f"{_listed(parts)}{beside}"
+    )
+
+
+def _growth(rows: Sequence[Result], question: Question, at: dict[str, Any]) -> str:
+    shortest, longest = question.lengths[0], question.lengths[-1]
+    ends = [
+        find(rows, "precision_attention_change", arithmetic="bfloat16", first="kept", **at | {"length": length})
+        for length in (shortest, longest)
+    ]
+    if shortest == longest or ends[0] is None or ends[1] is None or not ends[0].value:
+        return ""
+    factor = ends[1].value / ends[0].value
+    word = ("grows" if factor > 1 else "shrinks") if _differ(ends[0], ends[1]) else "does not grow measurably"
+    return f"from {shortest:,} to {longest:,} tokens the bfloat16 change {word} (×{factor:.2f}); "
+
+
+def _differ(a: Result, b: Result) -> bool:
+    """Is the difference of two independent means larger than its 95 % interval?"""
+    if a.high is None or b.high is None:
+        return False
+    return abs(a.value - b.value) > math.hypot(a.high - a.value, b.high - b.value)
+
+
+def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
+    kept = find(rows, "precision_attention_change", arithmetic="bfloat16", first="kept", **at)
+    hidden = find(rows, "precision_attention_change", arithmetic="bfloat16", first="hidden", **at)
+    share = find(rows, "precision_first_share", arithmetic="bfloat16", **at)
+    attention = find(rows, "precision_first_attention", arithmetic="bfloat16", **at)
+    if kept is None or hidden is None or share is None or attention is None:
+        return "the first token's part is not known"
+    gone = 1 - hidden.value / kept.value
+    carries = (
+        "carries most of the change" if gone >= MOST else "carries a part of the change" if gone >= SOME else
+        "does not carry the change"
+    )  # fmt: skip
+    return (
+        f"the first token {carries}: it has {percent(attention.value)} of the attention and {percent(share.value)} of "
+        f"the change ({share.value * at['length']:.0f} times an average token's; no token can have more than 50 %), "
+        f"and with it hidden {percent(hidden.value)} moves"
+    )
+
+
+def _recommendation(rows: Sequence[Result], removed: float, half: float | None, at: dict[str, Any]) -> str:
+    helps = removed > (half if half is not None else 0.0)
+    spread = f" (95 %: {percent(removed - half)} to {percent(removed + half)})" if half is not None else ""
+    if not helps:
+        return f"rope_dtype=float32 does not reduce the change measurably ({percent(removed)}{spread}): either will do."
+    after = _after_all_layers(rows, at)
+    cost = find(rows, "precision_cost")
+    price = ""
+    if cost is not None and cost.low is not None and cost.high is not None:
+        where = f"a bfloat16 training step of {cost.context['length']:,} tokens on {cost.context['device']}"
+        span = f"({100 * (cost.value - 1):+.1f} %, 95 %: {100 * (cost.low - 1):+.1f} to {100 * (cost.high - 1):+.1f} %)"
+        known = (
+            "takes longer" if cost.low > 1 else "takes less time" if cost.high < 1 else "takes no longer, measurably"
+        )
+        price = f" With it {where} {known} {span}."
+    rest = "what is left is the one rounding of queries and keys to bfloat16"
+    return f"Use rope_dtype=float32: it removes {percent(removed)}{spread} of the change; {rest}.{after}{price}"
+
+
+def _after_all_layers(rows: Sequence[Result], at: dict[str, Any]) -> str:
+    """Whether the same shows at the end of the model, where every rounding on the way adds its own."""
+    at = {key: value for key, value in at.items() if key != "layer"}
+    spoken = [find(rows, "precision_logprob_change", arithmetic=a, **at) for a in ("bfloat16", "float32_rotation")]
+    if spoken[0] is None or spoken[1] is None:
+        return ""
+    word = "differs as well" if _differ(spoken[0], spoken[1]) else "does not show it"
+    return (
+        f" The next token's log-probability {word}: it changes by {spoken[0].value:.2g} nats in bfloat16 and "
+        f"{spoken[1].value:.2g} with float32 rotation, since the rest of the model is in bfloat16 either way."
+    )
+
+
+def percent(share: float) -> str:
+    """A share as per cent with two significant digits, or three from 10 % on."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 10 else f"{value:#.2g} %"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,1 @@
+"""How well agents that run a checkpoint reuse each other's KV caches."""

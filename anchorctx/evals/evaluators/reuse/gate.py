@@ -1,0 +1,60 @@
+"""A gate for deployments: does an arm stay within given bounds of dense?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anchorctx.errors import UserError
+from anchorctx.records.results import Result
+
+
+@dataclass(kw_only=True, slots=True)
+class GateConfig:
+    """Bounds on one arm, for every model and task that runs; null asks for no gate."""
+
+    arm: str | None = None
+    """The arm that must stay within the bounds."""
+    max_kl: float = 0.05
+    """Mean KL(dense | arm) over the compared tokens, at most, in nats."""
+    min_agreement: float = 0.95
+    """Share of compared tokens with the same most probable token, at least, 0..1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate says."""
+
+    passed: bool
+    text: str
+    """One line a model and task."""
+
+
+def check_gate(gate: GateConfig) -> None:
+    """UserError for bounds that are none."""
+    if gate.max_kl < 0 or not 0 <= gate.min_agreement <= 1:
+        raise UserError(
+            f"gate.max_kl={gate.max_kl} must be at least 0, and gate.min_agreement={gate.min_agreement} from 0 to 1"
+        )
+
+
+def judge(rows: Sequence[Result], gate: GateConfig) -> Verdict | None:
+    """Compare the arm's rows over all tokens of every model and task with the bounds; None without a gate."""
+    if gate.arm is None:
+        return None
+    lines, passed = [], True
+    found = [row.context for row in rows if row.metric == "kvcomm_kl"]
+    for model, task in dict.fromkeys((context.get("model"), context["task"]) for context in found):
+        where = {"arm": gate.arm, "task": task, "kind": "all", "tokens": "all"} | ({"model": model} if model else {})
+        kl, agreement = (_value(rows, metric, where) for metric in ("kvcomm_kl", "kvcomm_agreement"))
+        good = kl <= gate.max_kl and agreement >= gate.min_agreement
+        passed &= good
+        lines.append(
+            f"gate {'passed' if good else 'FAILED'}: {gate.arm} on {task}{f' with {model}' if model else ''}: "
+            f"KL {kl:.4g} (at most {gate.max_kl:g}), agreement {agreement:.4f} (at least {gate.min_agreement:g})"
+        )
+    return Verdict(passed, "\n".join(lines))
+
+
+def _value(rows: Sequence[Result], metric: str, where: dict[str, str]) -> float:
+    return next(r.value for r in rows if r.metric == metric and where.items() <= r.context.items())

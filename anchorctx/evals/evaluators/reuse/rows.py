@@ -1,0 +1,138 @@
+"""From records to result rows, all named `kvcomm_*`, with the arm, task and kind in their context.
+
+Figures over tokens are means over turns, so that a long answer does not outvote a short one; turns of one problem are
+no independent observations, so that intervals are over problems. `kind` is `all` for the rows over all kinds.
+`values` in the context are a figure's problems, in order, so that the rows of two models or arms can be compared paired
+where `problems` (a fingerprint) is equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from anchorctx.evals.evaluators.reuse.measures import KvError, paired_difference
+from anchorctx.evals.evaluators.reuse.trial import Record
+from anchorctx.records.results import Result, mean_interval, wilson_interval
+
+PARTS = ("key", "value")
+
+
+def record_rows(task: str, records: Sequence[Record], problems: str = "") -> list[Result]:
+    """All rows of one task: for each arm over all kinds, and for each kind where there are several."""
+    kinds = list(dict.fromkeys(record.kind for record in records))
+    rows: list[Result] = []
+    for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
+        chosen = [record for record in records if kind in ("all", record.kind)]
+        for arm in dict.fromkeys(record.arm for record in chosen):
+            own = [record for record in chosen if record.arm == arm]
+            dense = [record for record in chosen if record.arm == "dense"]
+            context = {"task": task, "kind": kind, "arm": arm, "problems": problems}
+            rows += _words(own, context)
+            rows += _answers(own, dense, context)
+            rows += _reuse(own, context)
+            if kind == "all":
+                rows += [*_cache(own, context), *_times(own, context)]
+    return rows
+
+
+def variation_rows(found: Sequence[tuple[KvError, KvError]], length: int, prefix: int) -> list[Result]:
+    """`kvcomm_variation`: relative error of each layer's keys and values, by cause; lengths in tokens."""
+    rows = []
+    for number, cause in enumerate(("content", "shift")):
+        errors = np.stack([pair[number].relative for pair in found])  # (documents, 2, L)
+        for part, name in enumerate(PARTS):
+            for layer in range(errors.shape[2]):
+                context = {"cause": cause, "part": name, "layer": layer, "tokens": length, "prefix": prefix}
+                rows.append(_mean("kvcomm_variation", errors[:, part, layer], context))
+    return rows
+
+
+def _words(own: Sequence[Record], context: dict) -> Iterator[Result]:
+    turns = [problem for record in own for problem in record.closeness]
+    for tokens, span in (("first", slice(1)), ("all", slice(None))):
+        where = context | {"tokens": tokens}
+        kl, agree = (
+            [float(np.mean([getattr(c, name)[span].mean() for c in problem])) for problem in turns]
+            for name in ("kl", "agree")
+        )
+        yield _mean("kvcomm_kl", kl, where | {"values": kl}, "nat")
+        yield _mean("kvcomm_agreement", agree, where | {"values": agree})
+
+
+def _answers(own: Sequence[Record], dense: Sequence[Record], context: dict) -> Iterator[Result]:
+    mine, theirs = ([x for record in records for x in record.correct] for records in (own, dense))
+    if mine:
+        yield _share("kvcomm_accuracy", mine, context | {"values": [int(x) for x in mine]})
+        value, low, high = paired_difference(mine, theirs)
+        yield Result(
+            metric="kvcomm_accuracy_difference",
+            value=value,
+            unit="1",
+            n=len(mine),
+            low=low,
+            high=high,
+            context=context,
+        )
+    for shuffled in (False, True):
+        judged = [x for record in own for x in record.judged[shuffled]]
+        if judged:
+            values = {"values": [int(x) for x in judged]}
+            yield _share("kvcomm_judge_consistency", judged, context | {"shuffled": shuffled} | values)
+
+
+def _reuse(own: Sequence[Record], context: dict) -> Iterator[Result]:
+    context = context | {"by_construction": own[0].by_construction}
+    tokens = np.array([t for record in own for t in record.tokens], dtype=np.float64)
+    flops = np.array([f for record in own for f in record.flops])
+    yield _share("kvcomm_reuse", [x for record in own for x in record.reused], context | {"by": "calls"})
+    shares: dict[str, Callable[[], float]] = {
+        "tokens": lambda: 1 - tokens[:, 1].sum() / tokens[:, 0].sum(),
+        "flops": lambda: 1 - flops[:, 1].sum() / flops[:, 0].sum(),
+    }
+    for by, share in shares.items():
+        yield Result(metric="kvcomm_reuse", value=float(share()), unit="1", n=len(tokens), context=context | {"by": by})
+
+
+def _cache(own: Sequence[Record], context: dict) -> Iterator[Result]:
+    errors = [error for record in own for error in record.errors]
+    if not errors:
+        return
+    for measure in ("relative", "cosine"):
+        values = np.stack([getattr(error, measure) for error in errors])  # (turns, 2, L)
+        for part, name in enumerate(PARTS):
+            for layer in range(values.shape[2]):
+                where = {"part": name, "layer": layer, "measure": measure}
+                yield _mean("kvcomm_kv_error", values[:, part, layer], context | where)
+
+
+def _times(own: Sequence[Record], context: dict) -> Iterator[Result]:
+    """p50 and p95 of each agent's and the whole request's seconds, and the bytes kept."""
+    agents = list(dict.fromkeys(agent for record in own for request in record.ttft for agent in request))
+    samples: dict[str, list[float]] = {
+        agent: [request[agent] for record in own for request in record.ttft if agent in request] for agent in agents
+    }
+    samples["request"] = [sum(request.values()) for record in own for request in record.ttft]
+    for who, seconds in samples.items():
+        for name, quantile in (("p50", 0.5), ("p95", 0.95)):
+            value = float(np.quantile(seconds, quantile))
+            where = context | {"agent": who, "quantile": name}
+            yield Result(metric="kvcomm_ttft", value=value, unit="s", n=len(seconds), context=where)
+    kept = max(record.kept_bytes for record in own)
+    yield Result(metric="kvcomm_kept_bytes", value=float(kept), unit="B", n=len(own), context=context)
+
+
+def _mean(metric: str, values: Iterable[float], context: dict, unit: str = "1") -> Result:
+    found = [float(v) for v in values]
+    low, high = mean_interval(found) or (None, None)
+    value = math.fsum(found) / len(found)
+    return Result(metric=metric, value=value, unit=unit, n=len(found), low=low, high=high, context=context)
+
+
+def _share(metric: str, hits: Sequence[bool], context: dict) -> Result:
+    low, high = wilson_interval(sum(hits), len(hits))
+    return Result(
+        metric=metric, value=sum(hits) / len(hits), unit="1", n=len(hits), low=low, high=high, context=context
+    )

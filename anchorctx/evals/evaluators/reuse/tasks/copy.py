@@ -1,0 +1,69 @@
+"""Synthetic requests with given lengths, for timing: what is said is given, so every arm has the same words.
+
+The paper's geometry is the default of `scripts/bench_kvcomm.py`: five fully connected agents, a question of 1,024
+tokens, a fixed prefix of 512 for each agent, answers of 512.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team
+from anchorctx.kvcomm.agents import Agent, Answer, Slot, Template
+from anchorctx.kvcomm.topology import TOPOLOGIES
+
+
+@dataclass(kw_only=True, slots=True)
+class CopyTaskConfig:
+    """Lengths in tokens."""
+
+    problems: int = 8
+    """Requests."""
+    question: int = 384
+    """Tokens of the question, which every agent reads."""
+    prefix: int = 128
+    """Tokens of each agent's fixed prefix, different for each."""
+    output: int = 64
+    """Tokens of each agent's given answer, which those who hear it read."""
+
+
+class CopyTask:
+    """See the module; tokens are drawn evenly from a vocabulary."""
+
+    name = "copy"
+
+    def __init__(self, config: CopyTaskConfig, agents: int, topology: str, vocabulary: int, seed: int) -> None:
+        for field in ("problems", "question", "prefix", "output"):
+            if getattr(config, field) < 1:
+                raise UserError(f"copy.{field}={getattr(config, field)} must be at least 1")
+        if agents < 1:
+            raise UserError(f"copy with agents={agents} has nobody to speak: give at least 1")
+        if topology not in TOPOLOGIES:
+            raise UserError(f"unknown topology {topology!r}: choose {', '.join(TOPOLOGIES)}")
+        self.config, self._vocabulary, self._seed = config, vocabulary, seed
+        self._topology = TOPOLOGIES[topology]([f"agent_{i}" for i in range(1, agents + 1)])
+
+    def teams(self) -> Sequence[Team]:
+        """One, without a decision agent."""
+        config, graph, rng = self.config, self._topology, np.random.default_rng([self._seed, 9])
+
+        def draw(length: int) -> tuple[int, ...]:
+            return tuple(rng.integers(self._vocabulary, size=length).tolist())
+
+        agents = []
+        for name in graph.order:
+            heard = [Slot(other) for other in graph.inputs[name]]
+            agents.append(Agent(name, Template((draw(config.prefix), Slot("question"), *heard)), config.output))
+        problems = [
+            Problem({"question": draw(config.question)}, script={name: draw(config.output) for name in graph.order})
+            for _ in range(config.problems)
+        ]
+        return [Team(self.name, tuple(agents), graph, tuple(problems), None)]
+
+    def score(self, answer: Answer, problem: Problem) -> bool:
+        """Nothing is right or wrong here."""
+        return True

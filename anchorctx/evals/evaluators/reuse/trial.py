@@ -1,0 +1,174 @@
+"""Running a team's problems through dense and through every arm, problem by problem, so that all meet the same machine.
+
+Two runs a problem and arm. In the *compared* run every agent, the decision agent too, goes through the arm and is made
+to say what dense said: same words, so differences are the cache's. In the *free* run agents speak for themselves, and
+the decision agent is dense unless told otherwise: that is the accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError, closeness, turn_error
+from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Task, Team
+from anchorctx.kvcomm.arms.basic import Arm
+from anchorctx.kvcomm.decoder import Decoder
+from anchorctx.kvcomm.prompts import Frame, Ids
+from anchorctx.kvcomm.session import Session, Turn
+
+
+@dataclass(slots=True)
+class Record:
+    """What one arm did on one team's problems."""
+
+    arm: str
+    kind: str
+    by_construction: bool
+    closeness: list[list[Closeness]] = field(default_factory=list)
+    """By problem and turn."""
+    errors: list[KvError] = field(default_factory=list)
+    """By turn with placeholders."""
+    correct: list[bool] = field(default_factory=list)
+    """By problem."""
+    judged: dict[bool, list[bool]] = field(default_factory=lambda: {False: [], True: []})
+    """By problem, in the agents' order (False) and in another (True): did the decision agent say what dense says?"""
+    reused: list[bool] = field(default_factory=list)
+    """By turn: all its contents."""
+    tokens: list[tuple[int, int]] = field(default_factory=list)
+    """By turn: prompt tokens, and those computed with it."""
+    flops: list[tuple[float, float]] = field(default_factory=list)
+    """By turn: dense, and spent with all hidden work."""
+    ttft: list[dict[str, float]] = field(default_factory=list)
+    """By problem: seconds by agent."""
+    kept_bytes: int = 0
+    """Kept from request to request, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """What all trials share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    decoder: Decoder
+    arms: dict[str, Callable[[], Arm]]
+    decision_dense: bool
+    compare_tokens: int
+    seed: int
+
+
+class Trial:
+    """One team, all arms; `run` takes the problems one by one."""
+
+    def __init__(self, lab: Lab, task: Task, team: Team) -> None:
+        self._lab, self._task, self.team = lab, task, team
+        self._dense = self._session("dense", lab.arms["dense"], None)
+        self._compared = {name: self._session(name, make, None) for name, make in lab.arms.items()}
+        decision = team.decision if lab.decision_dense else None
+        self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
+        for problem in team.problems:
+            self._dense.check(problem.texts)
+        for session in (self._dense, *self._compared.values(), *self._free.values()):  # nothing is run before the check
+            session.prepare()
+        self.records = {n: Record(n, team.kind, s.arm.by_construction) for n, s in self._compared.items()}
+        self._rng = np.random.default_rng([lab.seed, *team.kind.encode()])
+        self._orders: dict[tuple[str, ...], Frame] = {}
+
+    def run(self, problem: Problem) -> None:
+        """One problem through every arm."""
+        said = self._dense.start(problem.texts)
+        script = problem.script or {}
+        dense = {name: said.run(name, answer=script.get(name)) for name in self.team.topology.order}
+        shuffled = self._shuffled()
+        other: Ids | None = None
+        if shuffled is not None and self.team.decision is not None:
+            other = said.run(self.team.decision, frame=shuffled, keep=False).ids[: self._lab.compare_tokens]
+        truth = self._compare("dense", problem, dense, None, shuffled, other)
+        for name in self._compared:
+            if name != "dense":
+                self._compare(name, problem, dense, truth, shuffled, other)
+        if self.team.decision is not None:
+            self._answer(problem, dense)
+
+    def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
+        lab, team = self._lab, self.team
+        return Session(
+            lab.model,
+            lab.tokenizer,
+            team.agents,
+            arm=make(),
+            topology=team.topology,
+            decision=decision,
+            decoder=lab.decoder,
+        )
+
+    def _compare(
+        self,
+        name: str,
+        problem: Problem,
+        dense: dict[str, Turn],
+        truth: dict[str, Turn] | None,
+        shuffled: Frame | None,
+        other: Ids | None,
+    ) -> dict[str, Turn]:
+        """The compared run; dense's own turns come back as the truth for the others."""
+        session, record = self._compared[name], self.records[name]
+        request = session.start(problem.texts)
+        turns: dict[str, Turn] = {}
+        for agent, model in dense.items():
+            if other is not None and agent == self.team.decision:
+                # Before the agent reads in its own order, which an arm that learns would answer from; in a fork, so
+                # that nothing is worked out here that the turn's time has to have in it.
+                turn = request.fork().run(agent, answer=other, frame=shuffled, keep=False)
+                record.judged[True].append(_says(turn, other))
+            # What is passed on is whole, even where only its beginning is compared.
+            turns[agent] = request.run(agent, answer=model.ids[: self._lab.compare_tokens], message=model.message)
+        record.closeness.append([])
+        for agent, turn in turns.items():
+            self._note(record, turn, (truth or turns)[agent], final=agent == self.team.decision)
+        record.ttft.append({agent: turn.ttft for agent, turn in turns.items()})
+        record.kept_bytes = max(record.kept_bytes, session.arm.nbytes)
+        return turns
+
+    def _note(self, record: Record, turn: Turn, true: Turn, *, final: bool) -> None:
+        record.closeness[-1].append(closeness(true, turn))
+        error = turn_error(true, turn)
+        if error is not None:
+            record.errors.append(error)
+        record.reused.append(bool(turn.reused) and all(turn.reused))
+        record.tokens.append((turn.prompt.length, turn.computed))
+        record.flops.append((turn.dense_flops, turn.flops))
+        if final:
+            record.judged[False].append(_says(turn, turn.ids))
+
+    def _answer(self, problem: Problem, dense: dict[str, Turn]) -> None:
+        """The free run, and dense's own."""
+        decision = self.team.decision
+        assert decision is not None
+        self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
+        for name, session in self._free.items():
+            turns = session.ask(problem.texts)
+            self.records[name].correct.append(self._task.score(turns[decision].answer, problem))
+
+    def _shuffled(self) -> Frame | None:
+        """The decision agent's prompt with those it hears in another order; None where it hears fewer than two."""
+        decision = self.team.decision
+        heard = self.team.topology.inputs[decision] if decision is not None else ()
+        if len(heard) < 2 or decision is None:
+            return None
+        order = list(heard)
+        while order == list(heard):
+            order = [heard[i] for i in self._rng.permutation(len(heard))]
+        if tuple(order) not in self._orders:
+            template = self._dense.templates[decision].reordered(dict(zip(heard, order, strict=True)))
+            self._orders[tuple(order)] = Frame(decision, template, self._dense.encode, self._dense.bos)
+        return self._orders[tuple(order)]
+
+
+def _says(turn: Turn, answer: Ids) -> bool:
+    """Would greedy decoding say `answer`? It does if it predicts each token behind the ones before."""
+    return turn.logits[: len(answer)].argmax(-1).tolist() == list(answer)

@@ -1,0 +1,1 @@
+"""The ways to reuse a KV cache, and the controls beside them."""

@@ -1,0 +1,180 @@
+"""Arms that add to the base KV what earlier requests showed to be missing: KVCOMM's exemplars, and a running mean.
+
+Known departures from the paper: a content that cannot be shared computes its own segment and the glue behind it, not
+the whole prompt (`partial=False` restores that); offsets observed in such a prompt are relative to what the other
+contents were approximated by. Offsets are kept and added in the de-rotated frame for every segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from anchorctx.kvcomm.arms.basic import Arm
+from anchorctx.kvcomm.arms.exemplars import Match, Offset, Pool, PoolConfig, Reader
+from anchorctx.kvcomm.cache import KV
+from anchorctx.kvcomm.decoder import Buffer
+from anchorctx.kvcomm.prompts import Segment
+from anchorctx.kvcomm.request import Placement, Scene
+
+
+class Kvcomm(Arm):
+    """KVCOMM as in the paper: offsets from exemplars, for contents and for the glue behind them."""
+
+    name = "kvcomm"
+    shares = True
+
+    def __init__(self, config: PoolConfig | None = None, *, partial: bool = True, recompute_glue: bool = False) -> None:
+        self.pool = Pool(config or PoolConfig())
+        self.partial = partial
+        """Compute only what cannot be shared; False computes the whole prompt then."""
+        self.recompute_glue = recompute_glue
+        """Compute the glue with the last token instead of storing its offsets."""
+
+    def place(self, scene: Scene) -> Sequence[Placement]:
+        """Shared contents, and the glue behind each."""
+        placed = [scene.prefix()]
+        for segment in scene.prompt.placeholders:
+            match = self._match(scene, segment) if segment.length else None
+            if match is not None:
+                placed += self._approximated(scene, segment, match)
+            elif segment.length and not self.partial:
+                return [scene.prefix()]
+        return placed
+
+    def observe(self, scene: Scene, buffer: Buffer, given: Sequence[Placement]) -> None:
+        """Store the offsets of every content that was computed."""
+        for segment in computed(scene, given):
+            assert segment.name is not None
+            text = _difference(scene, buffer, segment, scene.base(segment.name).kv)
+            glue = None if self.recompute_glue else scene.prompt.glue_after(segment)
+            offset = Offset(text)
+            if glue is not None:
+                offset = Offset(text, _difference(scene, buffer, glue, scene.glue(glue).kv), glue.ids)
+            ids = scene.decoder.tensor(segment.ids)[0]
+            self.pool.add(segment.name, scene.request.number, ids, reader(scene, segment), offset)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pool."""
+        return self.pool.nbytes
+
+    def _match(self, scene: Scene, segment: Segment) -> Match | None:
+        assert segment.name is not None
+        ids = scene.decoder.tensor(segment.ids)[0]
+        state, embed = scene.request, scene.decoder.embeddings
+        return self.pool.match(segment.name, reader(scene, segment), ids, embed, state.distances, scene.keep)
+
+    def _approximated(self, scene: Scene, segment: Segment, match: Match) -> list[Placement]:
+        """Equations 6 and 7."""
+        assert segment.name is not None
+        texts = [offset.text.cut(0, segment.length) for offset in match.offsets]
+        base = scene.base(segment.name).kv
+        placed = [Placement(base.weighted_sum(texts, match.weights), segment.start)]
+        glue = scene.prompt.glue_after(segment)
+        seen = [offset.glue for offset in match.offsets if glue is not None and offset.glue_ids == glue.ids]
+        glues = [kv for kv in seen if kv is not None]
+        if glue is not None and len(glues) == len(match.offsets):  # else another text stood there: compute it
+            placed.append(Placement(scene.glue(glue).kv.weighted_sum(glues, match.weights), glue.start))
+        return placed
+
+
+class KvcommUngated(Kvcomm):
+    """KVCOMM without its gate: the approximation alone, for every content that enough exemplars are as long as."""
+
+    name = "kvcomm_ungated"
+    by_construction = True
+
+    def __init__(self, config: PoolConfig | None = None, *, partial: bool = True, recompute_glue: bool = False) -> None:
+        ungated = replace(config or PoolConfig(), gamma=1.0)  # no entropy exceeds its greatest value
+        super().__init__(ungated, partial=partial, recompute_glue=recompute_glue)
+
+
+@dataclass(slots=True)
+class _Mean:
+    """Mean offset by token place; later places have been seen in fewer contents."""
+
+    kv: KV
+    counts: torch.Tensor
+    """(T,) contents that reached each place."""
+    contents: int = 1
+
+    def update(self, offset: KV) -> None:
+        """Take one more content in."""
+        if offset.length > self.kv.length:
+            longer = KV(torch.zeros_like(offset.keys), torch.zeros_like(offset.values))
+            longer.keys[:, :, :, : self.kv.length] = self.kv.keys
+            longer.values[:, :, :, : self.kv.length] = self.kv.values
+            counts = self.counts.new_zeros(offset.length)
+            counts[: self.kv.length] = self.counts
+            self.kv, self.counts = longer, counts
+        own = self.kv.cut(0, offset.length)
+        self.counts[: offset.length] += 1
+        share = (1.0 / self.counts[: offset.length].to(own.keys.dtype))[:, None]
+        own.keys.add_((offset.keys - own.keys) * share)
+        own.values.add_((offset.values - own.values) * share)
+        self.contents += 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.kv.nbytes + self.counts.nbytes
+
+
+class MeanOffset(Arm):
+    """One running mean offset for each reader and placeholder instead of exemplars; the glue is recomputed.
+
+    The first `warmup` contents are computed, and later ones that are longer than any seen.
+    """
+
+    name = "mean_offset"
+    shares = True
+
+    def __init__(self, warmup: int = 3) -> None:
+        self.warmup = warmup
+        self._means: dict[tuple[str, Reader], _Mean] = {}
+
+    def place(self, scene: Scene) -> Sequence[Placement]:
+        """Every content that the mean reaches."""
+        placed = [scene.prefix()]
+        for segment in scene.prompt.placeholders:
+            assert segment.name is not None
+            mean = self._means.get((segment.name, reader(scene, segment)))
+            if segment.length and mean and mean.contents >= self.warmup and mean.kv.length >= segment.length:
+                kv = scene.base(segment.name).kv.plus(mean.kv.cut(0, segment.length))
+                placed.append(Placement(kv, segment.start))
+        return placed
+
+    def observe(self, scene: Scene, buffer: Buffer, given: Sequence[Placement]) -> None:
+        """Take the computed contents into the means."""
+        for segment in computed(scene, given):
+            assert segment.name is not None
+            key = (segment.name, reader(scene, segment))
+            offset = _difference(scene, buffer, segment, scene.base(segment.name).kv)
+            if key in self._means:
+                self._means[key].update(offset)
+            else:
+                counts = torch.ones(offset.length, dtype=torch.int64, device=offset.keys.device)
+                self._means[key] = _Mean(offset, counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the means."""
+        return sum(mean.nbytes for mean in self._means.values())
+
+
+def reader(scene: Scene, segment: Segment) -> Reader:
+    """Who reads a content, and where."""
+    return scene.prompt.agent, segment.occurrence
+
+
+def computed(scene: Scene, given: Sequence[Placement]) -> list[Segment]:
+    """The non-empty placeholders that no placement filled."""
+    filled = {placement.start for placement in given if placement.kv.length}
+    return [segment for segment in scene.prompt.placeholders if segment.length and segment.start not in filled]
+
+
+def _difference(scene: Scene, buffer: Buffer, segment: Segment, base: KV) -> KV:
+    """Observed minus base, layers 1 and above: layer 0 does not know its context."""
+    return scene.observed(buffer, segment).layers(1).minus(base.layers(1))

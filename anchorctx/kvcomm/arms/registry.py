@@ -1,0 +1,38 @@
+"""The arms by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from anchorctx.errors import UserError
+from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
+from anchorctx.kvcomm.arms.controls import DenseChunked, OtherRequest, RandomMoments, Zeroed
+from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
+
+ARMS: dict[str, Callable[[], Arm]] = {
+    "dense": Dense,
+    "dense_prefix_cache": DensePrefixCache,
+    "naive": Naive,
+    "rotate": Rotate,
+    "rotate_glue": RotateGlue,
+    "kvcomm": Kvcomm,
+    "kvcomm_ungated": KvcommUngated,
+    "mean_offset": MeanOffset,
+    "anchored": Anchored,
+}
+"""Ways to reuse, with their default settings."""
+CONTROLS: dict[str, Callable[[], Arm]] = {
+    "dense_chunked": DenseChunked,
+    "zeroed": Zeroed,
+    "random": RandomMoments,
+    "other_request": OtherRequest,
+}
+"""The numerics floor, and what an arm must beat."""
+
+
+def make_arm(name: str) -> Arm:
+    """A new arm of that name, with nothing learnt; UserError lists the names."""
+    known = ARMS | CONTROLS
+    if name not in known:
+        raise UserError(f"unknown arm {name!r}: choose {', '.join(known)}")
+    return known[name]()

@@ -1,0 +1,125 @@
+"""One agent's turn: fill the prompt's cache, compute the rest, speak, and keep the message's KV. One path for all arms.
+
+Seconds are taken on the same path for every arm, and nothing is left out of time to first token but decoding:
+`match` (deciding, approximating), `encode` (base KV, anchored documents), `assemble` (placing), `forward` (the first
+token), `upkeep` (observing offsets, keeping the message).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anchorctx.kvcomm.arms.basic import Arm
+from anchorctx.kvcomm.decoder import Buffer, Decoder
+from anchorctx.kvcomm.prompts import Ids
+from anchorctx.kvcomm.request import Placement, Scene, Shared, now
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """A prompt's finished cache."""
+
+    buffer: Buffer
+    logits: torch.Tensor
+    """(V,) of the first token to come."""
+    given: tuple[Placement, ...]
+    computed: int
+    """Prompt tokens that the model ran on."""
+    pairs: int
+    """(query, key) pairs of attention for them."""
+    reused: tuple[bool, ...]
+    """For each non-empty placeholder: was any entry of it given?"""
+    seconds: dict[str, float]
+
+
+@torch.no_grad()
+def prefill(scene: Scene, arm: Arm, room: int) -> Prefill:
+    """Place what the arm gives, run the model on every other token; the buffer has `room` for what follows."""
+    decoder, prompt = scene.decoder, scene.prompt
+    clock = [now(decoder.device)]
+    given = tuple(p for p in arm.place(scene) if p.kv.length)
+    clock.append(now(decoder.device))
+    buffer = decoder.buffer(prompt.length + room)
+    missing = torch.ones(prompt.length, dtype=torch.bool)
+    for placement in given:
+        placement.write(decoder, buffer)
+        missing[placement.start : placement.start + placement.kv.length] = False
+    reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
+    missing[-1] = True
+    slots = torch.nonzero(missing)[:, 0]
+    clock.append(now(decoder.device))
+    ids = decoder.tensor(prompt.ids)[:, slots.to(decoder.device)]
+    logits = decoder.forward(ids, buffer, _range_of(slots))[0, -1]
+    clock.append(now(decoder.device))
+    match, assemble, forward = (b - a for a, b in zip(clock, clock[1:], strict=False))
+    seconds = {"match": match - scene.tally.seconds, "encode": scene.tally.seconds}
+    seconds |= {"assemble": assemble, "forward": forward}
+    return Prefill(buffer, logits, given, len(slots), int((slots + 1).sum()), reused, seconds)
+
+
+@torch.no_grad()
+def speak(
+    decoder: Decoder,
+    buffer: Buffer,
+    length: int,
+    logits: torch.Tensor,
+    limit: int,
+    ends: frozenset[int],
+    stop: Callable[[Ids], bool] | None = None,
+) -> tuple[Ids, int]:
+    """Greedy decoding behind a prompt of `length` tokens: the answer, and how many of its tokens have their KV."""
+    answer: list[int] = []
+    while True:
+        token = int(logits.argmax())
+        if token in ends:
+            return tuple(answer), len(answer)
+        answer.append(token)
+        if len(answer) == limit or (stop is not None and stop(tuple(answer))):
+            return tuple(answer), len(answer) - 1
+        at = length + len(answer) - 1
+        logits = decoder.forward(decoder.tensor([token]), buffer, range(at, at + 1))[0, -1]
+
+
+@torch.no_grad()
+def recite(decoder: Decoder, buffer: Buffer, length: int, logits: torch.Tensor, answer: Ids) -> torch.Tensor:
+    """Speak a given answer: logits (max(1, n), V) that predict its tokens; their KV is in the buffer afterwards."""
+    if not answer:
+        return logits[None]
+    at = range(length, length + len(answer))
+    following = decoder.forward(decoder.tensor(answer), buffer, at, keep=len(answer))[0]
+    return torch.cat([logits[None], following[:-1]])
+
+
+@torch.no_grad()
+def keep_message(scene: Scene, buffer: Buffer, message: Ids, filled: int) -> Shared:
+    """The message's KV as its speaker computed it, un-rotated; its first `filled` tokens are in the buffer already."""
+    decoder, length = scene.decoder, scene.prompt.length
+    if filled < len(message):
+        if buffer.capacity < length + len(message):
+            buffer = _grown(decoder, buffer, length + filled, length + len(message))
+        at = range(length + filled, length + len(message))
+        decoder.forward(decoder.tensor(message[filled:]), buffer, at, keep=0)
+        scene.tally.count(len(message) - filled, length + filled)
+    kv = decoder.rope.unrotated(buffer.kv(length, length + len(message)))
+    return Shared(kv.copy(), length)
+
+
+def _range_of(slots: torch.Tensor) -> range | torch.Tensor:
+    """Neighbouring slots as a range, which needs no mask of its own."""
+    first, last = int(slots[0]), int(slots[-1])
+    return range(first, last + 1) if last - first + 1 == len(slots) else slots
+
+
+def _grown(decoder: Decoder, buffer: Buffer, used: int, capacity: int) -> Buffer:
+    larger = decoder.buffer(capacity, buffer.keys.shape[1])
+    larger.keys[:, :, :, :used] = buffer.keys[:, :, :, :used]
+    larger.values[:, :, :, :used] = buffer.values[:, :, :, :used]
+    return larger
+
+
+def total(seconds: dict[str, float], parts: Sequence[str] = ()) -> float:
+    """Sum of all parts, or of some."""
+    return sum(value for name, value in seconds.items() if not parts or name in parts)

@@ -1,0 +1,133 @@
+"""Differences between two models and whether chance explains them: paired where possible, else from the intervals."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchorctx.records.results import Result
+
+Z = 1.959964
+PAIRED_T = "paired t"
+INTERVALS = "two intervals"
+SIGN_FLIP = "sign flips over cells"
+EXACT_FLIPS = 14
+"""Pairs up to which all sign flips are tried; beyond, a fixed sample of 20,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """`other - baseline`, or the ratio where `is_ratio`, with its 95 % interval and the probability under no
+    difference."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    test: str
+    is_ratio: bool = False
+
+
+def difference(baseline: Result, other: Result) -> Difference | None:
+    """The difference of one cell between two models; None where nothing is known of either's spread.
+
+    Paired Student's t over `values` of the same items where both rows have them. Else from the two 95 % intervals, as
+    if independent: the interval by MOVER (Zou & Donner 2008; for Wilson's intervals Newcombe 1998), the probability by
+    the normal deviate that the side towards zero implies. Perplexities are compared by their logarithms.
+    """
+    is_ratio = baseline.metric.startswith("perplexity")
+    pair = _values(baseline), _values(other)
+    if len(pair[0]) == len(pair[1]) >= 2:
+        return _paired(*pair)
+    if None in (baseline.low, baseline.high, other.low, other.high):
+        return None
+    a, b = _levels(baseline, is_ratio), _levels(other, is_ratio)
+    value = b[0] - a[0]
+    down = math.hypot(b[0] - b[1], a[2] - a[0])
+    up = math.hypot(b[2] - b[0], a[0] - a[1])
+    towards = down if value > 0 else up
+    p = math.erfc(abs(value) / towards * Z / math.sqrt(2)) if towards else float(value == 0)
+    ends = value, value - down, value + up
+    value, low, high = (math.exp(x) for x in ends) if is_ratio else ends
+    return Difference(value, low, high, p, INTERVALS, is_ratio)
+
+
+def over_cells(pairs: Sequence[tuple[float, float]]) -> Difference | None:
+    """Mean of `other - baseline` over cells that both models have; None for fewer than six, which can show nothing.
+
+    The probability that random signs of the differences give a mean as large: exact for few cells. The interval is
+    Student's. Cells of one model are not quite independent, so that this is about these cells and no others.
+    """
+    moved = np.array([b - a for a, b in pairs])
+    if len(moved) < 6:
+        return None
+    found = _paired([a for a, _ in pairs], [b for _, b in pairs])
+    return Difference(found.value, found.low, found.high, _sign_flips(moved), SIGN_FLIP)
+
+
+def holm(probabilities: Sequence[float]) -> list[float]:
+    """Holm's adjusted probabilities (1979): against 0.05 they keep the chance of any false alarm below it."""
+    order = sorted(range(len(probabilities)), key=probabilities.__getitem__)
+    adjusted, highest = [0.0] * len(order), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min((len(order) - rank) * probabilities[index], 1.0))
+        adjusted[index] = highest
+    return adjusted
+
+
+def student_p(t: float, freedom: int) -> float:
+    """Two-sided probability of |T| >= |t| for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan2(abs(t), math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    if freedom == 1:
+        return 1 - 2 * angle / math.pi
+    term = total = cosine if freedom % 2 else 1.0
+    for k in range(3 if freedom % 2 else 2, freedom - 1, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    inside = 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
+    return max(1 - inside, 0.0)
+
+
+def student_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t, by bisection."""
+    low, high = Z, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
+    return (low + high) / 2
+
+
+def _values(result: Result) -> list[float]:
+    values = result.context.get("values")
+    return list(values) if isinstance(values, list) else []
+
+
+def _levels(result: Result, is_ratio: bool) -> tuple[float, float, float]:
+    """(value, low, high), as logarithms for a ratio."""
+    assert result.low is not None and result.high is not None
+    ends = result.value, result.low, result.high
+    return tuple(math.log(max(x, 1e-300)) for x in ends) if is_ratio else ends  # type: ignore[return-value]
+
+
+def _paired(a: Sequence[float], b: Sequence[float]) -> Difference:
+    moved = [y - x for x, y in zip(a, b, strict=True)]
+    mean, error = statistics.fmean(moved), statistics.stdev(moved) / math.sqrt(len(moved))
+    half = student_quantile(len(moved) - 1) * error
+    p = student_p(mean / error, len(moved) - 1) if error else float(mean == 0)
+    return Difference(mean, mean - half, mean + half, p, PAIRED_T)
+
+
+def _sign_flips(moved: np.ndarray) -> float:
+    if len(moved) <= EXACT_FLIPS:
+        signs = np.array(list(itertools.product((1, -1), repeat=len(moved))))
+    else:
+        signs = np.random.default_rng(0).choice((1, -1), size=(20_000, len(moved)))
+        signs[0] = 1  # what was observed is one of the possibilities
+    sums = np.abs(signs @ moved)
+    return float((sums >= abs(moved.sum()) * (1 - 1e-12)).mean())

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from anchorctx.cli.main import main
+from anchorctx.data.sources.stdlib import train_tokenizer
+from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.evaluator import KvcommConfig, arm_makers
+from anchorctx.evals.evaluators.reuse.gate import GateConfig, check_gate, judge
+from anchorctx.evals.evaluators.reuse.measures import (
+    context_error,
+    kv_error,
+    paired_difference,
+)
+from anchorctx.kvcomm.arms.offsets import Kvcomm
+from anchorctx.kvcomm.cache import KV
+from anchorctx.kvcomm.decoder import Decoder
+from anchorctx.records.results import Result, read_results
+from anchorctx.report.kvcomm import find
+from anchorctx.testing.tiny import text_model
+
+LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a tokenizer that knows the facts, a corpus and three GSM8K-like questions."""
+    path = tmp_path_factory.mktemp("kvcomm")
+    tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
+    text_model(tokenizer, 1024).save_pretrained(path / "tiny")
+    tokenizer.save_pretrained(path / "tiny")
+    (path / "corpus.jsonl").write_text(json.dumps({"text": LINES}) + "\n")
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)]
+    (path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(folder: Path, out: Path, *more: str) -> int:
+    named = any(word.startswith(("model=", "models=")) for word in more)
+    return main(
+        [
+            "kvcomm",
+            *([] if named else [f"model={folder / 'tiny'}"]),
+            f"out_dir={out}",
+            f"corpus={{path: {folder / 'corpus.jsonl'}, format: auto}}",
+            "retrieval={problems: 3, document_tokens: 60, facts: 2}",
+            "copy={problems: 3, question: 40, prefix: 20, output: 6}",
+            f"gsm8k={{path: {folder / 'gsm8k.jsonl'}, problems: 2, max_new_tokens: 6}}",
+            "settings={warmup: 2, min_exemplars: 2}",
+            "compare_tokens=4",
+            *more,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> list[Result]:
+    assert command(folder, folder / "out", "tasks=[retrieval,copy,gsm8k]") == 0
+    return list(read_results(folder / "out" / "results.jsonl"))
+
+
+def value(rows: list[Result], metric: str, **context: Any) -> float:
+    found = find(rows, metric, **context)
+    assert found is not None, (metric, context)
+    return found.value
+
+
+def test_every_task_has_its_rows(folder: Path, rows: list[Result]) -> None:
+    arms = arm_makers(KvcommConfig(model="", out_dir=""))
+    for task in ("retrieval", "copy", "gsm8k"):
+        for arm in arms:
+            base = {"task": task, "arm": arm, "kind": "all"}
+            for tokens in ("first", "all"):
+                assert value(rows, "kvcomm_kl", **base, tokens=tokens) >= 0.0
+            assert 0 <= value(rows, "kvcomm_agreement", **base, tokens="all") <= 1
+            assert value(rows, "kvcomm_ttft", **base, agent="request", quantile="p95") > 0
+            assert {r.context["part"] for r in rows if base.items() <= r.context.items() and "layer" in r.context} == {
+                "key",
+                "value",
+            }
+    assert {r.context["kind"] for r in rows if r.metric == "kvcomm_accuracy"} == {
+        "all", "single", "two_hop", "override", "absent",
+    }  # fmt: skip
+    assert not [r for r in rows if r.metric == "kvcomm_accuracy" and r.context["task"] == "copy"]
+    assert all(r.context["model"] == "tiny" and r.manifest for r in rows)
+    assert {r.context["cause"] for r in rows if r.metric == "kvcomm_variation"} == {"content", "shift"}
+    for name in ("kvcomm_retrieval.png", "kvcomm_copy.png", "kvcomm_retrieval_cache.png"):
+        assert (folder / "out" / name).stat().st_size > 10_000
+    assert (folder / "out" / "kvcomm.md").read_text().count("| kvcomm |") == 3
+
+
+def test_rows_say_what_is_exact_and_what_is_not(rows: list[Result]) -> None:
+    for task in ("retrieval", "copy", "gsm8k"):
+        for arm in ("dense", "dense_prefix_cache", "dense_chunked"):
+            assert value(rows, "kvcomm_kl", task=task, arm=arm, kind="all", tokens="all") < 1e-8
+            assert value(rows, "kvcomm_agreement", task=task, arm=arm, kind="all", tokens="all") == 1.0
+        for arm in ("naive", "zeroed", "other_request"):
+            assert value(rows, "kvcomm_kl", task=task, arm=arm, kind="all", tokens="all") > 1e-3
+    rotate = {"task": "copy", "kind": "all", "part": "key", "measure": "relative"}
+    assert value(rows, "kvcomm_kv_error", arm="rotate", layer=0, **rotate) < 1e-5
+    assert value(rows, "kvcomm_kv_error", arm="naive", layer=0, **rotate) > 0.1
+    assert value(rows, "kvcomm_kv_error", arm="rotate", layer=1, **rotate) > 1e-3
+    assert value(rows, "kvcomm_variation", layer=0, part="value", cause="content") == 0.0
+
+
+def test_the_other_order_is_not_answered_from_the_same_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the decision agent reads in another order, no exemplar has this request's offsets for it yet."""
+    asked = []
+
+    def place(self: Kvcomm, scene: Any) -> Any:
+        if not scene.keep:
+            mine = [e for e in self.pool if e.request == scene.request.number]
+            asked.append([agent for e in mine for agent, _ in e.offsets if agent == scene.prompt.agent])
+        return original(self, scene)
+
+    original = Kvcomm.place
+    monkeypatch.setattr(Kvcomm, "place", place)
+    assert command(folder, folder / "order", "tasks=[retrieval]", "arms=[kvcomm]") == 0
+    assert len(asked) == 12 and not any(asked)  # three problems of four kinds
+
+
+def test_settings_with_which_nothing_runs_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mistakes = {
+        "tasks=[]": "tasks=[] leaves nothing to run",
+        "seed=-1": "seed=-1 must be at least 0",
+        "settings.max_bytes=-1": "max_bytes=-1 must be at least 1",
+        "copy={prefix: 30000, question: 10, output: 2, problems: 1}": "but the model reaches 1024",
+    }
+    for mistake, sentence in mistakes.items():
+        assert command(folder, folder / "never", mistake) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (folder / "never").exists()
+
+
+def test_variation_is_measured_behind_the_prefix_that_is_asked_for(folder: Path, capsys, caplog) -> None:
+    def run(prefix: int) -> list[Result]:
+        out = folder / f"variation_{prefix}"
+        options = ["variation.documents=2", "variation.tokens=16", f"variation.prefix={prefix}"]
+        assert command(folder, out, "tasks=[copy]", "copy.problems=1", "arms=[rotate]", *options) == 0
+        return [row for row in read_results(out / "results.jsonl") if row.metric == "kvcomm_variation"]
+
+    short, long = run(4), run(32)
+    assert {row.context["prefix"] for row in short} == {4} and {row.context["prefix"] for row in long} == {32}
+    assert [row.value for row in short] != [row.value for row in long]
+    assert (
+        command(folder, folder / "far", "tasks=[copy]", "copy.problems=1", "arms=[rotate]", "variation.prefix=600") == 0
+    )
+    assert "needs 1,457 tokens of the model, which reaches 1,024" in caplog.text
+    assert command(folder, folder / "no", "variation.prefix=0") == 2
+    assert "variation.prefix=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_reuse_and_accuracy_are_counted(rows: list[Result]) -> None:
+    for by in ("calls", "tokens", "flops"):
+        assert value(rows, "kvcomm_reuse", task="copy", arm="dense", kind="all", by=by) == 0.0
+    assert value(rows, "kvcomm_reuse", task="copy", arm="rotate", kind="all", by="calls") == 1.0
+    mean = find(rows, "kvcomm_reuse", task="copy", arm="mean_offset", kind="all", by="calls")
+    assert mean is not None and mean.value == pytest.approx(1 / 3) and mean.context["by_construction"] is False
+    dense = find(rows, "kvcomm_accuracy_difference", task="retrieval", arm="dense", kind="all")
+    assert dense is not None and dense.value == 0.0 and dense.low is not None and dense.low < 0 < dense.high  # type: ignore
+    assert value(rows, "kvcomm_judge_consistency", task="gsm8k", arm="dense", kind="all", shuffled=False) == 1.0
+    assert value(rows, "kvcomm_judge_consistency", task="gsm8k", arm="dense", kind="all", shuffled=True) == 1.0
+
+
+def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> None:
+    assert command(folder, folder / "again", "tasks=[retrieval]") == 0
+    again = list(read_results(folder / "again" / "results.jsonl"))
+    plain = [
+        [(r.metric, r.value, r.n, r.context) for r in found if r.metric != "kvcomm_ttft"]
+        for found in ([r for r in rows if r.context.get("task") in (None, "retrieval")], again)
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_the_gate_decides_the_exit_code(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    only = ["tasks=[copy]", "arms=[rotate,dense_prefix_cache]"]
+    assert command(folder, tmp_path / "a", *only, "gate.arm=dense_prefix_cache") == 0
+    assert "gate passed: dense_prefix_cache on copy with tiny: KL" in capsys.readouterr().out
+    assert command(folder, tmp_path / "b", *only, "gate={arm: rotate, max_kl: 1e-9}") == 1
+    assert "gate FAILED: rotate on copy" in capsys.readouterr().out
+
+
+def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: Path) -> None:
+    """Two models in one call, one of them twice: each has its rows, pictures and values by problem."""
+    tiny = folder / "tiny"
+    models = f"models=[{{path: {tiny}, label: a/full}}, {{path: {tiny}, label: anchor, rope: {{theta: 1e5}}}}]"
+    only = ["tasks=[retrieval]", "arms=[rotate]", "retrieval={problems: 3, document_tokens: 60, prefix: 50}"]
+    only.append("retrieval.kinds=[two_hop,override]")
+    assert command(folder, tmp_path, models, *only, "gate={arm: rotate, max_kl: 1e9, min_agreement: 0}") == 0
+    rows = list(read_results(tmp_path / "results.jsonl"))
+    assert len({r.manifest for r in rows}) == 1 and len({r.context.get("problems") for r in rows}) == 2
+    cells = {
+        model: [(r.metric, r.context | {"model": "", "values": len(r.context.get("values", []))}) for r in rows
+                if r.context["model"] == model]
+        for model in ("a/full", "anchor")
+    }  # fmt: skip
+    assert cells["a/full"] == cells["anchor"] and len(cells["anchor"]) * 2 == len(rows)
+    assert {r.context["kind"] for r in rows if "kind" in r.context} == {"all", "two_hop", "override"}
+    for model in cells:
+        for metric in ("kvcomm_kl", "kvcomm_agreement", "kvcomm_accuracy", "kvcomm_judge_consistency"):
+            row = find(rows, metric, model=model, arm="rotate", kind="all")
+            assert row is not None and row.n == len(row.context["values"]) == 6
+            assert np.mean(row.context["values"]) == pytest.approx(row.value)
+    assert value(rows, "kvcomm_kl", model="anchor", arm="rotate") != value(
+        rows, "kvcomm_kl", model="a/full", arm="rotate"
+    )
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        f"kvcomm_{model}_{what}.png" for model in ("a_full", "anchor") for what in ("retrieval", "retrieval_cache")
+    }
+    assert (tmp_path / "kvcomm.md").read_text().count("| rotate |") == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("arms=[fast]", "arms has 'fast', which is none: choose dense"),
+        ("gate.arm=kvcomm arms=[rotate]", "gate.arm=kvcomm is not among the arms"),
+        ("settings.warmup=0", "settings.warmup=0 must be at least 1"),
+        ("settings.min_exemplars=30", "min_exemplars=30 must not exceed"),
+        ("compare_tokens=0", "compare_tokens=0"),
+        ("agents=2", "agents=2 has too few readers"),
+        ("retrieval.document_tokens=900", "prompt of .* the model reaches 1024"),
+        ("tasks=[humaneval]", "allow_code_execution=true"),
+        ("retrieval.kinds=[three_hop]", "retrieval.kinds has 'three_hop', which is none: choose single"),
+        ("retrieval.prefix=-1", "retrieval.prefix=-1 must be at least 0"),
+        ("retrieval.prefix=900", "prompt of .* the model reaches 1024"),
+        ("retrieval.document_tokens=4", "no room for 3 facts"),
+        ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
+        ("model=[TINY,TINY/none]", "TINY/none cannot be loaded"),
+        ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
+        ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 from 0 to 1"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    tiny = str(folder / "tiny")
+    words = re.split(r" (?=[\w.]+=)", override.replace("TINY", tiny))
+    assert command(folder, tmp_path / "none", *words) == 2
+    message = message.replace("TINY", tiny)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("anchorctx kvcomm: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "none").exists()
+
+
+# -- measures ---------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_of_paired_answers() -> None:
+    value, low, high = paired_difference([True] * 6 + [False] * 4, [True] * 4 + [False] * 6)
+    assert value == pytest.approx(0.2) and low < 0.2 < high
+    same = paired_difference([True] * 10, [True] * 10)
+    assert same[0] == 0.0 and same[1] < 0.0 < same[2]
+    assert paired_difference([True] * 1000, [True] * 1000)[2] < same[2]
+
+
+def test_cache_errors_are_by_layer_and_part() -> None:
+    true = KV(torch.ones(2, 1, 1, 3, 4), torch.ones(2, 1, 1, 3, 4))
+    keys = true.keys.clone()
+    keys[1] *= 1.5
+    values = true.values.clone()
+    values[0] *= -1
+    found = kv_error(KV(keys, values), true)
+    np.testing.assert_allclose(found.relative, [[0, 0.5], [2, 0]])
+    np.testing.assert_allclose(found.cosine, [[1, 1], [-1, 1]], rtol=1e-6)
+
+
+def test_content_and_place_are_told_apart(folder: Path) -> None:
+    decoder = Decoder(LlamaForCausalLM.from_pretrained(folder / "tiny").eval())
+    text, other, document = list(range(3, 43)), list(range(50, 90)), list(range(100, 120))
+    content, shift = context_error(decoder, document, text, other, 1)
+    for found in (content, shift):
+        assert found.relative[:, 0].max() < 1e-5 < found.relative[:, 1].min()
+    same, _ = context_error(decoder, document, text, text, 1)
+    assert same.relative.max() == 0.0
+
+
+def test_the_gate_reads_the_worst_task() -> None:
+    def row(metric: str, task: str, value: float) -> Result:
+        context = {"arm": "rotate", "task": task, "kind": "all", "tokens": "all"}
+        return Result(metric=metric, value=value, unit="1", n=1, context=context)
+
+    good = [row("kvcomm_kl", "x", 0.01), row("kvcomm_agreement", "x", 0.99)]
+    bad = [row("kvcomm_kl", "y", 0.01), row("kvcomm_agreement", "y", 0.9)]
+    assert judge(good, GateConfig()) is None
+    verdict = judge(good, GateConfig(arm="rotate"))
+    assert verdict is not None and verdict.passed
+    verdict = judge(good + bad, GateConfig(arm="rotate"))
+    assert verdict is not None and not verdict.passed and verdict.text.count("\n") == 1
+    with pytest.raises(UserError, match="max_kl=-1"):
+        check_gate(GateConfig(arm="rotate", max_kl=-1))

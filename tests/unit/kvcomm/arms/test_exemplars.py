@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from anchorctx.errors import UserError
+from anchorctx.kvcomm.arms.exemplars import Exemplar, Offset, Pool, PoolConfig, exemplar_bytes
+from anchorctx.kvcomm.cache import KV, token_bytes
+
+LAYERS, HEADS, DIM = 3, 2, 4
+READER = ("m", 0)
+
+
+def embed(ids: torch.Tensor) -> torch.Tensor:
+    """On a line: the distance of two contents is the norm of their difference."""
+    return ids.float()[:, None]
+
+
+def kv(length: int, fill: float = 0.0) -> KV:
+    shape = (LAYERS - 1, 1, HEADS, length, DIM)
+    return KV(torch.full(shape, fill), torch.full(shape, fill))
+
+
+def pool(**settings: float) -> Pool:
+    return Pool(PoolConfig(**({"min_exemplars": 1} | settings)))  # type: ignore[arg-type]
+
+
+def add(found: Pool, request: int, ids: list[int], glue: int = 0) -> None:
+    offset = Offset(kv(len(ids)), kv(glue) if glue else None, tuple(range(glue)))
+    found.add("x", request, torch.tensor(ids), READER, offset)
+
+
+def requests(found: Pool) -> list[int]:
+    return [exemplar.request for exemplar in found.held("x")]
+
+
+def test_weights_are_a_softmax_of_distances_and_the_gate_is_entropy() -> None:
+    found = pool(gamma=1.0)
+    add(found, 0, [10, 0, 7])
+    add(found, 1, [13, 4, 7])
+    match = found.match("x", READER, torch.tensor([10, 0]), embed)
+    assert match is not None
+    expected = torch.softmax(torch.tensor([0.0, -5.0]), 0)
+    assert match.weights == pytest.approx(expected.tolist())
+    entropy = -sum(w * math.log(w) for w in match.weights) / math.log(2)
+    for gamma, shared in ((entropy * 0.99, False), (entropy * 1.01, True)):
+        gated = pool(gamma=gamma)
+        gated._held = found._held
+        assert (gated.match("x", READER, torch.tensor([10, 0]), embed) is not None) is shared
+
+
+def test_a_requests_distances_are_measured_once_for_all_readers() -> None:
+    found, other = pool(gamma=1.0), ("other", 0)
+    for request, ids in enumerate(([10, 0, 7], [13, 4, 7])):
+        add(found, request, ids)
+        found.add("x", request, torch.tensor(ids), other, Offset(kv(3)))
+    known: dict[tuple[str, int], float] = {}
+    asked: list[torch.Tensor] = []
+
+    def counted(ids: torch.Tensor) -> torch.Tensor:
+        asked.append(ids)
+        return embed(ids)
+
+    first = found.match("x", READER, torch.tensor([10, 0]), counted, known)
+    assert known == {("x", 0): 0.0, ("x", 1): 5.0} and len(asked) == 3
+    add(found, 2, [10, 1])
+    again = found.match("x", other, torch.tensor([10, 0]), counted, known)
+    assert first is not None and again is not None and again.weights == first.weights and len(asked) == 3
+    third = found.match("x", READER, torch.tensor([10, 0]), counted, known)  # the new exemplar's alone is measured
+    assert third is not None and known["x", 2] == 1.0 and len(asked) == 5
+
+
+def test_a_content_longer_than_every_exemplar_is_stored() -> None:
+    found = pool(gamma=1.0)
+    add(found, 0, [1, 2, 3])
+    assert found.match("x", READER, torch.tensor([1, 2, 3, 4]), embed) is None
+    assert found.match("x", READER, torch.tensor([1, 2, 3]), embed) is not None
+    assert found.match("x", ("other", 0), torch.tensor([1]), embed) is None
+    assert found.match("y", READER, torch.tensor([1]), embed) is None
+
+
+def test_too_few_exemplars_share_nothing() -> None:
+    found = pool(min_exemplars=2, gamma=1.0)
+    add(found, 0, [1])
+    assert found.match("x", READER, torch.tensor([1]), embed) is None
+    add(found, 1, [1])
+    assert found.match("x", READER, torch.tensor([1]), embed) is not None
+
+
+def test_negligible_weights_are_not_read() -> None:
+    found = pool()
+    add(found, 0, [0])
+    add(found, 1, [100])
+    match = found.match("x", READER, torch.tensor([0]), embed)
+    assert match is not None and len(match.offsets) == 1 and match.weights == (1.0,)
+
+
+def test_the_least_used_of_the_oldest_goes_first_and_the_bound_holds_all_along() -> None:
+    found = pool(max_exemplars=4, window=2, gamma=1.0)
+    for request in range(4):
+        add(found, request, [100 * request])
+    found.match("x", READER, torch.tensor([0]), embed)
+    add(found, 4, [400])  # of 0 (used) and 1, the unused one goes
+    assert requests(found) == [0, 2, 3, 4]
+    add(found, 5, [500])
+    assert requests(found) == [0, 3, 4, 5]
+    found.match("x", READER, torch.tensor([300]), embed)
+    add(found, 6, [600])  # 0 and 3 used once each: the older goes
+    assert requests(found) == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("setting", [{"max_bytes": 0}, {"max_bytes": -1}, {"gamma": math.nan}, {"temperature": 0.0}])
+def test_bounds_that_are_none_are_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(setting))):
+        PoolConfig(**setting)  # type: ignore[arg-type]
+
+
+def test_a_content_said_again_replaces_its_exemplar() -> None:
+    found = pool(gamma=1.0)
+    add(found, 0, [1, 2, 3])
+    add(found, 0, [4, 5])
+    (exemplar,) = found.held("x")
+    assert exemplar.ids.tolist() == [4, 5] and exemplar.offsets[READER].text.length == 2
+
+
+def test_several_readers_share_an_exemplar() -> None:
+    found = pool()
+    add(found, 0, [1, 2])
+    found.add("x", 0, torch.tensor([1, 2]), ("n", 0), Offset(kv(2)))
+    assert requests(found) == [0] and set(found.held("x")[0].offsets) == {READER, ("n", 0)}
+
+
+@pytest.mark.parametrize("glues", [[5], [5, 0, 9]])
+def test_memory_is_the_formula(glues: list[int]) -> None:
+    found = pool()
+    for i, glue in enumerate(glues):
+        offset = Offset(kv(12), kv(glue) if glue else None)
+        found.add("x", 0, torch.zeros(12, dtype=torch.long), (str(i), 0), offset)
+    assert found.nbytes == exemplar_bytes(12, glues, token_bytes(LAYERS, HEADS, DIM, 4), LAYERS)
+
+
+def test_bytes_are_bounded_over_all_placeholders() -> None:
+    one = Exemplar(0, torch.zeros(4, dtype=torch.long), {READER: Offset(kv(4))}).nbytes
+    found = pool(max_bytes=2 * one)
+    for request, name in enumerate(["x", "y", "x"]):
+        found.add(name, request, torch.zeros(4, dtype=torch.long), READER, Offset(kv(4)))
+        assert found.nbytes <= 2 * one
+    assert requests(found) == [2] and [e.request for e in found.held("y")] == [1]
+    add(found, 9, [0] * 40)  # alone larger than the bound
+    assert found.nbytes == 0 and not list(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": -1.0}, "gamma=-1.0 must be at least 0"),
+        ({"max_exemplars": 0}, "max_exemplars=0 must be at least 1"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"min_exemplars": 30}, "min_exemplars=30 must not exceed max_exemplars=20"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PoolConfig(**settings)  # type: ignore[arg-type]
