@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from anchorctx.attention.rope import RopeDtype, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.evals.attention import attention_name
 from anchorctx.evals.base import Evaluator, Subject
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvaluatedModel
+from anchorctx.models import load as reader
 from anchorctx.models import reach
+from anchorctx.models.identity import identity as identify
 from anchorctx.models.rope import apply_rope
-
-BLOCK, BLOCKS = 2**16, 64
-"""Bytes of a block, and how many of them, spread evenly over a file, stand for it in a model's identity."""
 
 
 def models_of(config: EvalConfig) -> list[EvaluatedModel]:
@@ -57,16 +55,7 @@ def _labels(paths: Sequence[str]) -> list[str]:
 
 def read_config(model: EvaluatedModel) -> PretrainedConfig:
     """The model's configuration with its changes; UserError when the folder is no model or a change is impossible."""
-    folder = Path(model.path).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={model.path} has no config.json, so it is no Hugging Face model: name an exported folder "
-            "(a DeepSpeed checkpoint becomes one with anchorctx export)"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder if folder.exists() else model.path, **model.config)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
+    config = reader.read_config(model.path, model.config)
     rope = model.rope
     if model.max_length is not None or any(getattr(rope, n) is not None for n in ("type", "theta", "factor")):
         apply_rope(config, rope, model.max_length, trained=True)
@@ -75,10 +64,7 @@ def read_config(model: EvaluatedModel) -> PretrainedConfig:
 
 def read_tokenizer(model: EvaluatedModel) -> PreTrainedTokenizerBase:
     """The model's tokenizer."""
-    try:
-        return AutoTokenizer.from_pretrained(model.path)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(model, error) from error
+    return reader.read_tokenizer(model.path)
 
 
 def load(
@@ -92,10 +78,7 @@ def load(
     options: dict[str, Any] = {"attn_implementation": attention_name(config.attention, config.rope_dtype)}
     if config.device_map is not None:
         options["device_map"] = config.device_map
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.path, config=hf_config, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(model, error) from error
+    loaded = reader.load_weights(model.path, hf_config, dtype=dtype, **options)
     if config.device_map is None:
         loaded.to(device)  # type: ignore[arg-type]
     if config.rope_dtype is not RopeDtype.bfloat16:
@@ -118,31 +101,8 @@ def check_reach(model: EvaluatedModel, hf_config: PretrainedConfig, evaluator: E
 
 
 def identity(model: EvaluatedModel, hf_config: PretrainedConfig) -> dict[str, Any]:
-    """JSON that changes whenever the model's results could: its files' contents (a hub model's commit) and changes."""
-    folder = Path(model.path).expanduser()
-    files = {"files": _files_digest(folder)} if folder.exists() else {"hub": model.path, "commit": _commit(hf_config)}
-    config = {k: v for k, v in hf_config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    return {"label": model.label, **files, "config": config}
-
-
-def _files_digest(folder: Path) -> str:
-    """Over names, sizes and 64 blocks of 64 KiB spread over each file: whole small files, and enough of the weights.
-
-    Any step of training changes nearly every weight, so that two checkpoints cannot agree in all blocks.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for block in range(min(BLOCKS, -(-size // BLOCK))):
-                file.seek(block * BLOCK if size <= BLOCK * BLOCKS else block * (size - BLOCK) // (BLOCKS - 1))
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()[:16]
-
-
-def _commit(hf_config: PretrainedConfig) -> str | None:
-    return getattr(hf_config, "_commit_hash", None)
+    """JSON that changes whenever the model's results could, with its label."""
+    return {"label": model.label, **identify(model.path, hf_config)}
 
 
 def device_of(config: EvalConfig) -> torch.device:
@@ -154,8 +114,3 @@ def device_of(config: EvalConfig) -> torch.device:
         return torch.device(config.device)
     except RuntimeError as error:
         raise UserError(f"device={config.device} is unknown: use cpu, cuda, cuda:1 or auto") from error
-
-
-def _cannot_load(model: EvaluatedModel, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"model={model.path} cannot be loaded ({reason}): name a folder with a model and tokenizer")

@@ -1,7 +1,6 @@
 """Models: what a user says about one, its RoPE settings, and loading it."""
 
-from anchorctx.models.config import ModelConfig, ModelDtype, RopeConfig, RopeType
-from anchorctx.models.load import (
+from anchorctx.models.build import (
     build_config,
     check_attention,
     check_vocabulary,
@@ -9,6 +8,7 @@ from anchorctx.models.load import (
     load_model,
     save_model,
 )
+from anchorctx.models.config import ModelConfig, ModelDtype, RopeConfig, RopeType
 from anchorctx.models.rope import check_length, reach
 
 __all__ = [

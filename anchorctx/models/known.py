@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from anchorctx.errors import UserError
 from anchorctx.models import ModelConfig, build_config
+from anchorctx.models.load import check_weights
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def planned_config(model: ModelConfig) -> PretrainedConfig:
     if model.path in KNOWN and not Path(model.path).exists():
         return build_config(replace(model, path=None, config=KNOWN[model.path]))
     try:
-        return build_config(model)
+        config = build_config(model)
     except UserError as error:
         if model.path is None or Path(model.path).exists():
             raise
@@ -67,3 +68,6 @@ def planned_config(model: ModelConfig) -> PretrainedConfig:
             f"model.path={model.path} is not known to the planner, and no folder or hub gives its configuration: did "
             f"you mean {near[0]}? Else give its sizes in model.config; known are {', '.join(KNOWN)}"
         ) from error
+    if model.path is not None:
+        check_weights(model.path, config)
+    return config

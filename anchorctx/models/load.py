@@ -1,198 +1,198 @@
-"""A Hugging Face decoder, ready for packed rows: loaded or new, with AnchorAttention, its RoPE settings and dtypes."""
+"""The one reader of models on disk or on the hub: configuration, tokenizer, weights, and what is wrong with them.
+
+Every command reads through here, so that a damaged checkpoint is refused in the same words by all of them. transformers
+would draw missing weights, and those of another shape, at random.
+"""
 
 from __future__ import annotations
 
-import difflib
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from anchorctx.attention.interface import implementation, register
-from anchorctx.attention.kernels.base import Score
-from anchorctx.attention.registry import BACKENDS, choose
-from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
-from anchorctx.models.config import ModelConfig
-from anchorctx.models.rope import apply_rope
 
-HEAD_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Layers that a layout can separate; linear attention, convolutions and chunks would mix documents."""
+logger = logging.getLogger(__name__)
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The model on the CPU, in training mode, attending through `anchorctx.attention`; its vocabulary is never resized.
+def local_folder(path: str) -> Path | None:
+    """The folder that `path` names, or None for a name on the hub; UserError for a folder that is no model."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+        if looks_local:
+            raise UserError(f"model {path} does not exist: name the folder of a Hugging Face model, or one on the hub")
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model {path} has no config.json, so it is no Hugging Face model: name an exported folder "
+            "(a DeepSpeed checkpoint becomes one with anchorctx export)"
+        )
+    return folder
 
-    Its forward needs `layouts=`, one a row. Its `config` carries the new maximum length and RoPE settings.
+
+def read_config(path: str, fields: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """The model's configuration with some `fields` changed; UserError when there is none or a change is impossible."""
+    folder = local_folder(path)
+    with _reading(path):
+        return AutoConfig.from_pretrained(folder or path, **(fields or {}))
+
+
+def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; UserError when there is none."""
+    folder = local_folder(path)
+    with _reading(path):
+        return AutoTokenizer.from_pretrained(folder or path)
+
+
+def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """The causal language model with its weights.
+
+    Under ZeRO 3 transformers hides unknown weights and wrong shapes: call `check_weights` before.
+
+    Args:
+        path: folder, or name on the hub.
+        config: as from `read_config`.
+        options: of transformers' `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
-        UserError: nothing at `path`, a model that cannot be used (named, with the reason), settings that contradict.
+        UserError: nothing to read, or weights that are missing or of another shape; unknown weights are logged.
     """
-    register()
-    if config.attention != "auto" and config.attention not in BACKENDS:
-        raise UserError(f"model.attention={config.attention} is unknown: choose auto, {', '.join(BACKENDS)}")
-    hf_config = build_config(config)
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, config.dtype.value),
-        "attn_implementation": implementation(config.attention),
-    }
-    model = _pretrained(config, hf_config, options) if config.path else _new(config, hf_config, options)
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        raise UserError(f"{type(model).__name__} has attention sinks, which no backend computes: use another model")
-    set_rope_dtype(model, config.rope_dtype)
-    return model.train()
-
-
-def build_config(config: ModelConfig) -> PretrainedConfig:
-    """The checked transformers configuration, with the new RoPE settings and length; reads no weights."""
-    if bool(config.path) == bool(config.config):
-        raise UserError("the model needs exactly one of model.path (a checkpoint) and model.config (a new model)")
-    hf_config = _read_config(config.path) if config.path else _new_config(config.config)
-    _check_architecture(hf_config)
-    apply_rope(hf_config, config.rope, config.max_length, trained=bool(config.path))
-    return hf_config
-
-
-def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
-    """UserError when ids of a tokenizer with `tokens` ids are beyond the model's vocabulary, which is never resized."""
-    have = model.config.get_text_config().vocab_size
-    if tokens > have:
-        raise UserError(
-            f"the tokenizer has {tokens} token ids, but the model's vocabulary ends at {have - 1}: "
-            "prepare the corpus with the model's own tokenizer, or remove the tokens that were added to it"
-        )
-
-
-def check_attention(model: PreTrainedModel, attention: str, device: torch.device) -> None:
-    """BackendUnavailableError when the backend cannot serve this model's calls on `device`; before anything is run."""
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    choose(attention, torch.empty(1, heads, 1, dim, dtype=model.dtype, device=device), Score(dim**-0.5, None, softcap))
-
-
-def checkpoint_activations(model: PreTrainedModel, *, every: int = 1, use_reentrant: bool = False) -> None:
-    """Recompute every n-th decoder layer in the backward pass instead of keeping its activations; 1 is all of them."""
-    name = "activation_checkpointing_enable"  # until transformers 5.20: gradient_checkpointing_enable
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = index % every == 0
-
-
-def save_model(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
-    """Write weights, configuration and tokenizer as a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
-
-    transformers does not write the attention implementation, so the folder needs no `anchorctx`.
-    """
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _read_config(path: str) -> PretrainedConfig:
-    local = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if not local.exists() and looks_local and "/" in path:
-        raise UserError(f"model.path={path} does not exist: give the folder of a checkpoint, or a hub name")
-    try:
-        return AutoConfig.from_pretrained(local if local.exists() else path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path={path} is neither the folder of a checkpoint nor a model that the hub gives us "
-            f"({_reason(error, first=True)}): "
-            "check the name, download it first, or set model.path to a local folder"
-        ) from error
-
-
-def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise UserError("model.config needs model_type, for example model_type: llama")
-    try:
-        default = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise UserError(
-            f"model.config.model_type={model_type} is unknown to transformers: use llama, qwen3 ..."
-        ) from error
-    known = set(default.to_dict()) | set(default.attribute_map)
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else "see its transformers configuration class for the valid ones"
-            raise UserError(f"model.config.{name} is no field of {model_type}: {hint}")
-    _check_heads({"head_dim": _own_head_dim(default)} | fields)
-    try:
-        return AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UserError(f"model.config is not a valid {model_type} configuration: {_reason(error)}") from error
-
-
-def _check_architecture(config: PretrainedConfig) -> None:
-    name = config.model_type
-    if config.get_text_config() is not config:
-        raise UserError(f"model type {name} is multimodal: use the checkpoint of its text model")
-    if not getattr(config, "rope_parameters", None):
-        raise UserError(f"model type {name} has no rotary position embeddings: use a RoPE decoder such as llama")
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
-    if other:
-        raise UserError(f"model type {name} has {other[0]} layers, which would mix packed documents: use another model")
-    _check_heads({n: getattr(config, n, None) for n in HEAD_FIELDS})
-
-
-def _own_head_dim(config: PretrainedConfig) -> int | None:
-    """The head dimension where the architecture sets one, None where it follows from the hidden size."""
-    hidden, heads, _, dim = (getattr(config, name, None) for name in HEAD_FIELDS)
-    return None if dim and hidden and heads and dim == hidden // heads else dim
-
-
-def _check_heads(fields: dict[str, Any]) -> None:
-    """Before transformers builds the configuration, whose own errors leave the values out; missing fields pass."""
-    hidden, heads, groups, width = (fields.get(name) for name in HEAD_FIELDS)
-    if not all(isinstance(value, int | None) for value in (hidden, heads, groups, width)) or not heads:
-        return
-    if groups and heads % groups:
-        raise UserError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}: change one")
-    if width is None and hidden and hidden % heads:
-        raise UserError(f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}: change one")
-
-
-def _pretrained(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    assert config.path is not None
-    local = Path(config.path).expanduser()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            local if local.exists() else config.path, config=hf_config, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path={config.path} cannot be loaded: {_reason(error, first=True)}") from error
-    model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
-    if missing:
-        raise UserError(
-            f"model.path={config.path} lacks {len(missing)} weights of {type(model).__name__} (first: {missing[0]}): "
-            "use a complete causal language model"
-        )
+    folder = local_folder(path)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with both shapes
+    with _reading(path), _without_report():
+        found: Any = AutoModelForCausalLM.from_pretrained(folder or path, config=config, **options)
+    model, info = found
+    _judge(path, type(model).__name__, info)
     return model
 
 
-def _new(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    devices = list(range(torch.cuda.device_count()))
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(config.seed)
-            return AutoModelForCausalLM.from_config(hf_config, **options)
-    except ValueError as error:
-        raise UserError(f"model.config cannot be built: {_reason(error, first=True)}") from error
+def check_weights(path: str, config: PretrainedConfig) -> None:
+    """Compare a folder's weights with what the model needs, reading their names and shapes alone.
+
+    Folders without weights and models of the hub pass: a plan needs no weights.
+
+    Raises:
+        UserError: as `load_weights`.
+    """
+    folder = local_folder(path)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if folder is None or kind is None or getattr(config, "quantization_config", None):
+        return
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
+    with _reading(path), _without_report():
+        weights: dict[str, torch.Tensor] = {}
+        for file in _weight_files(folder):
+            weights |= load_state_dict(file, map_location="meta")
+        if not weights:
+            return
+        _, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
+    _judge(path, kind.__name__, info)
 
 
-def _reason(error: Exception, *, first: bool = False) -> str:
+def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy `weights`, named as in the model's own state, into the model; tied ones may be missing.
+
+    Raises:
+        UserError: as `load_weights`, naming `source`.
+    """
+    needed = model.state_dict()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    shapes = {(n, w.shape, needed[n].shape) for n, w in weights.items() if n in needed and w.shape != needed[n].shape}
+    info = {
+        "missing_keys": needed.keys() - weights.keys() - tied,
+        "mismatched_keys": shapes,
+        "unexpected_keys": weights.keys() - needed.keys(),
+    }
+    _judge(source, type(model).__name__, info)
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+
+
+def reason(error: Exception, *, first: bool = False) -> str:
     """One line of a library's error: its last, which is the cause, or its first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0 if first else -1].strip().rstrip(".:")
+
+
+def _judge(path: str, kind: str, info: Mapping[str, Any]) -> None:
+    """Refuse or report what transformers' loading information has."""
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    wrong = sorted(info["mismatched_keys"])
+    if missing:
+        raise UserError(
+            f"model {path} lacks {len(missing)} weights of {kind} (first: {missing[0]}): download or export it again, "
+            "or name a complete causal language model"
+        )
+    if wrong:
+        name, found, needed = wrong[0]
+        raise UserError(
+            f"model {path} has {len(wrong)} weights of another shape than its configuration asks for (first: {name} "
+            f"is {tuple(found)}, {kind} needs {tuple(needed)}): undo changes of the configuration, or download or "
+            "export it again"
+        )
+    if unknown:
+        logger.warning(
+            "model %s has %d weights that %s does not know (first: %s): they are left out",
+            path,
+            len(unknown),
+            kind,
+            unknown[0],
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load, in its order of preference; none where there are no weights."""
+    for name, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / index).is_file():
+            shards = json.loads((folder / index).read_text())["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
+    return []
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Make a library's error while reading `path` one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"model {path} cannot be loaded ({reason(error, first=True)}): name a folder with a model and its "
+            "tokenizer, or a model that the hub gives you (check its name, or download it first)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Leave out transformers' table of weights that do not fit: `_judge` has the same in a sentence."""
+    source = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from anchorctx.models import build_config, checkpoint_activations, load_model
+from anchorctx.models.load import check_weights
 from anchorctx.models.loss import CausalLMLoss
 from anchorctx.models.memory import check_offload, saving
 from anchorctx.models.tiled_mlp import tile_mlps
@@ -23,9 +24,11 @@ def build_model(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> PreTrain
 
     A new model is always built whole: under ZeRO 3 transformers would draw other random weights.
     """
-    ulysses.check_sizes(build_config(config.model), config.parallel.sequence_parallel, mesh.ranks.world)
+    hf_config = build_config(config.model)
+    ulysses.check_sizes(hf_config, config.parallel.sequence_parallel, mesh.ranks.world)
     with contextlib.ExitStack() as stack:
         if config.parallel.zero_stage == 3 and config.memory.sharded_loading and config.model.path:
+            check_weights(config.model.path, hf_config)
             stack.enter_context(sharded_loading(engine_config(config, mesh, rows_per_step)))
         return load_model(config.model)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
+from anchorctx.models.load import fill, read_config, read_tokenizer
 from anchorctx.train import checkpoint
 from anchorctx.train.loop import MODEL
 
@@ -60,7 +61,7 @@ def export(config: ExportConfig) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(run / MODEL).save_pretrained(partial)
+        read_tokenizer(str(run / MODEL)).save_pretrained(partial)
         verify_export(model, partial)
         partial.rename(out)
     finally:
@@ -97,17 +98,13 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 def _restore(model_folder: Path, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with the checkpoint's weights, gathered from every rank's shards, at any ZeRO stage."""
-    config = AutoConfig.from_pretrained(model_folder)
+    config = read_config(str(model_folder))
     # Built in its dtype rather than cast: a cast would round the rotary frequencies, which stay float32, too.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (model_folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_folder)
     weights = {name.removeprefix(WRAPPER): tensor for name, tensor in _gather(folder).items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    model.tie_weights()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    if unexpected or set(missing) - tied:
-        raise UserError(f"{folder} does not fit {model_folder}: missing {missing}, unexpected {unexpected}")
+    fill(model, weights, str(folder))
     return model
 
 

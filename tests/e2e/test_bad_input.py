@@ -135,7 +135,7 @@ def test_settings_of_prepare(run: Run, tmp_path: Path, overrides: list[str], sen
         ([MODEL, "data.validation=nowhere"], "nowhere holds no packed set: make one with `anchorctx prepare"),
         ([MODEL, "checkpoint.resume=nowhere"], "nowhere is no folder (no COMPLETE in it): name a complete one"),
         ([MODEL, "parallel.zero_stage=4"], "parallel.zero_stage=4 must be 1, 2 or 3"),
-        (["model.path=./nowhere"], "model.path=./nowhere does not exist: give the folder of a checkpoint"),
+        (["model.path=./nowhere"], "model ./nowhere does not exist: name the folder of a Hugging Face model"),
     ],
 )
 def test_settings_of_train(run: Run, tmp_path: Path, overrides: list[str], sentence: str) -> None:
@@ -156,7 +156,7 @@ def test_a_packed_set_that_was_changed(run: Run, tmp_path: Path) -> None:
 
 def test_evaluating_what_is_no_model_or_too_short(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "model=empty has no config.json" in run("eval", "model=empty", "out_dir=out")
+    assert "model empty has no config.json" in run("eval", "model=empty", "out_dir=out")
     config = LlamaConfig(vocab_size=42, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     config.max_position_embeddings = 128
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")

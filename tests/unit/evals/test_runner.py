@@ -263,7 +263,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         "perplexity": PerplexityConfig(max_length=257)
     })  # fmt: skip
     refused("has no config.json, so it is no Hugging Face model", tmp_path)
-    refused("cannot be loaded", "no/such/model")
+    refused("does not exist", "no/such/model")
     refused("name what to evaluate, once", None)
     refused("name what to evaluate, once", folder, models=[EvaluatedModel(path="x")])
     refused("must be a folder or a list of folders", [{"path": "x"}])

@@ -210,7 +210,7 @@ def test_exactly_one_source() -> None:
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_missing_folder(path: str) -> None:
-    with pytest.raises(UserError, match=f"model.path={path} does not exist"):
+    with pytest.raises(UserError, match=f"model {path} does not exist"):
         load_model(ModelConfig(path=path))
 
 
@@ -218,10 +218,12 @@ def test_a_hub_name_without_network_and_a_folder_without_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for path in ("someone/a-model", "nowhere", str(tmp_path)):
-        with pytest.raises(UserError, match=r"neither the folder of a checkpoint nor") as error:
+    for path in ("someone/a-model", "nowhere"):
+        with pytest.raises(UserError, match=f"model {path} cannot be loaded .*: name a folder with a model") as error:
             load_model(ModelConfig(path=path))
         assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=f"model {tmp_path} has no config.json, so it is no Hugging Face model"):
+        load_model(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

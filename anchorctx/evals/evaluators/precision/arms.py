@@ -6,24 +6,17 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.attention.rope import RopeDtype, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.precision import probe
 from anchorctx.evals.evaluators.precision.config import Arithmetic
 from anchorctx.models import reach
+from anchorctx.models.load import load_weights, read_config, read_tokenizer
 from anchorctx.models.rope import full_parameters
 
 MOVING = ("dynamic", "longrope")
@@ -61,17 +54,7 @@ class Subject:
 
 def open_subject(path: str, fields: dict[str, Any], device: str) -> Subject:
     """Read configuration and tokenizer; UserError when the folder is no model that can be studied."""
-    folder = Path(path).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"model={path} has no config.json, so it is no Hugging Face model: name an exported folder "
-            "(a DeepSpeed checkpoint becomes one with anchorctx export)"
-        )
-    try:
-        config = AutoConfig.from_pretrained(path, **fields).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise _unloadable(path, error) from error
+    config, tokenizer = read_config(path, fields).get_text_config(), read_tokenizer(path)
     if not getattr(config, "rope_parameters", None):
         raise UserError(f"model={path} ({config.model_type}) has no rotary position embeddings: name a RoPE decoder")
     kind = full_parameters(config).get("rope_type", "default")
@@ -89,17 +72,13 @@ def load(subject: Subject, weights: Weights, arithmetic: Arithmetic, seed: int) 
     """One arm, ready to be probed: its forward needs `probe=`."""
     probe.register()
     dtype = torch.float32 if arithmetic is Arithmetic.float32 else torch.bfloat16
-    model = _trained(subject, dtype) if weights is Weights.trained else _control(subject, dtype, seed)
+    if weights is Weights.trained:
+        model = load_weights(subject.path, subject.config, dtype=dtype)
+    else:
+        model = _control(subject, dtype, seed)
     set_rope_dtype(model, RopeDtype.bfloat16 if arithmetic is Arithmetic.bfloat16 else RopeDtype.float32)
     model.set_attn_implementation(probe.NAME)
     return model.to(subject.device).eval()  # type: ignore[arg-type]
-
-
-def _trained(subject: Subject, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(subject.path, config=copy.deepcopy(subject.config), dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise _unloadable(subject.path, error) from error
 
 
 def _control(subject: Subject, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -112,11 +91,6 @@ def _control(subject: Subject, dtype: torch.dtype, seed: int) -> PreTrainedModel
     model = AutoModelForCausalLM.from_config(copy.deepcopy(subject.config), dtype=dtype)
     model.load_state_dict(drawn.state_dict())  # not model.to(dtype), which would round the frequencies too
     return model
-
-
-def _unloadable(path: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"model={path} cannot be loaded ({reason}): name a folder with a model and tokenizer")
 
 
 def arms(control: bool, arithmetics: list[Arithmetic]) -> Iterator[tuple[Weights, Arithmetic]]:

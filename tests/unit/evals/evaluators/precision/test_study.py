@@ -315,7 +315,7 @@ def test_no_recommendation_without_an_effect():
             {"config": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
             "rope_type=dynamic",
         ),
-        ({"model": "/nowhere/at/all"}, "cannot be loaded"),
+        ({"model": "/nowhere/at/all"}, "does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(make_config: Make, fields: dict[str, Any], message: str):

@@ -234,7 +234,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("retrieval.prefix=900", "prompt of .* the model reaches 1024"),
         ("retrieval.document_tokens=4", "no room for 3 facts"),
         ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
-        ("model=[TINY,TINY/none]", "TINY/none cannot be loaded"),
+        ("model=[TINY,TINY/none]", "TINY/none does not exist"),
         ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
         ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 from 0 to 1"),
     ],

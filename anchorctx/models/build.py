@@ -1,0 +1,160 @@
+"""A Hugging Face decoder, ready for packed rows: loaded or new, with AnchorAttention, its RoPE settings and dtypes."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from anchorctx.attention.interface import implementation, register
+from anchorctx.attention.kernels.base import Score
+from anchorctx.attention.registry import BACKENDS, choose
+from anchorctx.attention.rope import set_rope_dtype
+from anchorctx.errors import UserError
+from anchorctx.models.config import ModelConfig
+from anchorctx.models.load import load_weights, read_config, reason
+from anchorctx.models.rope import apply_rope
+
+HEAD_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Layers that a layout can separate; linear attention, convolutions and chunks would mix documents."""
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The model on the CPU, in training mode, attending through `anchorctx.attention`; its vocabulary is never resized.
+
+    Its forward needs `layouts=`, one a row. Its `config` carries the new maximum length and RoPE settings.
+
+    Raises:
+        UserError: nothing at `path`, a model that cannot be used (named, with the reason), settings that contradict.
+    """
+    register()
+    if config.attention != "auto" and config.attention not in BACKENDS:
+        raise UserError(f"model.attention={config.attention} is unknown: choose auto, {', '.join(BACKENDS)}")
+    hf_config = build_config(config)
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, config.dtype.value),
+        "attn_implementation": implementation(config.attention),
+    }
+    model = load_weights(config.path, hf_config, **options) if config.path else _new(config, hf_config, options)
+    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
+        raise UserError(f"{type(model).__name__} has attention sinks, which no backend computes: use another model")
+    set_rope_dtype(model, config.rope_dtype)
+    return model.train()
+
+
+def build_config(config: ModelConfig) -> PretrainedConfig:
+    """The checked transformers configuration, with the new RoPE settings and length; reads no weights."""
+    if bool(config.path) == bool(config.config):
+        raise UserError("the model needs exactly one of model.path (a checkpoint) and model.config (a new model)")
+    hf_config = read_config(config.path) if config.path else _new_config(config.config)
+    _check_architecture(hf_config)
+    apply_rope(hf_config, config.rope, config.max_length, trained=bool(config.path))
+    return hf_config
+
+
+def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
+    """UserError when ids of a tokenizer with `tokens` ids are beyond the model's vocabulary, which is never resized."""
+    have = model.config.get_text_config().vocab_size
+    if tokens > have:
+        raise UserError(
+            f"the tokenizer has {tokens} token ids, but the model's vocabulary ends at {have - 1}: "
+            "prepare the corpus with the model's own tokenizer, or remove the tokens that were added to it"
+        )
+
+
+def check_attention(model: PreTrainedModel, attention: str, device: torch.device) -> None:
+    """BackendUnavailableError when the backend cannot serve this model's calls on `device`; before anything is run."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    choose(attention, torch.empty(1, heads, 1, dim, dtype=model.dtype, device=device), Score(dim**-0.5, None, softcap))
+
+
+def checkpoint_activations(model: PreTrainedModel, *, every: int = 1, use_reentrant: bool = False) -> None:
+    """Recompute every n-th decoder layer in the backward pass instead of keeping its activations; 1 is all of them."""
+    name = "activation_checkpointing_enable"  # until transformers 5.20: gradient_checkpointing_enable
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every == 0
+
+
+def save_model(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
+    """Write weights, configuration and tokenizer as a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
+
+    transformers does not write the attention implementation, so the folder needs no `anchorctx`.
+    """
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise UserError("model.config needs model_type, for example model_type: llama")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise UserError(
+            f"model.config.model_type={model_type} is unknown to transformers: use llama, qwen3 ..."
+        ) from error
+    known = set(default.to_dict()) | set(default.attribute_map)
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "see its transformers configuration class for the valid ones"
+            raise UserError(f"model.config.{name} is no field of {model_type}: {hint}")
+    _check_heads({"head_dim": _own_head_dim(default)} | fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"model.config is not a valid {model_type} configuration: {reason(error)}") from error
+
+
+def _check_architecture(config: PretrainedConfig) -> None:
+    name = config.model_type
+    if config.get_text_config() is not config:
+        raise UserError(f"model type {name} is multimodal: use the checkpoint of its text model")
+    if not getattr(config, "rope_parameters", None):
+        raise UserError(f"model type {name} has no rotary position embeddings: use a RoPE decoder such as llama")
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if other:
+        raise UserError(f"model type {name} has {other[0]} layers, which would mix packed documents: use another model")
+    _check_heads({n: getattr(config, n, None) for n in HEAD_FIELDS})
+
+
+def _own_head_dim(config: PretrainedConfig) -> int | None:
+    """The head dimension where the architecture sets one, None where it follows from the hidden size."""
+    hidden, heads, _, dim = (getattr(config, name, None) for name in HEAD_FIELDS)
+    return None if dim and hidden and heads and dim == hidden // heads else dim
+
+
+def _check_heads(fields: dict[str, Any]) -> None:
+    """Before transformers builds the configuration, whose own errors leave the values out; missing fields pass."""
+    hidden, heads, groups, width = (fields.get(name) for name in HEAD_FIELDS)
+    if not all(isinstance(value, int | None) for value in (hidden, heads, groups, width)) or not heads:
+        return
+    if groups and heads % groups:
+        raise UserError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}: change one")
+    if width is None and hidden and hidden % heads:
+        raise UserError(f"hidden_size={hidden} must be a multiple of num_attention_heads={heads}: change one")
+
+
+def _new(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(config.seed)
+            return AutoModelForCausalLM.from_config(hf_config, **options)
+    except ValueError as error:
+        raise UserError(f"model.config cannot be built: {reason(error, first=True)}") from error

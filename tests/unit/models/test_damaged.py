@@ -1,0 +1,186 @@
+"""A checkpoint that does not fit its configuration is refused, or reported, in the same words by every command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from anchorctx.cli.main import main
+from anchorctx.data.sources.stdlib import train_tokenizer
+from anchorctx.errors import UserError
+from anchorctx.evals import subject
+from anchorctx.evals.config import EvalConfig
+from anchorctx.evals.evaluators.precision import arms
+from anchorctx.evals.evaluators.precision.config import Arithmetic
+from anchorctx.models import ModelConfig, build_config, load_model
+from anchorctx.models.load import check_weights
+from anchorctx.plan.config import PlanConfig
+from anchorctx.plan.planner import Planner
+from anchorctx.testing.tiny import ARCHITECTURES, text_model
+from anchorctx.train import export
+
+NAME, OTHER = "model.layers.1.mlp.up_proj.weight", "model.layers.7.mlp.up_proj.weight"
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
+    text_model(tokenizer, 1024).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def missing(weights: Weights) -> None:
+    del weights[NAME]
+
+
+def wrong_shape(weights: Weights) -> None:
+    weights[NAME] = weights[NAME][:-1].contiguous()
+
+
+def unknown(weights: Weights) -> None:
+    weights[OTHER] = torch.zeros(2)
+
+
+def train(path: Path) -> None:
+    load_model(ModelConfig(path=str(path)))
+
+
+def train_sharded(path: Path) -> None:
+    """What a run under ZeRO 3 does before transformers hands out the shares."""
+    check_weights(str(path), build_config(ModelConfig(path=str(path))))
+
+
+def plan(path: Path) -> None:
+    Planner(PlanConfig(model=ModelConfig(path=str(path)), row_length=512))
+
+
+def evaluation(path: Path) -> None:
+    config = EvalConfig(model=str(path), out_dir="x")
+    (model,) = subject.models_of(config)
+    subject.load(model, subject.read_config(model), subject.read_tokenizer(model), config)
+
+
+def precision(path: Path) -> None:
+    arms.load(arms.open_subject(str(path), {}, "cpu"), arms.Weights.trained, Arithmetic.float32, 0)
+
+
+def kvcomm(path: Path) -> None:
+    corpus = path.parent / "corpus.jsonl"
+    corpus.write_text(json.dumps({"text": "def f(x):\n    return x + 1\n\n\n" * 400}) + "\n")
+    words = ["tasks=[copy]", "copy={problems: 2, question: 40, prefix: 20, output: 4}", "settings={warmup: 2}"]
+    words += [f"model={path}", f"out_dir={path.parent / 'out'}", f"corpus={{path: {corpus}, format: auto}}"]
+    assert main(["kvcomm", *words, "compare_tokens=2", "arms=[rotate]"]) == 0
+
+
+COMMANDS = [train, train_sharded, plan, evaluation, precision, kvcomm]
+
+
+def damaged(folder: Path, target: Path, damage: Callable[[Weights], None]) -> Path:
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    damage(weights)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def refusal(read: Callable[[Path], None], path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence with which `read` refuses `path`."""
+    if read is kvcomm:
+        with pytest.raises(AssertionError):
+            read(path)
+        return capsys.readouterr().err.strip().splitlines()[-1].removeprefix("anchorctx kvcomm: ")
+    with pytest.raises(UserError) as error:
+        read(path)
+    return str(error.value)
+
+
+LACKS = f"lacks 1 weights of LlamaForCausalLM (first: {NAME}): download or export it again"
+SHAPE = re.compile(
+    rf"has 1 weights of another shape .*first: {re.escape(NAME)} is \((\d+), 32\), LlamaForCausalLM needs "
+    r"\((\d+), 32\)\): undo changes"
+)
+
+
+@pytest.mark.parametrize("read", COMMANDS)
+def test_damaged_checkpoints(
+    read: Callable[[Path], None],
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lacking = damaged(folder, tmp_path / "lacking", missing)
+    assert f"model {lacking} {LACKS}" in refusal(read, lacking, capsys)
+    found = SHAPE.search(refusal(read, damaged(folder, tmp_path / "other", wrong_shape), capsys))
+    assert found and int(found[1]) == int(found[2]) - 1
+    assert not (tmp_path / "out").exists()
+    more = damaged(folder, tmp_path / "more", unknown)
+    with caplog.at_level(logging.WARNING):
+        read(more)
+    text = f"model {more} has 1 weights that LlamaForCausalLM does not know (first: {OTHER}): they are left out"
+    assert caplog.messages.count(text) == 1 and "LOAD REPORT" not in caplog.text
+
+
+@pytest.mark.parametrize("damage", [missing, wrong_shape, unknown])
+def test_a_damaged_run(
+    damage: Callable[[Weights], None],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Export reads DeepSpeed's states beside the run's configuration."""
+    weights = {f"{export.WRAPPER}{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
+    kept = weights.pop(f"{export.WRAPPER}{NAME}")
+    state = {NAME: kept}
+    damage(state)
+    weights |= {f"{export.WRAPPER}{name}": weight for name, weight in state.items()}
+    monkeypatch.setattr(export, "_gather", lambda folder: weights)
+    if damage is unknown:
+        export._restore(folder, Path("step_1"), torch.float32)
+        assert "model step_1 has 1 weights that LlamaForCausalLM does not know" in caplog.text
+        return
+    with pytest.raises(UserError) as error:
+        export._restore(folder, Path("step_1"), torch.float32)
+    assert LACKS in str(error.value) if damage is missing else SHAPE.search(str(error.value))
+
+
+@pytest.mark.parametrize("read", [train, train_sharded, plan, evaluation, precision])
+def test_files_that_are_cut_off_or_missing(read: Callable[[Path], None], folder: Path, tmp_path: Path) -> None:
+    cut, index = tmp_path / "cut", tmp_path / "index"
+    for path in (cut, index):
+        shutil.copytree(folder, path)
+    (cut / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:50_000])
+    (index / "model.safetensors").unlink()
+    (index / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {NAME: "a.safetensors"}})
+    )
+    for path in (cut, index):
+        with pytest.raises(UserError, match=rf"model {path} cannot be loaded \(.+\): name a folder with a model"):
+            read(path)
+
+
+def test_a_plan_needs_no_weights(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    plan(tmp_path)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whole_checkpoints_of_every_architecture_pass(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where transformers renames or joins weights, ties them, or saves them in shards."""
+    ARCHITECTURES[name].build().save_pretrained(tmp_path, max_shard_size="20KB")
+    check_weights(str(tmp_path), build_config(ModelConfig(path=str(tmp_path))))
+    load_model(ModelConfig(path=str(tmp_path)))
+    assert not [r for r in caplog.records if r.name.startswith("anchorctx")]
