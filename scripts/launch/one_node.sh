@@ -9,4 +9,4 @@
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 source "$here/environment.sh"
-launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx.cli.train "$@"
+launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(command, arguments) of every `anchorctx` line and every `-m anchorctx.cli.X` in the pages' shell blocks."""
+    """(command, arguments) of every `anchorctx` line and every `-m anchorctx X` in the pages' shell blocks."""
     found = []
     for page in PAGES:
         for block in blocks(page, "bash"):
@@ -31,8 +32,8 @@ def commands() -> list[tuple[str, list[str]]]:
                 words = shlex.split(line, comments=True)
                 if words[:1] == ["anchorctx"] and len(words) > 1:
                     found.append((words[1], words[2:]))
-                modules = [i for i, word in enumerate(words) if word.startswith("anchorctx.cli.")]
-                found += [(words[i].removeprefix("anchorctx.cli."), words[i + 1 :]) for i in modules]
+                modules = [i for i, pair in enumerate(pairwise(words)) if pair == ("-m", "anchorctx")]
+                found += [(words[i + 2], words[i + 3 :]) for i in modules]
     return found
 
 
