@@ -12,7 +12,7 @@ import pytest
 from anchorctx.cli.main import parse
 
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
-WORDS = ["--recipe", "a folder/recipe_train.yaml", "out_dir=runs/it's mine", "model.config={a: 1}", "x=$HOME"]
+WORDS = ["--recipe", "a folder/recipe.yaml", "out_dir=runs/it's mine", "model.config={a: 1}", "x=$HOME"]
 
 
 def launch(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
