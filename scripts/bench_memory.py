@@ -172,7 +172,7 @@ def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> float
     overrides += [f"parallel.zero_stage={arm.zero_stage}", f"parallel.sequence_parallel={arm.processes}"]
     overrides += [f"memory.{name}={value}" for name, value in arm.memory.items()]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arm.processes)]
-    command = [sys.executable, *launcher, "-m", "anchorctx.cli.train", *overrides]
+    command = [sys.executable, *launcher, "-m", "anchorctx", "train", *overrides]
     threads = str(max((os.cpu_count() or 1) // arm.processes, 1))
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": threads}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | allocator)

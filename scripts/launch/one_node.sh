@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training on the GPUs of one machine, through torchrun.
 #
-#   bash scripts/launch/one_node.sh --recipe recipes/llama3_8b_128k/recipe_train.yaml [key=value ...]
+#   bash scripts/launch/one_node.sh --recipe recipes/gpu/llama3_8b_128k.yaml [key=value ...]
 #
 #   GPUS=8        processes, one a GPU
 #   DRY_RUN=1     print the command and stop
@@ -9,4 +9,4 @@
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 source "$here/environment.sh"
-launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx.cli.train "$@"
+launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train "$@"

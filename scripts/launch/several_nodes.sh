@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training on several machines: start this same line on each of them, within the rendezvous' 15 minutes, in any order.
 #
-#   NODES=4 HEAD=node0.example:29500 bash scripts/launch/several_nodes.sh --recipe RECIPE/recipe_train.yaml [key=value ...]
+#   NODES=4 HEAD=node0.example:29500 bash scripts/launch/several_nodes.sh --recipe recipes/gpu/llama3_8b_128k.yaml [key=value ...]
 #
 #   NODES         machines                                                         (required)
 #   HEAD          host:port of one of them, that all can reach; change the port
@@ -19,4 +19,4 @@ source "$here/environment.sh"
 : "${HEAD:?set HEAD to host:port of one of the machines, such as HEAD=node0.example:29500}"
 read -ra more <<<"${TORCHRUN:-}"
 launch "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc_per_node "${GPUS:-8}" --max_restarts 0 "${more[@]}" \
-    --rdzv_backend c10d --rdzv_endpoint "$HEAD" --rdzv_id "${JOB:-anchorctx}" -m anchorctx.cli.train "$@"
+    --rdzv_backend c10d --rdzv_endpoint "$HEAD" --rdzv_id "${JOB:-anchorctx}" -m anchorctx train "$@"

@@ -12,7 +12,7 @@ import pytest
 from anchorctx.cli.main import parse
 
 LAUNCH = Path(__file__).parents[2] / "scripts" / "launch"
-WORDS = ["--recipe", "a folder/recipe_train.yaml", "out_dir=runs/it's mine", "model.config={a: 1}", "x=$HOME"]
+WORDS = ["--recipe", "a folder/recipe.yaml", "out_dir=runs/it's mine", "model.config={a: 1}", "x=$HOME"]
 
 
 def launch(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,10 +38,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-NODE = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m", "anchorctx.cli.train", *WORDS]
+NODE = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m", "anchorctx", "train", *WORDS]
 NODES = ["-m", "torch.distributed.run", "--nnodes", "3", "--nproc_per_node", "4", "--max_restarts", "0"]
 RENDEZVOUS = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "head:29500", "--rdzv_id", "mine"]
-SEVERAL = [*NODES, *RENDEZVOUS, "-m", "anchorctx.cli.train", *WORDS]
+SEVERAL = [*NODES, *RENDEZVOUS, "-m", "anchorctx", "train", *WORDS]
 
 
 @pytest.mark.parametrize(("script", "expected"), [("one_node", NODE), ("several_nodes", SEVERAL)])
@@ -54,7 +54,7 @@ def test_what_is_printed_is_what_runs(script: str, expected: list[str], folder: 
     assert ran.returncode == 7  # the exit code is the job's
     assert (folder / "called").read_text().splitlines() == [str(folder / "python"), *expected]
     assert "alloc expandable_segments:True" in ran.stdout
-    parse(expected[expected.index("anchorctx.cli.train") + 1 :])
+    parse(expected[expected.index("train") + 1 :])
 
 
 def test_several_nodes_ask_for_what_is_missing(folder: Path) -> None:
@@ -79,4 +79,4 @@ def test_a_slurm_job_is_submitted_and_runs_on_every_node(folder: Path) -> None:
     assert (folder / "job").read_text().splitlines() == ["#!/usr/bin/env bash", *rest]
     called = (folder / "called").read_text().splitlines()[1:]
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "first:29500", "--rdzv_id", "anchorctx_12"]
-    assert called == [*NODES, "--shutdown-timeout", "120", *rendezvous, "-m", "anchorctx.cli.train", *WORDS]
+    assert called == [*NODES, "--shutdown-timeout", "120", *rendezvous, "-m", "anchorctx", "train", *WORDS]

@@ -23,16 +23,15 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(command, arguments) of every `anchorctx` line and every `-m anchorctx.cli.X` in the pages' shell blocks."""
+    """(command, arguments) of every `anchorctx` line and every `-m anchorctx COMMAND` in the pages' shell blocks."""
     found = []
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if words[:1] == ["anchorctx"] and len(words) > 1:
-                    found.append((words[1], words[2:]))
-                modules = [i for i, word in enumerate(words) if word.startswith("anchorctx.cli.")]
-                found += [(words[i].removeprefix("anchorctx.cli."), words[i + 1 :]) for i in modules]
+                if "anchorctx" in words[:-1] and (words[0] == "anchorctx" or "-m" in words):
+                    at = words.index("anchorctx") + 1
+                    found.append((words[at], words[at + 1 :]))
     return found
 
 
@@ -55,7 +54,7 @@ def test_commands_of_the_pages_compose(command: str, arguments: list[str], monke
 def test_scripts_and_pictures_of_the_pages_exist() -> None:
     for page in PAGES:
         text = page.read_text()
-        for name in re.findall(r"(?:bash|python) ((?:recipes|scripts)/[\w./]+)", text):
+        for name in re.findall(r"(?:bash|python) ((?:recipes|scripts|benchmarks)/[\w./]+)", text):
             assert (ROOT / name).is_file(), f"{page.name}: {name}"
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -32,7 +32,7 @@ def write_corpus(path: Path, split: Split, characters: int) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder and output of recipes/llama2_7b_64k on two CPU processes: one row of 65,536 tokens each, two steps."""
+    """What the recipe llama2_7b_64k makes and prints, on two CPU processes: a row of 65,536 tokens each, two steps."""
     root = tmp_path_factory.mktemp("recipe with a space")
     tokenizer = train_tokenizer(sample_chars=100_000)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     overrides = ["model.dtype=float32", f"tokens_per_step={2 * LENGTH}", "steps=2", "optim.lr=0.01", "logging=wandb"]
-    command = ["bash", str(ROOT / "recipes" / "llama2_7b_64k" / "run.sh"), *overrides]
+    command = ["bash", str(ROOT / "recipes" / "gpu" / "run.sh"), "llama2_7b_64k", *overrides]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return root / "run", done

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,35 +16,73 @@ from anchorctx.train.engine import deepspeed_config
 from anchorctx.train.optim import Schedule
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(path.parent.name for path in ROOT.glob("recipes/*/recipe_train.yaml"))
+GPU_RECIPES = sorted(ROOT.glob("recipes/gpu/*.yaml"))
 PAPER_THETA = {65_536: 5e6, 131_072: 1e7}
 
 
-def test_the_recipes_are_there() -> None:
-    assert set(RECIPES) >= {"quickstart", "llama2_7b_64k", "llama3_8b_128k", "mistral_7b_64k", "qwen2.5_1.5b_64k"}
+def test_the_gpu_recipes_are_there() -> None:
+    models = {"llama2_7b_64k", "llama3_8b_64k", "llama3_8b_128k", "llama3_8b_512k", "mistral_7b_64k"}
+    assert {path.stem for path in GPU_RECIPES} == models | {"qwen2.5_1.5b_64k"}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_compose_and_agree_with_each_other(name: str) -> None:
-    train = resolve("train", [], str(ROOT / "recipes" / name / "recipe_train.yaml"))
-    prepare = resolve("prepare", [], str(ROOT / "recipes" / name / "recipe_prepare.yaml"))
+def test_the_quickstarts_recipes_agree_with_each_other() -> None:
+    train = resolve("train", [], str(ROOT / "recipes" / "quickstart" / "recipe_train.yaml"))
+    prepare = resolve("prepare", [], str(ROOT / "recipes" / "quickstart" / "recipe_prepare.yaml"))
     train.validate()
     prepare.validate()
     assert prepare.tokenizer == train.model.path
     assert prepare.out_dir == train.data.train
     assert prepare.row_length == train.model.max_length
-    processes = 2 if name == "quickstart" else 8
-    assert train.rows_per_step(prepare.row_length, processes) >= processes
+
+
+RUN = ROOT / "recipes" / "quickstart" / "recipe_train.yaml"
+
+
+@pytest.mark.parametrize(("recipe", "processes"), [(RUN, 2), *((path, 8) for path in GPU_RECIPES)])
+def test_recipes_compose(recipe: Path, processes: int) -> None:
+    train = resolve("train", [], str(recipe))
+    train.validate()
+    assert train.rows_per_step(train.model.max_length, processes) >= processes
     config = deepspeed_config(
         train.parallel, train.optim, dtype=None, micro_rows=1, accumulation=1, world=processes, cuda=True
     )
     assert "auto" not in str(config)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "quickstart"])
-def test_gpu_recipes_have_the_papers_settings(name: str) -> None:
+@pytest.mark.parametrize("recipe", GPU_RECIPES, ids=lambda path: path.stem)
+def test_a_gpu_recipes_runner_packs_what_the_recipe_trains_on(recipe: Path, tmp_path: Path) -> None:
+    """With stand-ins for the commands: what `run.sh NAME` hands to `prepare` composes and agrees with the recipe."""
+    for name, body in {"anchorctx": 'printf "%s\\n" "$@"', "torchrun": 'printf "%s\\n" "$@"; exit 7'}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"CORPUS": "a corpus.jsonl", "HELD_OUT": "held_out.jsonl", "PREPARE": "pack.min_length=8 seed=3"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | given
+    command = ["bash", str(recipe.with_name("run.sh")), recipe.stem, "pattern=full"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 7  # torchrun's
+    words = done.stdout.splitlines()
+    second, training = words.index("prepare", 1), words.index("--standalone")
+    train_words = words[words.index("train") + 3 :]
+    assert words[words.index("train") : words.index("train") + 3] == ["train", "--recipe", f"recipes/gpu/{recipe.name}"]
+    train = resolve("train", train_words, str(recipe))
+    assert train.pattern is Pattern.full and train.data.validation.endswith("packed_validation")
+    for prepare in (resolve("prepare", words[1:second]), resolve("prepare", words[second + 1 : training])):
+        prepare.validate()
+        assert prepare.tokenizer == train.model.path and prepare.row_length == train.model.max_length
+        assert prepare.pack.min_length == 8 and prepare.seed == 3
+    assert resolve("prepare", words[1:second]).sources[0].path == "a corpus.jsonl"
+
+
+def test_a_gpu_recipe_that_is_none_is_named_with_those_that_are() -> None:
+    command = ["bash", str(ROOT / "recipes" / "gpu" / "run.sh"), "llama3_8b"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "'llama3_8b' is no recipe: name one of llama2_7b_64k llama3_8b_128k" in done.stderr
+
+
+@pytest.mark.parametrize("recipe", GPU_RECIPES, ids=lambda path: path.stem)
+def test_gpu_recipes_have_the_papers_settings(recipe: Path) -> None:
     """arXiv 2411.13476, section 5.1: AdamW, decay 0.1, betas 0.9/0.95, lr 2e-5, 2000 steps of 8 rows."""
-    config = resolve("train", [], str(ROOT / "recipes" / name / "recipe_train.yaml"))
+    config = resolve("train", [], str(recipe))
     optim, length = config.optim, config.model.max_length
     assert (optim.lr, optim.weight_decay, optim.betas, config.steps) == (2e-5, 0.1, [0.9, 0.95], 2000)
     assert config.tokens_per_step == 8 * length
@@ -107,7 +147,7 @@ def test_a_recipe_that_is_none(tmp_path: Path) -> None:
 
 
 def test_overrides_win_over_the_recipe() -> None:
-    recipe = str(ROOT / "recipes" / "llama2_7b_64k" / "recipe_train.yaml")
+    recipe = str(ROOT / "recipes" / "gpu" / "llama2_7b_64k.yaml")
     config = resolve("train", ["pattern=full", "optim.lr=1e-4", "parallel=zero2", "model.config.x=1"], recipe)
     assert (config.pattern, config.optim.lr, config.parallel.zero_stage) == (Pattern.full, 1e-4, 2)
     assert config.model.config == {"x": 1}
