@@ -27,7 +27,7 @@ SCHEMAS = {
     "export": "anchorctx.train.export:ExportConfig",
     "eval": "anchorctx.evals.runner:EvalConfig",
     "precision": "anchorctx.evals.evaluators.precision.config:PrecisionConfig",
-    "kvcomm": "anchorctx.evals.evaluators.reuse.evaluator:KvcommConfig",
+    "kvcomm": "anchorctx.evals.config:KvcommConfig",
     "plot": "anchorctx.report.render:PlotConfig",
     "report": "anchorctx.report.page:ReportConfig",
 }

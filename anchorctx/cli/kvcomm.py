@@ -17,17 +17,18 @@ def run(arguments: Arguments) -> int:
     config = configuration("kvcomm", arguments, EXAMPLE)
     if config is None:
         return 0
-    from anchorctx.evals.evaluators.reuse.evaluator import evaluate_reuse
+    from anchorctx.evals.commands import evaluate_reuse
+    from anchorctx.evals.distribute import is_first
     from anchorctx.report.kvcomm import draw_reuse, reuse_table
 
     outcome = evaluate_reuse(config)
-    table = reuse_table(outcome.rows)
-    out = Path(config.out_dir)
-    (out / "kvcomm.md").write_text(table + "\n")
-    print(f"\n{table}\n")
-    for path in draw_reuse(outcome.rows, out):
-        print(f"drawn: {path}")
-    if outcome.verdict is None:
-        return 0
-    print(outcome.verdict.text)
-    return 0 if outcome.verdict.passed else 1
+    verdict = outcome.verdict
+    if is_first():
+        table, out = reuse_table(outcome.rows), Path(config.out_dir)
+        (out / "kvcomm.md").write_text(table + "\n")
+        print(f"\n{table}\n")
+        for path in draw_reuse(outcome.rows, out):
+            print(f"drawn: {path}")
+        if verdict is not None:
+            print(verdict.text)
+    return 0 if verdict is None or verdict.passed else 1

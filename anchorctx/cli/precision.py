@@ -15,12 +15,15 @@ def run(arguments: Arguments) -> None:
     config = configuration("precision", arguments, EXAMPLE)
     if config is None:
         return
-    from anchorctx.evals.evaluators.precision.study import study
+    from anchorctx.evals.commands import evaluate_precision
+    from anchorctx.evals.distribute import is_first
     from anchorctx.evals.evaluators.precision.table import table
     from anchorctx.report.precision_figure import precision_figure
     from anchorctx.report.precision_series import Study
 
-    rows = study(config)
+    rows = evaluate_precision(config)
+    if not is_first():
+        return
     print(table(rows))
     figure = precision_figure(Study(rows[-1].context["model"], rows), Path(config.out_dir) / "precision.png")
     print(f"\ndrawn: {figure}; for a page with all figures: anchorctx report {config.out_dir}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
 from anchorctx.records.results import Result
@@ -29,13 +30,27 @@ class Subject:
     """While a model trains: the engine's module, whose call its hooks (ZeRO-3's gathering) hang on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model to be evaluated, before any weight is read."""
+
+    label: str
+    path: str
+    """Hugging Face folder or hub name."""
+    config: PretrainedConfig
+    """With all changes that were asked for."""
+    tokenizer: PreTrainedTokenizerBase
+    changes: dict[str, Any]
+    """Fields of the saved configuration that were changed."""
+
+
 class Evaluator(Protocol):
     """One evaluation with its settings; it runs on any causal language model of transformers."""
 
     name: str
     """As in `evals=[...]`."""
     counts: str
-    """What its progress counts: `tok` or `req`."""
+    """What its progress counts: `tok`, `req` or `problem`."""
 
     def longest(self) -> int:
         """Longest input, in tokens, that the evaluation gives to a model; 0 when it keeps to the model's own limit."""
@@ -59,6 +74,21 @@ class Evaluator(Protocol):
         Under several processes each calls it, and all yield the same rows.
         """
         ...
+
+
+@runtime_checkable
+class Concluding(Protocol):
+    """An evaluation with rows that follow from all its others."""
+
+    def conclude(self, rows: Sequence[Result]) -> list[Result]:
+        """Rows without manifest, from those of all units."""
+        ...
+
+
+def settings_of(config: Any, owner: type, *without: str) -> dict[str, Any]:
+    """The fields of the dataclass `owner` in `config`, which may be of a class derived from it, as plain JSON."""
+    values = dataclasses.asdict(config)
+    return {field.name: values[field.name] for field in dataclasses.fields(owner) if field.name not in without}
 
 
 def check_least(section: str, config: Any, **least: int) -> None:

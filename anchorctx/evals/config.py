@@ -13,7 +13,9 @@ from anchorctx.evals.evaluators.context import ContextConfig
 from anchorctx.evals.evaluators.lm_eval import LmEvalConfig
 from anchorctx.evals.evaluators.needle import NeedleConfig
 from anchorctx.evals.evaluators.perplexity import PerplexityConfig
+from anchorctx.evals.evaluators.precision.config import StudyConfig
 from anchorctx.evals.evaluators.retrieval import RetrievalConfig
+from anchorctx.evals.evaluators.reuse.config import ReuseConfig
 from anchorctx.evals.evaluators.ruler import RulerConfig
 from anchorctx.models import RopeConfig
 
@@ -33,6 +35,10 @@ class EvalName(StrEnum):
     """RULER by lm-eval, at a list of lengths."""
     lm_eval = "lm_eval"
     """Any tasks of lm-eval: LongBench, InfiniteBench, MMLU, HellaSwag ..."""
+    precision = "precision"
+    """What bfloat16 does to RoPE on this checkpoint; `anchorctx precision` for short."""
+    kvcomm = "kvcomm"
+    """How well agents reuse each other's KV caches; `anchorctx kvcomm` for short."""
 
 
 class EvalDtype(StrEnum):
@@ -77,7 +83,7 @@ class EvalConfig:
     """Instead of model, where each needs settings of its own: [{path: runs/a, label: before}, {path: runs/b}]; keys as
     in label, average, config, rope and max_length below."""
     evals: list[EvalName] = field(default_factory=lambda: [EvalName.perplexity])
-    """Evaluations to run: perplexity, perplexity_by_context, retrieval, needle, ruler, lm_eval."""
+    """Evaluations to run: perplexity, perplexity_by_context, retrieval, needle, ruler, lm_eval, precision, kvcomm."""
     label: str | None = None
     """Name of the model in the results; null takes the folder's name."""
     average: str | None = None
@@ -108,6 +114,10 @@ class EvalConfig:
     """Settings of RULER."""
     lm_eval: LmEvalConfig = field(default_factory=LmEvalConfig)
     """Settings of lm-eval."""
+    precision: StudyConfig = field(default_factory=StudyConfig)
+    """Settings of the precision study."""
+    kvcomm: ReuseConfig = field(default_factory=ReuseConfig)
+    """Settings of the evaluation of KV reuse."""
     seed: int = 0
     """Seed of whatever an evaluation draws; lm-eval keeps its own."""
     dtype: EvalDtype = EvalDtype.auto
@@ -116,3 +126,35 @@ class EvalConfig:
     """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
     device_map: str | None = None
     """auto, balanced or sequential: spread a model that is larger than a card over all of them (by accelerate)."""
+
+
+@dataclass(kw_only=True)  # without slots: it is one of two bases
+class KvcommModels:
+    """Whom `anchorctx kvcomm` evaluates, and where its results go."""
+
+    model: Any = None
+    """Hugging Face folder (or hub name) with weights and tokenizer, which all agents run; several, as
+    model=[runs/a,runs/b], are evaluated one after another on the same problems."""
+    models: list[EvaluatedModel] = field(default_factory=list)
+    """Instead of model, where each needs settings of its own: [{path: runs/a, label: base}, {path: runs/b}]; keys are
+    label, config, rope and max_length."""
+    out_dir: str
+    """Folder for results.jsonl (appended to), manifest.json and pictures."""
+    label: str | None = None
+    """Name of the model in the results; null takes the folder's name."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KvcommConfig(ReuseConfig, KvcommModels):
+    """What `anchorctx kvcomm` does."""
+
+    corpus: SourceConfig = field(default_factory=embedded)
+    """Held-out text for the retrieval task's documents: any source that `prepare` takes."""
+    seed: int = 0
+    """Seed of problems, orders and noise."""
+    dtype: EvalDtype = EvalDtype.auto
+    """Precision: auto, float32 or bfloat16."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""

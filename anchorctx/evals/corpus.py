@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,13 @@ class Corpus(Sequence[str]):
             reading = Reading(on_bad_row=self._on_bad_row)
             self._texts = [document.text for document in self._source.texts(reading)]
         return self._texts
+
+    def first(self, count: int) -> list[str]:
+        """The first texts, without reading on."""
+        if self._texts is not None:
+            return self._texts[:count]
+        documents = self._source.texts(Reading(on_bad_row=self._on_bad_row))
+        return [document.text for document in itertools.islice(documents, count)]
 
     def __getitem__(self, index: Any) -> Any:
         return self.texts[index]

@@ -41,7 +41,7 @@ def spread(
         index = min(first + rank, len(batches) - 1)
         mine[index] = work(batches[index])
         progress(sum(sizes[first : first + world]), sum(sizes))
-    found = {index: value for part in _gather(mine) for index, value in part.items()}
+    found = {index: value for part in gather(mine) for index, value in part.items()}
     return [found[index] for index in range(len(batches))]
 
 
@@ -54,7 +54,12 @@ def same_everywhere(value: Found) -> Found:
     return box[0]
 
 
-def _gather(part: Any) -> list[Any]:
+def by_first(work: Callable[[], Found]) -> Found:
+    """What `work` gives on the first process, on every process."""
+    return same_everywhere(work() if place()[0] == 0 else None)  # type: ignore[return-value]
+
+
+def gather(part: Any) -> list[Any]:
     """Every process's `part`, in rank order."""
     if place()[1] == 1:
         return [part]

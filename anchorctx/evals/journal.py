@@ -22,7 +22,7 @@ from anchorctx.records.manifest import build_manifest, fingerprint, write_json
 from anchorctx.records.results import FILE, Result, append_results, read_results
 
 MANIFESTS = "manifests"
-CODE = ("evals", "models", "attention", "data", "parallel", "layout.py")
+CODE = ("evals", "kvcomm", "models", "attention", "data", "parallel", "layout.py", "flops.py")
 """What of the package an evaluation's numbers can depend on."""
 
 
@@ -82,9 +82,9 @@ def _code_fingerprint(package: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def run_facts(config: dict[str, Any]) -> dict[str, Any]:
+def run_facts(command: str, config: dict[str, Any]) -> dict[str, Any]:
     """When, where and by which command something was measured."""
-    return build_manifest("eval", config)
+    return build_manifest(command, config)
 
 
 def _is_of(row: Result, label: str, unit: Unit) -> bool:

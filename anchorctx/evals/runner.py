@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from anchorctx.errors import UserError
 from anchorctx.evals.attention import attention_name
 from anchorctx.evals.average import average
-from anchorctx.evals.base import Evaluator, Subject, Unit
+from anchorctx.evals.base import Candidate, Concluding, Evaluator, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import is_first, place, same_everywhere
@@ -33,7 +33,9 @@ from anchorctx.evals.evaluators.context import ContextPerplexity
 from anchorctx.evals.evaluators.lm_eval import LmEval, lm_eval_version
 from anchorctx.evals.evaluators.needle import NeedleMap
 from anchorctx.evals.evaluators.perplexity import Perplexity
+from anchorctx.evals.evaluators.precision.study import Precision
 from anchorctx.evals.evaluators.retrieval import Retrieval
+from anchorctx.evals.evaluators.reuse.evaluator import Reuse
 from anchorctx.evals.evaluators.ruler import Ruler
 from anchorctx.evals.journal import Journal, code_fingerprint, run_facts
 from anchorctx.evals.subject import check_reach, device_of, identity, load, models_of, read_config, read_tokenizer
@@ -45,15 +47,23 @@ __all__ = ["EVALUATORS", "EvalConfig", "EvalDtype", "EvalName", "EvaluatedModel"
 logger = logging.getLogger(__name__)
 
 
-EVALUATORS: dict[EvalName, Callable[[EvalConfig, Sequence[str]], Evaluator]] = {
-    EvalName.perplexity: lambda config, texts: Perplexity(config.perplexity, texts),
-    EvalName.perplexity_by_context: lambda config, texts: ContextPerplexity(config.context, texts),
-    EvalName.retrieval: lambda config, texts: Retrieval(config.retrieval, texts, config.seed),
-    EvalName.needle: lambda config, texts: NeedleMap(config.needle, texts, config.seed),
-    EvalName.ruler: lambda config, texts: Ruler(config.ruler),
-    EvalName.lm_eval: lambda config, texts: LmEval(config.lm_eval),
+EVALUATORS: dict[EvalName, Callable[[EvalConfig, Corpus, Candidate], Evaluator]] = {
+    EvalName.perplexity: lambda config, texts, _: Perplexity(config.perplexity, texts),
+    EvalName.perplexity_by_context: lambda config, texts, _: ContextPerplexity(config.context, texts),
+    EvalName.retrieval: lambda config, texts, _: Retrieval(config.retrieval, texts, config.seed),
+    EvalName.needle: lambda config, texts, _: NeedleMap(config.needle, texts, config.seed),
+    EvalName.ruler: lambda config, texts, _: Ruler(config.ruler),
+    EvalName.lm_eval: lambda config, texts, _: LmEval(config.lm_eval),
+    EvalName.precision: lambda config, texts, of: Precision(config.precision, of, texts, config.seed, config.device),
+    EvalName.kvcomm: lambda config, texts, of: Reuse(
+        config.kvcomm, of, texts, config.seed, attention_name(config.attention, config.rope_dtype)
+    ),
 }
-"""How each evaluation is made from the configuration and the held-out texts."""
+"""How each evaluation of a model is made from the configuration and the held-out texts."""
+STUDIES = {EvalName.precision: "precision_", EvalName.kvcomm: "kvcomm_"}
+"""Evaluations whose rows of a model are one table in a report, by what these rows' names begin with."""
+LOADS_ITSELF = (EvalName.precision,)
+"""Evaluations that read the weights in several ways of their own."""
 BY_LM_EVAL = (EvalName.ruler, EvalName.lm_eval)
 """Evaluations whose documents and seeds are lm-eval's own."""
 
@@ -70,34 +80,65 @@ class Task:
     """JSON of everything that the numbers depend on."""
 
 
-def evaluate(config: EvalConfig) -> list[Result]:
-    """Run the evaluations on every model, in order; returns their rows, those measured earlier included."""
+def evaluate(config: EvalConfig, command: str = "eval", asked: Any = None) -> list[Result]:
+    """Run the evaluations on every model, in order; returns their rows, those measured earlier included.
+
+    The manifest has the `command` that was typed and its settings, `asked`, where these are not `eval` and `config`.
+    """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized()
     if several:
         dist.start()
     try:
-        return _evaluate(config)
+        return _evaluate(config, run_facts(command, dataclasses.asdict(asked or config)))
     finally:
         if several:
             dist.stop()
 
 
-def _evaluate(config: EvalConfig) -> list[Result]:
+def _evaluate(config: EvalConfig, facts: dict[str, Any]) -> list[Result]:
     disable_progress_bar()  # ours are enough
     models = models_of(config)
     tasks = plan(config, models)
     with contextlib.closing(Journal(Path(config.out_dir))) if is_first() else contextlib.nullcontext() as journal:
+        if journal is not None:
+            _refuse_mixtures(tasks, journal)
         wanted = [(task, unit) for task in tasks for unit in task.evaluator.units()]
         rows = _known(wanted, journal)
         pending = [i for i, known in enumerate(rows) if not known]
         if len(pending) < len(wanted):
             logger.info("%d of %d pieces are in %s already", len(wanted) - len(pending), len(wanted), config.out_dir)
-        facts = run_facts(dataclasses.asdict(config))
         if journal is not None and pending:
             write_manifest(Path(config.out_dir), facts)
         _measure(config, wanted, pending, rows, journal, facts)
-        found = [row for part in rows for row in part]
+        found = [row for task in tasks for row in _all_rows(task, wanted, rows, journal)]
         return found if journal is None else found + average(found, models, journal)
+
+
+def _refuse_mixtures(tasks: Sequence[Task], journal: Journal) -> None:
+    """UserError where a study would stand beside another one of the same model, which no report could tell apart."""
+    for task in tasks:
+        prefix, key = STUDIES.get(EvalName(task.evaluator.name)), journal.key(task.identity)
+        if prefix and any(
+            row.metric.startswith(prefix) and row.context.get("model") == task.model.label and row.manifest != key
+            for row in journal.rows
+        ):
+            raise UserError(
+                f"{journal.path} holds another {task.evaluator.name} study of {task.model.label} (of another model, "
+                "with other settings, or by another version): name another out_dir or label, or remove that file"
+            )
+
+
+def _all_rows(
+    task: Task, wanted: Sequence[tuple[Task, Unit]], rows: Sequence[list[Result]], journal: Journal | None
+) -> list[Result]:
+    """The rows of all units, and those that follow from them, which are written unless they are there."""
+    found = [row for (of, _), part in zip(wanted, rows, strict=True) if of is task for row in part]
+    if not isinstance(task.evaluator, Concluding):
+        return found
+    last = [_stamp(row, task, found[0].manifest) for row in task.evaluator.conclude(found)]
+    if journal is not None and (new := [row for row in last if row not in journal.rows]):
+        journal.add(new)
+    return found + last
 
 
 def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Task]:
@@ -107,12 +148,13 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Task]:
     if config.seed < 0:
         raise UserError(f"seed={config.seed} must be at least 0: give another")
     corpus = Corpus(config.corpus)
-    evaluators = {name: EVALUATORS[name](config, corpus) for name in dict.fromkeys(config.evals)}
     tasks = []
     for model in models:
         hf_config, tokenizer = read_config(model), read_tokenizer(model)
         who = identity(model, hf_config)
-        for name, evaluator in evaluators.items():
+        candidate = Candidate(str(model.label), model.path, hf_config, tokenizer, model.config)
+        for name in dict.fromkeys(config.evals):
+            evaluator = EVALUATORS[name](config, corpus, candidate)
             check_reach(model, hf_config, evaluator)
             evaluator.check(tokenizer)
             what = {"evaluation": name.value, "model": who, "settings": evaluator.settings(), **_conditions(config)}
@@ -159,7 +201,9 @@ def _measure(
     subject, loaded, bar = None, None, None
     for i in pending:
         task, unit = wanted[i]
-        if subject is None or loaded is not task.model:
+        if task.evaluator.name in LOADS_ITSELF:
+            subject = loaded = None
+        elif subject is None or loaded is not task.model:
             subject = None  # its memory is needed
             subject, loaded = load(task.model, task.config, task.tokenizer, config), task.model
         if bar is None or bar.task is not task:
@@ -175,12 +219,16 @@ def _measure(
 
 
 def _stamped(
-    task: Task, subject: Subject, unit: Unit, bar: Bar, journal: Journal | None, facts: dict[str, Any]
+    task: Task, subject: Subject | None, unit: Unit, bar: Bar, journal: Journal | None, facts: dict[str, Any]
 ) -> list[Result]:
     """The rows of one piece, with the manifest and the model's label."""
     manifest = "" if journal is None else journal.open(task.identity, facts)
-    found = task.evaluator.run(subject, unit, bar.advance)
-    return [dataclasses.replace(r, manifest=manifest, context={"model": task.model.label} | r.context) for r in found]
+    found = task.evaluator.run(subject, unit, bar.advance)  # type: ignore[arg-type]  # None where it loads itself
+    return [_stamp(row, task, manifest) for row in found]
+
+
+def _stamp(row: Result, task: Task, manifest: str) -> Result:
+    return dataclasses.replace(row, manifest=manifest, context={"model": task.model.label} | row.context)
 
 
 class Bar:

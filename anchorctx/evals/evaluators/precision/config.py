@@ -33,19 +33,9 @@ class Emulate(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class PrecisionConfig:
-    """What `anchorctx precision` does."""
+class StudyConfig:
+    """What is studied, of any model."""
 
-    model: str
-    """Hugging Face folder (or hub name) with weights and tokenizer."""
-    out_dir: str
-    """Folder for results.jsonl, manifest.json and precision.png; a study that was stopped goes on where it was."""
-    label: str | None = None
-    """Name of the model in the results; null takes the folder's name."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
-    corpus: SourceConfig = field(default_factory=embedded)
-    """Texts: any source that `prepare` takes; the embedded corpus' validation files by default."""
     lengths: list[int] = field(default_factory=list)
     """Row lengths in tokens; empty takes the model's limit (32,768 at most) and its half, quarter and eighth."""
     shifts: list[int] = field(default_factory=lambda: [1, 16, 256, 4096, 32768, 131072])
@@ -72,6 +62,28 @@ class PrecisionConfig:
     """Shifted copies of a row in one forward pass: fewer take less memory."""
     emulate: Emulate = Emulate.auto
     """Compute bfloat16 matrix products in float32 and round: auto, always or never."""
+
+
+@dataclass(kw_only=True)  # without slots: it is one of two bases
+class PrecisionModel:
+    """What `anchorctx precision` studies, and where its results go."""
+
+    model: str
+    """Hugging Face folder (or hub name) with weights and tokenizer."""
+    out_dir: str
+    """Folder for results.jsonl, manifest.json and precision.png; a study that was stopped goes on where it was."""
+    label: str | None = None
+    """Name of the model in the results; null takes the folder's name."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
+    corpus: SourceConfig = field(default_factory=embedded)
+    """Texts: any source that `prepare` takes; the embedded corpus' validation files by default."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig(StudyConfig, PrecisionModel):
+    """What `anchorctx precision` does."""
+
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
     seed: int = 0

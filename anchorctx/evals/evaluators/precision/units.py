@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from anchorctx.evals.base import Progress
+from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.precision.measure import Instrument, document_queries, late_queries
 from anchorctx.evals.evaluators.precision.probe import Change, first_keys
 from anchorctx.evals.evaluators.precision.rows import ALL, key_rows, layer_rows, mean_result
@@ -39,29 +41,28 @@ def shift_unit(
     tool: Instrument,
     setting: Setting,
     texts: Sequence[TextRow],
-    advance: Callable[[int], Any],
+    progress: Progress,
     context: dict[str, Any],
 ) -> Iterator[Result]:
-    """Rows for every shift at the texts' length; `advance` is told the tokens read."""
+    """Rows for every shift at the texts' length."""
     length = len(texts[0].ids)
     layout, positions = PackedLayout((0, length)), _shifted(length, setting.shifts)
     queries = late_queries(length, setting.queries)
     context = context | {"rows": "shift", "length": length}
-    changes: list[list[dict[int, Change]]] = []
-    spoken: list[list[torch.Tensor]] = []
-    for text in texts:
-        changes.append(tool.changes(text, layout, positions, queries))
-        advance(length * len(positions))
-        if setting.end_to_end:
-            spoken.append(tool.log_probabilities(text, layout, positions, queries))
-            advance(length * len(positions))
+
+    def read(text: TextRow) -> tuple[list[dict[int, Change]], list[torch.Tensor]]:
+        moved = tool.changes(text, layout, positions, queries)
+        return moved, tool.log_probabilities(text, layout, positions, queries) if setting.end_to_end else []
+
+    sizes = [length * len(positions) * (1 + setting.end_to_end)] * len(texts)
+    changes, spoken = zip(*spread(texts, read, sizes, progress), strict=True)
     for i, shift in enumerate(setting.shifts):
         at, of = context | {"shift": shift}, [change[i] for change in changes]
         main = shift == setting.shift
         yield from layer_rows(of, at, layers=main or length == setting.lengths[-1])
         if main:
             yield from key_rows(of, at)
-        if spoken:
+        if setting.end_to_end:
             yield _spoken_row([(logp[0], logp[i + 1]) for logp in spoken], at)
 
 
@@ -73,7 +74,9 @@ def dropped_unit(
     length = len(dropped[0].ids)
     layout, positions = PackedLayout((0, length)), _shifted(length, (setting.shift,))
     queries = late_queries(length, setting.queries)
-    changes = [tool.changes(text, layout, positions, queries)[0] for text in dropped]
+    changes = spread(
+        dropped, lambda text: tool.changes(text, layout, positions, queries)[0], [1] * len(dropped), lambda *_: None
+    )
     context = context | {"rows": "shift", "length": len(texts[0].ids), "shift": setting.shift}
     for row in layer_rows(changes, context, layers=False):
         if row.context.get("first") != "hidden":
@@ -81,27 +84,28 @@ def dropped_unit(
 
 
 def packed_unit(
-    tool: Instrument, setting: Setting, texts: Sequence[TextRow], context: dict[str, Any]
+    tool: Instrument, setting: Setting, texts: Sequence[TextRow], progress: Progress, context: dict[str, Any]
 ) -> Iterator[Result]:
     """`intra_doc` against `intra_doc_reset`: the same rows, each document shifted by where it begins."""
     context = context | {"rows": "intra_doc", "length": len(texts[0].ids)}
-    starts: list[torch.Tensor] = []  # where each query's document begins
-    changes: list[dict[int, Change]] = []
-    spoken: list[list[torch.Tensor]] = []
-    for text in texts:
+
+    def read(text: TextRow) -> tuple[torch.Tensor, dict[int, Change], list[torch.Tensor]] | None:
         reset, running = (p.apply(text.layout) for p in (Pattern.intra_doc_reset, Pattern.intra_doc))
         queries = document_queries(running, setting.queries)
         if not len(queries):
-            continue  # nothing but very short documents
+            return None  # nothing but very short documents
         positions = [reset.position_ids(), running.position_ids()]
-        starts.append(torch.from_numpy(first_keys(running))[queries])
-        changes.append(tool.changes(text, running, positions, queries)[0])
-        if setting.end_to_end:
-            spoken.append(tool.log_probabilities(text, running, positions, queries))
+        starts = torch.from_numpy(first_keys(running))[queries]  # where each query's document begins
+        changed = tool.changes(text, running, positions, queries)[0]
+        return starts, changed, tool.log_probabilities(text, running, positions, queries) if setting.end_to_end else []
+
+    sizes = [2 * len(text.ids) * (1 + setting.end_to_end) for text in texts]
+    found = [read for read in spread(texts, read, sizes, progress) if read is not None]
+    starts, changes, spoken = [s for s, _, _ in found], [c for _, c, _ in found], [logp for _, _, logp in found]
     if changes:
         yield from layer_rows(changes, context, layers=True)
         yield from _offset_rows(starts, changes, context)
-    if spoken:
+    if changes and setting.end_to_end:
         yield _spoken_row([(before, after) for before, after in spoken], context)
         losses = [float((before - after).mean()) for before, after in spoken]
         yield mean_result("precision_loss_change", losses, "nats", context)

@@ -1,45 +1,45 @@
-"""`anchorctx kvcomm`: how well agents that run a checkpoint reuse each other's KV caches, by arm, against dense."""
+"""The evaluation `kvcomm`: how well agents that run a model reuse each other's KV caches, by arm, against dense.
+
+A unit is a task, since arms learn from one problem to the next, or the split of errors. What can be refused is refused
+before any weight is read, on a model that has only shapes. Of several processes each takes some of the arms, beside
+dense, which is computed by all: an arm's numbers do not depend on the other arms.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from anchorctx.data.sources.documents import Reading
 from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactTokens, lines_of
-from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
-from anchorctx.evals.config import EvalConfig, EvalDtype, EvaluatedModel
-from anchorctx.evals.corpus import embedded, open_corpus
-from anchorctx.evals.evaluators.reuse.gate import GateConfig, Verdict, check_gate, judge
-from anchorctx.evals.evaluators.reuse.measures import VariationConfig, context_error
+from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
+from anchorctx.evals.corpus import Corpus
+from anchorctx.evals.distribute import gather, is_first, place, same_everywhere, spread
+from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
+from anchorctx.evals.evaluators.reuse.gate import check_gate
+from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import record_rows, variation_rows
-from anchorctx.evals.evaluators.reuse.tasks.base import Task, fingerprint
-from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask, CopyTaskConfig
+from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
+from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.humaneval import HumanEval
-from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu, QuestionTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask, RetrievalTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.sandbox import Limits
-from anchorctx.evals.evaluators.reuse.trial import Lab, Trial
-from anchorctx.evals.subject import load, models_of, read_config, read_tokenizer
+from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu
+from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
+from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
 from anchorctx.kvcomm.arms.basic import Arm, RotateGlue
 from anchorctx.kvcomm.arms.controls import RandomMoments
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.records.manifest import build_manifest, write_manifest
-from anchorctx.records.results import FILE, Result, append_results
+from anchorctx.records.results import Result
 
 logger = logging.getLogger(__name__)
 
@@ -47,194 +47,123 @@ CORPUS_TEXTS = 40
 """Held-out documents that the retrieval task and the split of errors draw their text from."""
 
 
-class TaskName(StrEnum):
-    """The tasks."""
+class Reuse:
+    """See the module. Making one reads the problems, and raises UserError for whatever cannot be run."""
 
-    retrieval = "retrieval"
-    """Planted facts in documents that only some agents hold."""
-    copy = "copy"
-    """Synthetic requests of given lengths, for timing."""
-    gsm8k = "gsm8k"
-    """School mathematics."""
-    mmlu = "mmlu"
-    """Multiple choice."""
-    humaneval = "humaneval"
-    """Programs that must pass tests; needs allow_code_execution."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ArmsConfig:
-    """Settings of the arms."""
-
-    first: int = 8
-    """rotate_glue: tokens recomputed at the start of each content."""
-    warmup: int = 3
-    """mean_offset: contents that are computed before the mean is used."""
-    min_exemplars: int = 4
-    """kvcomm: compute and store contents until this many exemplars are as long; the paper's rule alone is 1."""
-    gamma: float = 0.3
-    """kvcomm: share where the entropy of the weights is below this part of its greatest value, 0..1."""
-    temperature: float = 1.0
-    """kvcomm: divides the distances between contents."""
-    max_exemplars: int = 20
-    """kvcomm: exemplars a placeholder, at most."""
-    window: int = 5
-    """kvcomm: on overflow the least used of this many oldest exemplars goes."""
-    max_bytes: int | None = None
-    """kvcomm: bytes of all exemplars of a session, at most; null is no limit."""
-    partial: bool = True
-    """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
-
-
-@dataclass(kw_only=True, slots=True)
-class KvcommConfig:
-    """What `anchorctx kvcomm` does."""
-
-    model: Any = None
-    """Hugging Face folder (or hub name) with weights and tokenizer, which all agents run; several, as
-    model=[runs/a,runs/b], are evaluated one after another on the same problems."""
-    models: list[EvaluatedModel] = field(default_factory=list)
-    """Instead of model, where each needs settings of its own: [{path: runs/a, label: base}, {path: runs/b}]; keys are
-    label, config, rope and max_length."""
-    out_dir: str
-    """Folder for results.jsonl (appended to), manifest.json and pictures."""
-    label: str | None = None
-    """Name of the model in the results; null takes the folder's name."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
-    tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
-    """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
-    arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
-    """Arms and controls; dense always runs beside them."""
-    agents: int = 3
-    """Agents, the decision agent included."""
-    topology: str = "full"
-    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
-    decision_dense: bool = True
-    """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
-    compare_tokens: int = 64
-    """Tokens of each answer over which an arm's distributions are compared with dense's."""
-    settings: ArmsConfig = field(default_factory=ArmsConfig)
-    """Settings of the arms."""
-    retrieval: RetrievalTaskConfig = field(default_factory=RetrievalTaskConfig)
-    """Settings of the retrieval task."""
-    copy: CopyTaskConfig = field(default_factory=CopyTaskConfig)
-    """Settings of the copy task."""
-    gsm8k: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="openai/gsm8k:main"))
-    """Where GSM8K's problems come from."""
-    mmlu: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="cais/mmlu:all"))
-    """Where MMLU's problems come from."""
-    humaneval: QuestionTaskConfig = field(
-        default_factory=lambda: QuestionTaskConfig(dataset="openai/openai_humaneval", max_new_tokens=384)
-    )
-    """Where HumanEval's problems come from."""
-    variation: VariationConfig = field(default_factory=VariationConfig)
-    """How a document's KV varies with what stands before it and with its place; left out where the model's length or
-    the corpus is too short for it."""
-    allow_code_execution: bool = False
-    """humaneval: run generated code, in a subprocess without network and with the limits of `sandbox`."""
-    sandbox: Limits = field(default_factory=Limits)
-    """humaneval: what a program may use."""
-    gate: GateConfig = field(default_factory=GateConfig)
-    """Bounds on one arm; beyond them the command exits with 1."""
-    corpus: SourceConfig = field(default_factory=embedded)
-    """Held-out text for the retrieval task's documents: any source that `prepare` takes."""
-    seed: int = 0
-    """Seed of problems, orders and noise."""
-    dtype: EvalDtype = EvalDtype.auto
-    """Precision: auto, float32 or bfloat16."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the command found."""
-
-    rows: list[Result]
-    verdict: Verdict | None
-    """Of the gate, where one was asked for."""
-
-
-def evaluate_reuse(config: KvcommConfig) -> Outcome:
-    """Run the tasks through the arms; rows are appended to `out_dir`/results.jsonl once a task is done.
-
-    Several models run one after another, on the same problems where their tokenizers are the same.
-    """
-    check_run(config)
-    arms = arm_makers(config)
-    disable_progress_bar()  # ours are enough
-    settings = _model_settings(config)
-    models = models_of(settings)
-    texts = [document.text for document in _few(config)]
-    if len(models) > 1:  # a model that cannot be used is found before hours are spent on the others
-        for model in models:
-            Bench(config, settings, model, arms, texts)
-    bench, stamp = None, ""
-    found: list[Result] = []
-    for model in models:
-        bench = None  # its memory is needed
-        bench = Bench(config, settings, model, arms, texts)
-        if not stamp:  # everything is read and checked before anything is written
-            stamp = write_manifest(Path(config.out_dir), build_manifest("kvcomm", dataclasses.asdict(config)))
-        for rows in bench.run():
-            context = {"model": model.label}
-            stamped = [dataclasses.replace(r, manifest=stamp, context=context | r.context) for r in rows]
-            append_results(Path(config.out_dir) / FILE, stamped)
-            found.extend(stamped)
-    return Outcome(found, judge(found, config.gate))
-
-
-def check_run(config: KvcommConfig) -> None:
-    """UserError for settings with which nothing could be run."""
-    if not config.tasks:
-        raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} must be at least 0")
-
-
-class Bench:
-    """One loaded model with its tasks, read and checked."""
+    name = "kvcomm"
+    counts = "problem"
 
     def __init__(
-        self,
-        config: KvcommConfig,
-        settings: EvalConfig,
-        model: EvaluatedModel,
-        arms: dict[str, Callable[[], Arm]],
-        texts: Sequence[str],
+        self, config: ReuseConfig, candidate: Candidate, texts: Corpus, seed: int, attention: str | None
     ) -> None:
-        subject = load(model, read_config(model), read_tokenizer(model), settings)
-        model_, tokenizer = subject.model, subject.tokenizer
-        self._lab = Lab(
-            model_, tokenizer, Decoder(model_), arms, config.decision_dense, config.compare_tokens, config.seed
-        )
-        self._label, self._lines = model.label, _lines(texts, tokenizer)
-        self._variation = config.variation
-        tasks = [_task(name, config, model_, tokenizer, self._lines) for name in dict.fromkeys(config.tasks)]
-        self._trials = {task.name: [Trial(self._lab, task, team) for team in task.teams()] for task in tasks}
+        if not config.tasks:
+            raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
+        self.config, self._seed = config, seed
+        self._arms = arm_makers(config, seed)
+        self._lines = _lines(texts.first(CORPUS_TEXTS), candidate.tokenizer)
+        self._tasks: dict[str, tuple[Task, Sequence[Team]]] = {}
+        lab = self._lab(_shapes(candidate.config, attention), candidate.tokenizer, self._arms)
+        for name in dict.fromkeys(config.tasks):
+            task = _task(name, config, lab.model, candidate.tokenizer, self._lines, seed)
+            self._tasks[task.name] = task, task.teams()
+            for team in self._tasks[task.name][1]:
+                Trial(lab, task, team)
+        self._varies = self._has_room(lab.decoder.reach)
 
-    def run(self) -> Iterator[list[Result]]:
-        """The rows of each task once it is done, and those of the split of errors."""
-        for name, trials in self._trials.items():
-            work = [(trial, problem) for trial in trials for problem in trial.team.problems]
-            for trial, problem in tqdm(work, desc=f"{self._label}: {name}, {len(self._lab.arms)} arms", unit="problem"):
-                trial.run(problem)
-            records = [record for trial in trials for record in trial.records.values()]
-            yield record_rows(name, records, fingerprint([problem for _, problem in work]))
-        yield _variation(self._lab, self._lines, self._variation)
+    def longest(self) -> int:
+        """0: prompts are checked against the model's own limit when the evaluation is made."""
+        return 0
+
+    def settings(self) -> dict[str, Any]:
+        """All but which tasks run and what is made of the numbers, with digests of the files of problems."""
+        questions = (self.config.gsm8k, self.config.mmlu, self.config.humaneval)
+        paths = [Path(task.path) for task in questions if task.path is not None]
+        files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file()}
+        return settings_of(self.config, ReuseConfig, "tasks", "gate", "allow_code_execution") | {"files": files}
+
+    def units(self) -> list[Unit]:
+        """One a task, and the split of errors, whose rows are named by their lengths."""
+        variation = {"tokens": self.config.variation.tokens, "prefix": self.config.variation.prefix}
+        return [*({"task": name} for name in self._tasks), *([variation] if self._varies else [])]
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Everything was checked when the evaluation was made."""
+
+    def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
+        """The rows of one task through all arms, or of the split of errors."""
+        if "task" not in unit:
+            yield from self._variation(subject, progress)
+            return
+        task, teams = self._tasks[unit["task"]]
+        rank, world = place()
+        mine = {"dense", *[name for name in self._arms if name != "dense"][rank::world]}
+        arms = {name: make for name, make in self._arms.items() if name in mine}
+        lab = self._lab(subject.model, subject.tokenizer, arms)
+        trials = [Trial(lab, task, team) for team in teams]
+        for trial in trials:
+            trial.prepare()
+        work = [(trial, problem) for trial in trials for problem in trial.team.problems]
+        for trial, problem in work:
+            trial.run(problem)
+            same_everywhere(None)  # no process waits for the others for longer than a problem takes
+            progress(1, len(work))
+        records = self._together([trial.records for trial in trials])
+        yield from record_rows(task.name, records, fingerprint([problem for _, problem in work]))
+
+    def _together(self, mine: list[dict[str, Record]]) -> list[Record]:
+        """Every team's records, in the arms' order, from the processes that ran the arms; dense's from the first."""
+        parts = gather(mine)
+        teams = [{k: v for part in reversed(parts) for k, v in part[i].items()} for i in range(len(mine))]
+        return [records[name] for records in teams for name in self._arms]
+
+    def _lab(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arms: dict[str, Callable[[], Arm]]
+    ) -> Lab:
+        config = self.config
+        return Lab(model, tokenizer, Decoder(model), arms, config.decision_dense, config.compare_tokens, self._seed)
+
+    @property
+    def _stream(self) -> np.ndarray:
+        return np.array([token for line in self._lines for token in line])
+
+    def _has_room(self, reach: int) -> bool:
+        """Can the split of errors be measured? It is left out, with a warning, where model or text are too short."""
+        config, found = self.config.variation, len(self._stream)
+        needed, text = config.tokens + 2 * config.prefix + 1, 4 * max(config.tokens, config.prefix)
+        if found >= text and reach >= needed:
+            return True
+        if is_first():
+            logger.warning(
+                f"kvcomm_variation is left out: variation.tokens={config.tokens} behind variation.prefix="
+                f"{config.prefix} needs {needed:,} tokens of the model, which reaches {reach:,}, and {text:,} of text, "
+                f"of which there are {found:,}: lower them"
+            )
+        return False
+
+    def _variation(self, subject: Subject, progress: Progress) -> list[Result]:
+        """How a held-out document's KV varies with what stands before it, and with its distance from that."""
+        config, stream, decoder = self.config.variation, self._stream, Decoder(subject.model)
+        longest, tokenizer = max(config.tokens, config.prefix), subject.tokenizer
+        rng = np.random.default_rng([self._seed, 1])
+        starts = rng.integers(0, len(stream) - longest, size=(config.documents, 3))
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        pieces = stream[starts[..., None] + np.arange(longest)].tolist()
+
+        def error(piece: list[list[int]]) -> Any:
+            document, *before = piece
+            a, b = (text[: config.prefix] for text in before)
+            return context_error(decoder, document[: config.tokens], a, b, bos)  # type: ignore[arg-type]
+
+        return variation_rows(spread(pieces, error, [1] * len(pieces), progress), config.tokens, config.prefix)
 
 
-def _model_settings(config: KvcommConfig) -> EvalConfig:
-    """What `evals.subject` needs to load the models."""
-    averaged = next((model for model in config.models if model.average is not None), None)
-    if averaged is not None:
-        raise UserError(f"average={averaged.average} is not known to kvcomm, which compares models one by one: drop it")
-    shared = {name: getattr(config, name) for name in ("model", "models", "out_dir", "label", "config")}
-    return EvalConfig(**shared, dtype=config.dtype, device=config.device)
+def _shapes(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
+    """The model without its weights, to check on what does not depend on them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
 
 
-def arm_makers(config: KvcommConfig) -> dict[str, Callable[[], Arm]]:
+def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm]]:
     """The arms to run, dense first, with their settings; UserError for an unknown name or a bad setting."""
     known: dict[str, Callable[[], Arm]] = ARMS | CONTROLS
     unknown = [name for name in config.arms if name not in known]
@@ -247,34 +176,33 @@ def arm_makers(config: KvcommConfig) -> dict[str, Callable[[], Arm]]:
         "kvcomm": lambda: Kvcomm(pool, partial=s.partial),
         "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
         "mean_offset": lambda: MeanOffset(s.warmup),
-        "random": lambda: RandomMoments(config.seed),
+        "random": lambda: RandomMoments(seed),
     }
     for name, least in (("first", 0), ("warmup", 1)):
         if getattr(s, name) < least:
             raise UserError(f"settings.{name}={getattr(s, name)} must be at least {least}")
-    check_gate(config.gate)
     if config.compare_tokens < 1:
         raise UserError(f"compare_tokens={config.compare_tokens} must be at least 1")
-    if config.gate.arm is not None and config.gate.arm not in config.arms:
-        raise UserError(f"gate.arm={config.gate.arm} is not among the arms that run: add it to arms, or choose another")
+    check_gate(config.gate, config.arms)
     return {"dense": known["dense"]} | {name: known[name] for name in config.arms}
 
 
 def _task(
     name: TaskName,
-    config: KvcommConfig,
+    config: ReuseConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     lines: list[tuple[int, ...]],
+    seed: int,
 ) -> Task:
     if name is TaskName.retrieval:
         FactTokens.of(tokenizer)  # UserError where the tokenizer does not know the facts
         ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
         words = FactVocabulary(KEY_TOKENS, VALUE_TOKENS)
-        return RetrievalTask(config.retrieval, config.agents, lines, words, ids, config.seed)
+        return RetrievalTask(config.retrieval, config.agents, lines, words, ids, seed)
     if name is TaskName.copy:
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-        return CopyTask(config.copy, config.agents, config.topology, int(vocabulary), config.seed)  # type: ignore
+        return CopyTask(config.copy, config.agents, config.topology, int(vocabulary), seed)  # type: ignore
     if name is TaskName.gsm8k:
         return Gsm8k(config.gsm8k, config.agents, config.topology)
     if name is TaskName.mmlu:
@@ -282,33 +210,7 @@ def _task(
     return HumanEval(config.humaneval, config.agents, config.topology, config.allow_code_execution, config.sandbox)
 
 
-def _few(config: KvcommConfig) -> Iterator[Any]:
-    documents = open_corpus(config.corpus).texts(Reading(on_bad_row=config.corpus.on_bad_row))
-    return (document for document, _ in zip(documents, range(CORPUS_TEXTS), strict=False))
-
-
 def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     lines = [line for text in texts for line in lines_of(text)]
     encoded = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
     return [tuple(ids) for ids in encoded if ids]  # type: ignore[arg-type]
-
-
-def _variation(lab: Lab, lines: list[tuple[int, ...]], config: VariationConfig) -> list[Result]:
-    """How a held-out document's KV varies with what stands before it, and with its distance from that."""
-    stream, longest = np.array([token for line in lines for token in line]), max(config.tokens, config.prefix)
-    needed = config.tokens + 2 * config.prefix + 1
-    if len(stream) < 4 * longest or lab.decoder.reach < needed:
-        logger.warning(
-            f"kvcomm_variation is left out: variation.tokens={config.tokens} behind variation.prefix={config.prefix} "
-            f"needs {needed:,} tokens of the model, which reaches {lab.decoder.reach:,}, and {4 * longest:,} of text, "
-            f"of which there are {len(stream):,}: lower them"
-        )
-        return []
-    starts = np.random.default_rng([lab.seed, 1]).integers(0, len(stream) - longest, size=(config.documents, 3))
-    bos = lab.tokenizer.bos_token_id if lab.tokenizer.bos_token_id is not None else lab.tokenizer.eos_token_id
-    pieces = stream[starts[..., None] + np.arange(longest)].tolist()
-    errors = [
-        context_error(lab.decoder, document[: config.tokens], a[: config.prefix], b[: config.prefix], bos)  # type: ignore
-        for document, a, b in pieces
-    ]
-    return variation_rows(errors, config.tokens, config.prefix)

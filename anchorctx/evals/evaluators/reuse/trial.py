@@ -62,7 +62,7 @@ class Lab:
 
 
 class Trial:
-    """One team, all arms; `run` takes the problems one by one."""
+    """One team, all arms; after `prepare`, `run` takes the problems one by one. UserError for prompts too long."""
 
     def __init__(self, lab: Lab, task: Task, team: Team) -> None:
         self._lab, self._task, self.team = lab, task, team
@@ -72,11 +72,14 @@ class Trial:
         self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
         for problem in team.problems:
             self._dense.check(problem.texts)
-        for session in (self._dense, *self._compared.values(), *self._free.values()):  # nothing is run before the check
-            session.prepare()
         self.records = {n: Record(n, team.kind, s.arm.by_construction) for n, s in self._compared.items()}
         self._rng = np.random.default_rng([lab.seed, *team.kind.encode()])
         self._orders: dict[tuple[str, ...], Frame] = {}
+
+    def prepare(self) -> None:
+        """Encode the agents' fixed texts, so that no problem's time has that in it."""
+        for session in (self._dense, *self._compared.values(), *self._free.values()):
+            session.prepare()
 
     def run(self, problem: Problem) -> None:
         """One problem through every arm."""

@@ -12,13 +12,13 @@ import torch
 
 from anchorctx.attention.rope import RopeDtype, get_rope_dtype, rotary_modules
 from anchorctx.errors import UserError
+from anchorctx.evals.commands import evaluate_precision as study
 from anchorctx.evals.evaluators.precision import arms
 from anchorctx.evals.evaluators.precision import study as study_module
 from anchorctx.evals.evaluators.precision.config import Arithmetic, PrecisionConfig
 from anchorctx.evals.evaluators.precision.cost import Timings
 from anchorctx.evals.evaluators.precision.random_scores import random_score_changes
 from anchorctx.evals.evaluators.precision.rows import interval_half, key_bins, mean_result
-from anchorctx.evals.evaluators.precision.study import study
 from anchorctx.evals.evaluators.precision.table import table
 from anchorctx.evals.evaluators.precision.texts import Texts
 from anchorctx.evals.evaluators.precision.verdict import Question, find, verdict
@@ -56,7 +56,9 @@ def numbers(rows: list[Result]) -> list[tuple[Any, ...]]:
     return [(row.metric, row.value, row.low, row.high, json.dumps(row.context, sort_keys=True)) for row in rows]
 
 
-def test_a_study_is_whole_deterministic_and_resumable(make_config: Make, tmp_path: Path):
+def test_a_study_is_whole_deterministic_and_resumable(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = make_config()
     rows = study(config)
     out = Path(config.out_dir)
@@ -90,18 +92,21 @@ def test_a_study_is_whole_deterministic_and_resumable(make_config: Make, tmp_pat
     assert {f"precision_{name}" for name in names} <= {row.metric for row in rows}
     assert "moves" in table(rows) and "Use rope_dtype=float32" in table(rows)
 
-    # Stopped and started again: a unit that is missing or half-written is measured anew, others are not touched.
-    gone = out / "units" / "trained-bfloat16-96.jsonl"
-    gone.with_suffix(".partial").write_text('{"metric": "prec')
-    gone.unlink()
-    kept = (out / "units" / "control-float32-32.jsonl").stat().st_mtime_ns
-    assert numbers(study(config)) == numbers(rows)
-    assert (out / "units" / "control-float32-32.jsonl").stat().st_mtime_ns == kept
+    # Typed again nothing is measured; cut off in the middle of a unit, what is missing is.
+    file, loads = out / "results.jsonl", []
+    whole, load = file.read_bytes(), arms.load
+    monkeypatch.setattr(arms, "load", lambda *args: loads.append(args[1:3]) or load(*args))
+    assert study(config) == rows and file.read_bytes() == whole and not loads
+    lines = whole.splitlines(keepends=True)
+    keep = next(i for i, row in enumerate(rows) if row.context.get("weights") == "control")
+    file.write_bytes(b"".join(lines[:keep]))
+    assert study(config) == rows and file.read_bytes() == whole
+    assert loads == [(arms.Weights.control, arithmetic) for arithmetic in Arithmetic]
     # Elsewhere, from the beginning: the same numbers.
     again = study(make_config(out_dir=str(tmp_path / "again")))
     assert numbers(again) == numbers(rows)
     # Another study must not be mixed in.
-    with pytest.raises(UserError, match="holds another study .* another config"):
+    with pytest.raises(UserError, match="holds another precision study of tiny"):
         study(make_config(queries=9))
     shutil.rmtree(out)
 

@@ -13,13 +13,15 @@ from transformers import LlamaForCausalLM
 from anchorctx.cli.main import main
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.evaluator import KvcommConfig, arm_makers
+from anchorctx.evals.evaluators.reuse.config import ReuseConfig
+from anchorctx.evals.evaluators.reuse.evaluator import arm_makers
 from anchorctx.evals.evaluators.reuse.gate import GateConfig, check_gate, judge
 from anchorctx.evals.evaluators.reuse.measures import (
     context_error,
     kv_error,
     paired_difference,
 )
+from anchorctx.evals.evaluators.reuse.trial import Trial
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
@@ -74,7 +76,7 @@ def value(rows: list[Result], metric: str, **context: Any) -> float:
 
 
 def test_every_task_has_its_rows(folder: Path, rows: list[Result]) -> None:
-    arms = arm_makers(KvcommConfig(model="", out_dir=""))
+    arms = arm_makers(ReuseConfig())
     for task in ("retrieval", "copy", "gsm8k"):
         for arm in arms:
             base = {"task": task, "arm": arm, "kind": "all"}
@@ -180,6 +182,62 @@ def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> No
     assert plain[0] == plain[1]
 
 
+def test_typed_twice_or_cut_off_it_leaves_the_rows_of_one_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that was done is not run again, one that was cut off is, and a report takes the folder each time."""
+    only = ["tasks=[retrieval,copy]", "arms=[kvcomm,random]", "retrieval.kinds=[single,absent]"]
+    file, run, ran = tmp_path / "out" / "results.jsonl", Trial.run, []
+
+    def cut(self: Trial, problem: Any) -> None:
+        ran.append(self.team.kind)
+        if ran.count("copy") == 2:
+            raise KeyboardInterrupt
+        run(self, problem)
+
+    assert command(folder, tmp_path / "whole", *only) == 0
+    monkeypatch.setattr(Trial, "run", cut)
+    assert command(folder, file.parent, *only) == 130
+    assert {row.context["task"] for row in read_results(file)} == {"retrieval"}
+    assert main(["report", str(file.parent), f"out={tmp_path / 'a.html'}"]) == 0
+    monkeypatch.setattr(Trial, "run", run)
+    assert command(folder, file.parent, *only) == 0
+    whole, found = (list(read_results(path)) for path in (tmp_path / "whole" / "results.jsonl", file))
+    plain = [
+        [(r.metric, r.value, r.n, r.manifest, r.context) for r in rows if r.unit != "s"] for rows in (whole, found)
+    ]
+    assert plain[0] == plain[1] and len(whole) == len(found)
+
+    once = file.read_bytes()
+    assert command(folder, file.parent, *only, "gate={arm: kvcomm, max_kl: 0, min_agreement: 1}") == 1
+    assert file.read_bytes() == once and "| kvcomm |" in (file.parent / "kvcomm.md").read_text()
+    assert command(folder, file.parent, "tasks=[copy]", *only[1:]) == 0 and file.read_bytes() == once
+    assert main(["report", str(file.parent), f"out={tmp_path / 'b.html'}"]) == 0
+    assert json.loads((file.parent / "manifest.json").read_text())["command"] == "kvcomm"
+
+
+def test_another_evaluation_of_reuse_is_not_mixed_in(folder: Path, tmp_path: Path, capsys) -> None:
+    only = ["tasks=[copy]", "copy.problems=1", "variation.prefix=600"]
+    assert command(folder, tmp_path, *only, "arms=[rotate]") == 0
+    before = (tmp_path / "results.jsonl").read_bytes()
+    assert command(folder, tmp_path, *only, "arms=[naive]") == 2
+    assert "holds another kvcomm study of tiny" in capsys.readouterr().err
+    assert command(folder, tmp_path, *only, "arms=[naive]", "label=other") == 0
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(before)
+
+
+def test_it_is_an_evaluation_like_the_others(folder: Path, tmp_path: Path) -> None:
+    words = ["tasks=[copy]", "arms=[rotate]", "copy.problems=1", "variation.prefix=600"]
+    assert command(folder, tmp_path / "short", *words, "copy={question: 40, prefix: 20, output: 6}") == 0
+    options = [*words, "copy={question: 40, prefix: 20, output: 6}", "retrieval={problems: 3, document_tokens: 60}"]
+    corpus = f"corpus={{path: {folder / 'corpus.jsonl'}}}"
+    base = ["eval", f"model={folder / 'tiny'}", f"out_dir={tmp_path / 'long'}", corpus, "evals=[kvcomm]"]
+    assert main([*base, *(f"kvcomm.{option}" for option in options), "kvcomm.compare_tokens=4"]) == 0
+    short, long = (list(read_results(tmp_path / name / "results.jsonl")) for name in ("short", "long"))
+    plain = [[(r.metric, r.value, r.context) for r in rows if r.unit != "s"] for rows in (short, long)]
+    assert plain[0] == plain[1] and plain[0]
+
+
 def test_the_gate_decides_the_exit_code(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     only = ["tasks=[copy]", "arms=[rotate,dense_prefix_cache]"]
     assert command(folder, tmp_path / "a", *only, "gate.arm=dense_prefix_cache") == 0
@@ -196,7 +254,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
     only.append("retrieval.kinds=[two_hop,override]")
     assert command(folder, tmp_path, models, *only, "gate={arm: rotate, max_kl: 1e9, min_agreement: 0}") == 0
     rows = list(read_results(tmp_path / "results.jsonl"))
-    assert len({r.manifest for r in rows}) == 1 and len({r.context.get("problems") for r in rows}) == 2
+    assert len({r.manifest for r in rows}) == 2 and len({r.context.get("problems") for r in rows}) == 2
     cells = {
         model: [(r.metric, r.context | {"model": "", "values": len(r.context.get("values", []))}) for r in rows
                 if r.context["model"] == model]
@@ -297,4 +355,4 @@ def test_the_gate_reads_the_worst_task() -> None:
     verdict = judge(good + bad, GateConfig(arm="rotate"))
     assert verdict is not None and not verdict.passed and verdict.text.count("\n") == 1
     with pytest.raises(UserError, match="max_kl=-1"):
-        check_gate(GateConfig(arm="rotate", max_kl=-1))
+        check_gate(GateConfig(arm="rotate", max_kl=-1), ["rotate"])
