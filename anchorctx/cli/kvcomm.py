@@ -19,7 +19,8 @@ def run(arguments: Arguments) -> int:
     if config is None:
         return 0
     from anchorctx.evals.evaluators.reuse.evaluator import evaluate_reuse
-    from anchorctx.report.kvcomm import draw_reuse, reuse_table
+    from anchorctx.report.figures.reuse import draw_reuse
+    from anchorctx.report.reuse_table import reuse_table
 
     outcome = evaluate_reuse(config)
     table = reuse_table(outcome.rows)

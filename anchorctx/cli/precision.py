@@ -18,7 +18,7 @@ def run(arguments: Arguments) -> None:
         return
     from anchorctx.evals.evaluators.precision.study import study
     from anchorctx.evals.evaluators.precision.table import table
-    from anchorctx.report.precision_figure import precision_figure
+    from anchorctx.report.figures.precision import precision_figure
     from anchorctx.report.precision_series import Study
 
     rows = study(config)
