@@ -131,7 +131,7 @@ def test_imports_go_in_the_right_direction(path: Path) -> None:
         ("evals.runner", "import lm_eval.tasks"),
         ("evals.runner", "import wandb"),
         ("models", "import deepspeed"),
-        ("report.plots", "def f():\n    import torch"),
+        ("report.figures.style", "def f():\n    import torch"),
     ],
 )
 def test_planted_violations_are_found(module: str, source: str) -> None:

@@ -19,7 +19,8 @@ def run(arguments: Arguments) -> int:
         return 0
     from anchorctx.evals.commands import evaluate_reuse
     from anchorctx.evals.distribute import is_first
-    from anchorctx.report.kvcomm import draw_reuse, reuse_table
+    from anchorctx.report.figures.reuse import draw_reuse
+    from anchorctx.report.reuse_table import reuse_table
 
     outcome = evaluate_reuse(config)
     verdict = outcome.verdict

@@ -81,26 +81,17 @@ def holm(probabilities: Sequence[float]) -> list[float]:
 
 
 def student_p(t: float, freedom: int) -> float:
-    """Two-sided probability of |T| >= |t| for whole degrees of freedom (Abramowitz & Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan2(abs(t), math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    if freedom == 1:
-        return 1 - 2 * angle / math.pi
-    term = total = cosine if freedom % 2 else 1.0
-    for k in range(3 if freedom % 2 else 2, freedom - 1, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    inside = 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
-    return max(1 - inside, 0.0)
+    """Two-sided probability of |T| >= |t| under Student's t."""
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(freedom, -abs(t)))
 
 
 def student_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t, by bisection."""
-    low, high = Z, 13.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 0.05 else (low, middle)
-    return (low + high) / 2
+    """97.5 % quantile of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.975))
 
 
 def _values(result: Result) -> list[float]:

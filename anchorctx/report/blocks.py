@@ -9,8 +9,8 @@ from typing import Protocol
 from markupsafe import Markup
 
 from anchorctx.records.results import Result
-from anchorctx.report.charts import Chart
 from anchorctx.report.collect import Material
+from anchorctx.report.figures.chart import Chart
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.records.results import read_results
-from anchorctx.report.plots import loss_figure, pattern_figure, retrieval_figure
+from anchorctx.report.figures.pattern import pattern_figure
+from anchorctx.report.figures.retrieval import retrieval_figure
+from anchorctx.report.figures.training import loss_figure
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,8 +6,8 @@ import statistics
 from dataclasses import dataclass
 
 from anchorctx.report.collect import Material, TrainRun
+from anchorctx.report.numbers import number, percent
 from anchorctx.report.series import by_model
-from anchorctx.report.svg import number, percent
 
 
 @dataclass(frozen=True, slots=True)

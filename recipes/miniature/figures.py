@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from anchorctx.records.results import Result
-from anchorctx.report.plots import BLUE, MARKERS, ORANGE, SERIES, new_figure, save, styled
+from anchorctx.report.figures.style import BLUE, MARKERS, ORANGE, SERIES, new_figure, save, styled
 
 
 def _bar(row: Result) -> tuple[list[float], list[float]]:

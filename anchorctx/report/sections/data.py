@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from anchorctx.report.blocks import Cell, Figure, Section, Table
-from anchorctx.report.charts import histogram, stacked_bars
 from anchorctx.report.collect import Material, Place
-from anchorctx.report.svg import number, percent
+from anchorctx.report.figures.charts import histogram, stacked_bars
+from anchorctx.report.numbers import number, percent
 
 CELLS = {
     "trained": "trained",

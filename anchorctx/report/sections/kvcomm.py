@@ -7,15 +7,14 @@ from typing import Any
 
 from anchorctx.records.results import Result
 from anchorctx.report.blocks import Cell, Figure, Section, Table, measured
-from anchorctx.report.charts import Line, heat_map, line_chart
 from anchorctx.report.collect import Material
+from anchorctx.report.figures.charts import heat_map
+from anchorctx.report.figures.reuse import error_charts, variation_chart
+from anchorctx.report.numbers import number
 from anchorctx.report.series import check_one_manifest
-from anchorctx.report.svg import Axis, number
 
 PREFIX = "kvcomm_"
 ALL = {"kind": "all"}
-DRAWN = ("naive", "rotate", "rotate_glue", "kvcomm_ungated", "mean_offset", "anchored")
-"""Arms whose errors are drawn by layer: those with an error of their own, and few enough for a colour each."""
 SHARES: dict[str, tuple[str, dict[str, Any]]] = {
     "agreement": ("kvcomm_agreement", {"tokens": "all"}),
     "accuracy": ("kvcomm_accuracy", {}),
@@ -45,7 +44,10 @@ def build(material: Material) -> Section | None:
         rows = [row.result for row in mine]
         for task in _distinct(rows, "task"):
             name = f"{model}: {task}" if len(models) > 1 else task
-            blocks += _task(name, [row for row in rows if row.context.get("task") == task])
+            blocks += _task(name, task, rows)
+        if (chart := variation_chart(rows)) is not None:
+            caption = "Norm of the change of a document's keys and values, by their norm."
+            blocks.append(Figure(chart.description, chart, caption))
     if not blocks:
         return None
     lead = (
@@ -55,17 +57,14 @@ def build(material: Material) -> Section | None:
     return Section("kvcomm", "Agents that share KV caches", lead, blocks)
 
 
-def _task(name: str, rows: Sequence[Result]) -> list[Figure | Table]:
-    arms = _distinct(rows, "arm")
-    layers = {part: _layers(rows, arms, part) for part in ("key", "value")}
-    figures = [_map(name, rows, arms)]
-    for part, lines in layers.items():
-        if lines:
-            ticks = sorted({x for line in lines for x in line.x})
-            what = f"{name}: error of {part}s by layer"
-            chart = line_chart(lines, Axis("layer", ticks=ticks), Axis("relative error", low=0.0), what)
-            figures.append(Figure(what, chart, f"Norm of the difference to dense's {part}s, by dense's norm."))
-    return [*figures, _table(name, rows, arms)]
+def _task(name: str, task: str, rows: Sequence[Result]) -> list[Figure | Table]:
+    mine = [row for row in rows if row.context.get("task") == task]
+    arms = _distinct(mine, "arm")
+    blocks: list[Figure | Table] = [_map(name, mine, arms)]
+    for part, chart in error_charts(mine, task).items():
+        caption = f"Norm of the difference to dense's {part}s, by dense's norm."
+        blocks.append(Figure(f"{name}: error of {part}s by layer", chart, caption))
+    return [*blocks, _table(name, mine, arms)]
 
 
 def _map(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Figure:
@@ -82,21 +81,6 @@ def _map(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Figure:
         "Reuse: prompt tokens that were not computed; below 0 where an arm computes more."
     )
     return Figure(what, chart, caption)
-
-
-def _layers(rows: Sequence[Result], arms: Sequence[str], part: str) -> list[Line]:
-    lines = []
-    for i, arm in enumerate(arm for arm in DRAWN if arm in arms):
-        where = {"arm": arm, "part": part, "measure": "relative"}
-        mine = {
-            row.context["layer"]: row
-            for row in rows
-            if row.metric == "kvcomm_kv_error" and where.items() <= row.context.items()
-        }
-        if any(row.value for row in mine.values()):
-            at = sorted(mine)
-            lines.append(Line(arm, at, [mine[layer].value for layer in at], color=i))
-    return lines
 
 
 def _table(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Table:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from anchorctx.report.charts import Line
 from anchorctx.report.collect import Material
+from anchorctx.report.figures.charts import Line
 from anchorctx.report.series import Series, sorted_by
 
 

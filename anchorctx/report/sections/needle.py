@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 
 from anchorctx.report.blocks import Figure, Section
-from anchorctx.report.charts import heat_map
 from anchorctx.report.collect import Material, Row
+from anchorctx.report.figures.charts import heat_map
+from anchorctx.report.numbers import number, percent
 from anchorctx.report.series import by_model
-from anchorctx.report.svg import number, percent
 
 METRICS = {"needle_accuracy": "share of answers right", "needle_logprob": "log-likelihood of the answer (nats)"}
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from anchorctx.report.blocks import Cell, Figure, Section, Table, measured
-from anchorctx.report.charts import line_chart
 from anchorctx.report.collect import Material
+from anchorctx.report.figures.axes import Axis
+from anchorctx.report.figures.charts import line_chart
 from anchorctx.report.sections.lines import model_lines
 from anchorctx.report.series import by_model
-from anchorctx.report.svg import Axis
 
 AXIS = Axis("perplexity")
 

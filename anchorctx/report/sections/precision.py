@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from anchorctx.records.results import Result
 from anchorctx.report.blocks import Cell, Figure, Note, Section, Table
-from anchorctx.report.charts import Line, line_chart
 from anchorctx.report.collect import Material
-from anchorctx.report.precision_series import ARITHMETICS, WEIGHTS, Arm, Study
+from anchorctx.report.figures.precision import precision_charts
+from anchorctx.report.numbers import number
+from anchorctx.report.precision_series import ARITHMETICS, WEIGHTS, Study
 from anchorctx.report.series import check_one_manifest
-from anchorctx.report.svg import Axis, number
 
 PREFIX = "precision_"
-MOVED = "attention that moves"
 
 
 def build(material: Material) -> Section | None:
@@ -24,7 +21,10 @@ def build(material: Material) -> Section | None:
     blocks: list[Figure | Note | Table] = []
     for study in found:
         blocks += _notes(study)
-        blocks += _figures(study, f"{study.model}: " if len(found) > 1 else "")
+        prefix = f"{study.model}: " if len(found) > 1 else ""
+        blocks += [
+            Figure(f"{prefix}{title}", chart, caption) for title, chart, caption in precision_charts(study) if chart
+        ]
         blocks.append(_table(study))
     lead = (
         "RoPE promises that attention depends on distances alone, so that adding a constant to all positions changes "
@@ -52,48 +52,6 @@ def _notes(study: Study) -> list[Note]:
         return []
     context = study.verdict.context
     return [Note(text) for text in (context.get("sentence"), context.get("recommendation")) if text]
-
-
-def _figures(study: Study, prefix: str) -> list[Figure]:
-    length, shift = study.length, study.shift
-    lengths = sorted({row.context["length"] for arm in study.by_length() for row in arm.rows})
-    figures = [
-        _figure(f"{prefix}Against the shift", study.by_shift(), Axis("shift of all positions (tokens)", log=10),
-                Axis(MOVED, log=10, percent=True),
-                f"Share of each query's attention that moves to other keys, at {length:,} tokens. Dashed: "
-                "the same architecture with weights drawn anew."),
-        _figure(f"{prefix}By token", study.by_key(), Axis("key (1 is the first token)", log=10),
-                Axis("change of attention to a key", log=10),
-                f"Mean absolute change of the attention to single keys and ranges of keys, at a shift of {shift:,}."),
-        _figure(f"{prefix}The first token against length", study.by_length(),
-                Axis("row length (tokens)", log=2, ticks=lengths), Axis("change of its score (nats)", log=10),
-                f"Mean absolute change of the first token's scaled score, at a shift of {shift:,}."),
-        _figure(f"{prefix}All tokens against length", study.by_length("precision_attention_change"),
-                Axis("row length (tokens)", log=2, ticks=lengths), Axis(MOVED, log=10, percent=True),
-                f"Share of attention that moves, by length, at a shift of {shift:,}."),
-        _figure(f"{prefix}By layer", [arm for arm in study.by_layer() if not arm.dashed],
-                Axis("layer", ticks=sorted({at for arm in study.by_layer() for at in arm.x})),
-                Axis(MOVED, log=10, percent=True), f"The checkpoint's layers, at {length:,} tokens."),
-        _figure(f"{prefix}Packed training rows", [arm for arm in study.by_offset() if not arm.dashed],
-                Axis("where the document begins (tokens)"), Axis(MOVED, log=10, percent=True),
-                "intra_doc against intra_doc_reset: the same rows, where each document is shifted by where it begins."),
-    ]  # fmt: skip
-    return [figure for figure in figures if figure is not None]
-
-
-def _figure(title: str, arms: Sequence[Arm], x: Axis, y: Axis, caption: str) -> Figure | None:
-    lines = []
-    for arm in arms:
-        points = [(at, row) for at, row in zip(arm.x, arm.rows, strict=True) if row.value > 0]
-        low = [row.low if row.low is not None and row.low > 0 else None for _, row in points]
-        high = [row.high for _, row in points]
-        values = [row.value for _, row in points]
-        lines.append(Line(arm.name, [at for at, _ in points], values, low, high, arm.color, arm.dashed))
-    if not any(line.x for line in lines):
-        return None
-    if len({at for line in lines for at in line.x}) == 1 and x.ticks is None:
-        x = Axis(x.label, x.log, ticks=sorted({at for line in lines for at in line.x}))
-    return Figure(title, line_chart(lines, x, y, title), caption)
 
 
 def _table(study: Study) -> Table:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from anchorctx.report.blocks import Cell, Figure, Section, Table, measured
-from anchorctx.report.charts import Line, heat_map, line_chart
 from anchorctx.report.collect import Material, Row
+from anchorctx.report.figures.axes import Axis
+from anchorctx.report.figures.charts import Line, heat_map, line_chart
+from anchorctx.report.numbers import number
 from anchorctx.report.series import by_model
-from anchorctx.report.svg import Axis, number
 
 AVERAGE = "average"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 
 from anchorctx.report.blocks import Cell, Figure, Section, Table
-from anchorctx.report.charts import Line, line_chart
 from anchorctx.report.collect import Material, TrainRun
-from anchorctx.report.sections.training import TOKENS
-from anchorctx.report.svg import Axis, percent
+from anchorctx.report.figures.axes import Axis
+from anchorctx.report.figures.charts import Line, line_chart
+from anchorctx.report.figures.training import TOKENS
+from anchorctx.report.numbers import percent
 
 CHARTS = (
     ("perf/tokens_per_second", "Throughput", Axis("tokens a second", low=0.0), "Tokens of rows a second, all devices."),

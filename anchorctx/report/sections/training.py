@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from anchorctx.report.blocks import Figure, Section
-from anchorctx.report.charts import Line, line_chart
 from anchorctx.report.collect import Material, TrainRun
-from anchorctx.report.svg import Axis, number
-
-SMOOTH_FROM = 20
-"""Points from which a running mean is drawn over the loss of single steps."""
-TOKENS = Axis("trained tokens")
+from anchorctx.report.figures.axes import Axis
+from anchorctx.report.figures.charts import Line, line_chart
+from anchorctx.report.figures.training import TOKENS, loss_chart
+from anchorctx.report.numbers import number
 
 
 def build(material: Material) -> Section | None:
     """None without a training run."""
     if not any(run.column("train/loss")[0] or run.column("val/loss")[0] for run in material.runs):
         return None
-    blocks = [_loss(material.runs)]
+    runs = [(run.label, run.column("train/loss"), run.column("val/loss")) for run in material.runs]
+    caption = "Loss a trained token in nats, weighted as in training. Held-out sets may be weighted otherwise."
+    blocks = [Figure("Loss", loss_chart(runs), caption)]
     for key, title, label in (
         ("train/lr", "Learning rate", "learning rate"),
         ("train/grad_norm", "Gradient norm", "gradient norm, before clipping"),
@@ -30,31 +26,6 @@ def build(material: Material) -> Section | None:
             what = f"{title} against trained tokens"
             blocks.append(Figure(title, line_chart(lines, TOKENS, Axis(label), what), f"{what}."))
     return Section("training", "Training", " ".join(map(_lead, material.runs)), blocks)
-
-
-def _loss(runs: Sequence[TrainRun]) -> Figure:
-    lines: list[Line] = []
-    several = len(runs) > 1
-    for i, run in enumerate(runs):
-        x, y = run.column("train/loss")
-        name = f"{run.label}, training" if several else "training"
-        if len(x) >= SMOOTH_FROM:
-            lines += [Line(name, x, y, color=2 * i + 1, faint=True)]
-            lines += [Line(f"{name} (running mean)", *smoothed(x, y), color=2 * i + 1)]
-        else:
-            lines += [Line(name, x, y, color=2 * i + 1)]
-        held_out = f"{run.label}, held out" if several else "held out"
-        lines += [Line(held_out, *run.column("val/loss"), color=2 * i + 2, dashed=several)]
-    caption = "Loss a trained token in nats, weighted as in training. Held-out sets may be weighted otherwise."
-    return Figure(
-        "Loss", line_chart(lines, TOKENS, Axis("loss (nats a token)"), "Loss against trained tokens"), caption
-    )
-
-
-def smoothed(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Running mean over a twentieth of the run, five points at least."""
-    kernel = np.ones(width := max(len(y) // 20, 5)) / width
-    return np.convolve(x, kernel, "valid").tolist(), np.convolve(y, kernel, "valid").tolist()
 
 
 def _lead(run: TrainRun) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorctx.records.results import Result, wilson_interval
+from anchorctx.records.results import Result, mean_interval, wilson_interval
 from anchorctx.records.statistics import difference, holm, over_cells, student_p, student_quantile
 from anchorctx.report.collect import Material, Place, Row
 from anchorctx.report.sections import comparison
@@ -28,6 +28,13 @@ def test_students_distribution_is_the_tables(freedom: int, quantile: float):
     assert student_p(quantile, freedom) == pytest.approx(0.05, abs=5e-6)  # the tables have four decimals
     assert student_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
     assert student_p(0, freedom) == 1 and student_p(-quantile, freedom) == student_p(quantile, freedom)
+
+
+def test_means_have_students_interval():
+    low, high = mean_interval([*range(12)]) or (0, 0)
+    half = 2.200985 * (143 / 11) ** 0.5 / 12**0.5  # 11 degrees of freedom; 0 to 11 have squares of deviations of 143
+    assert (low, high) == pytest.approx((5.5 - half, 5.5 + half), abs=1e-6)
+    assert mean_interval([1.0]) is None
 
 
 def test_paired_values_give_students_test():

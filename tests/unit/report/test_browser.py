@@ -82,12 +82,12 @@ found.lead = ratio(style('.lead', 'color'), style('body', 'backgroundColor'));
 found.link = ratio(style('nav a', 'color'), style('body', 'backgroundColor'));
 found.cell = ratio(style('td', 'color'), style('.table', 'backgroundColor'));
 found.caption = ratio(style('figcaption', 'color'), style('figure', 'backgroundColor'));
-found.tick = ratio(style('svg .tick', 'fill'), style('figure', 'backgroundColor'));
+found.tick = ratio(style('svg text', 'fill'), style('figure', 'backgroundColor'));
 found.note = ratio(style('.note', 'color'), style('.note', 'backgroundColor'));
-document.querySelectorAll('svg .cell').forEach((cell, i) => {
-    const [text, rect] = ['text', 'rect'].map(name => getComputedStyle(cell.querySelector(name)).fill);
-    found['cell' + i] = ratio(text, rect);
-});
+const fills = (selector) => [...document.querySelectorAll(selector)].map(mark => getComputedStyle(mark).fill);
+const [texts, cells] = [fills('svg .in-cell text'), fills('svg .cell path')];
+if (!cells.length || texts.length !== cells.length) throw new Error('cells without texts');
+cells.forEach((cell, i) => { found['cell' + i] = ratio(texts[i], cell); });
 return found;
 """
 

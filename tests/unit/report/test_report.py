@@ -16,12 +16,11 @@ from anchorctx.cli.main import main
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.records.results import Result, append_results, read_results
-from anchorctx.report.charts import heat_map, stacked_bars
 from anchorctx.report.collect import collect
+from anchorctx.report.numbers import number
 from anchorctx.report.page import render_page
 from anchorctx.report.sections import comparison, data, kvcomm, pattern, precision, retrieval, ruler, training
 from anchorctx.report.series import by_model
-from anchorctx.report.svg import Axis, number, scale
 
 from .fixtures import LENGTHS, TASKS, make_evaluation, make_packed, make_precision, make_run
 
@@ -84,6 +83,7 @@ def test_a_page_has_every_section_and_needs_no_network(project: Path, tmp_path: 
     first = page
     assert main(["report", str(project), f"out={out}", "pretraining_length=4096"]) == 0
     assert out.read_text() == first  # the same folders, the same file
+    assert len(first) < 800_000
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
 
 
@@ -149,13 +149,15 @@ def test_the_pattern_is_the_layouts(project: Path):
     section = pattern.build(material)
     assert section is not None and "3 documents" in section.lead
     whole, close = (figure.chart.svg for figure in section.blocks)  # type: ignore[union-attr]
-    assert whole.count("<polygon") == 1 + 4 + 1  # causal, anchor and documents, anchor's band
+    assert whole.count("<path") == 1 + 4 + 1  # causal, anchor and documents, anchor's band
     index = range(31, 49)
     keys = [0, 1, 2, 3, *index]
     allowed = layout.allowed_array()
-    assert close.count('class="anchor"') == sum(bool(allowed[q, 0]) for q in index)
-    assert close.count('class="doc') == sum(bool(allowed[q, k]) for q in index for k in keys if k > 0)
-    assert close.count('class="left-out"') == sum(not allowed[q, k] for q in index for k in keys if k <= q)
+    assert close.count("fill:var(--s2)") == sum(bool(allowed[q, 0]) for q in index)
+    assert len(re.findall(r"fill:var\(--s[15]\)", close)) == sum(
+        bool(allowed[q, k]) for q in index for k in keys if k > 0
+    )
+    assert close.count("fill:var(--left-out)") == sum(not allowed[q, k] for q in index for k in keys if k <= q)
 
 
 # -- manifests -------------------------------------------------------------------------------------------------------
@@ -314,29 +316,6 @@ def test_infinite_values_are_left_out(tmp_path: Path):
 )  # fmt: skip
 def test_numbers_are_short(value: float, words: str):
     assert number(value) == words
-
-
-@pytest.mark.parametrize(
-    ("axis", "values"),
-    [(Axis("x"), [3.0, 3.0]), (Axis("x"), [-1.0, 250.0]), (Axis("x", log=10), [1e-9, 3e-2]),
-     (Axis("x", log=2, ticks=[512, 4096]), [512, 4096]), (Axis("x", log=10), [5.0]), (Axis("x", log=10), [0.0, 0.0])],
-)  # fmt: skip
-def test_scales_hold_all_values_and_have_ticks(axis: Axis, values: list[float]):
-    made = scale(axis, values, 10.0, 200.0)
-    assert all(10 - 1e-6 <= made(v) <= 200 + 1e-6 for v in values if v > 0 or not axis.log)
-    ticks = made.ticks()
-    assert 1 <= len(ticks) <= 8 and all(10 - 1e-6 <= made(t) <= 200 + 1e-6 for t in ticks)
-
-
-def test_heat_maps_leave_missing_cells_empty():
-    chart = heat_map({("a", "1"): 0.2, ("b", "2"): 1.0}, ["a", "b"], ["1", "2"], "d", row_label="r", column_label="c")
-    assert re.findall(r"--p:(\d+)%", chart.svg) == ["20", "100"]
-
-
-def test_stacked_bars_fill_their_width():
-    chart = stacked_bars([("set", [("a", 0.75), ("b", 0.25)])], ["a", "b"], "d")
-    widths = [float(w) for w in re.findall(r'width="([\d.]+)" height="20"', chart.svg)]
-    assert widths[0] == pytest.approx(3 * widths[1], rel=1e-3)
 
 
 def test_importing_the_report_imports_neither_torch_nor_matplotlib():

@@ -26,7 +26,7 @@ from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result, read_results
-from anchorctx.report.kvcomm import find
+from anchorctx.report.reuse_table import find
 from anchorctx.testing.tiny import text_model
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
