@@ -6,13 +6,12 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import sys
 
 import torch
 
 from anchorctx.attention import BACKENDS, attend
 from anchorctx.attention.kernels.base import Score
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 
@@ -84,7 +83,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-if __name__ == "__main__":
-    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -1,18 +1,17 @@
-"""`anchorctx eval`, also `torchrun --nproc_per_node N -m anchorctx.cli.eval`: what Hugging Face folders are worth."""
+"""`anchorctx eval`, also `torchrun --nproc_per_node N -m anchorctx eval`: what Hugging Face folders are worth."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments, former_entry
 from anchorctx.records.results import Result
 
 EXAMPLE = """\
 anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
 anchorctx eval 'model=[base,exported]' out_dir=results 'evals=[ruler]' 'ruler.lengths=[8192,32768]' ruler.limit=50
-torchrun --nproc_per_node 8 -m anchorctx.cli.eval model=exported out_dir=results \\
+torchrun --nproc_per_node 8 -m anchorctx eval model=exported out_dir=results \\
     'evals=[lm_eval]' 'lm_eval.tasks=[mmlu,hellaswag]' lm_eval.batch_size=8"""
 HIDDEN = (
     "model",
@@ -69,4 +68,4 @@ def _cell(row: Result) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["eval", *sys.argv[1:]]))
+    former_entry("eval")

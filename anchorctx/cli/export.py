@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 
 EXAMPLE = "anchorctx export run=runs/mine out_dir=exported dtype=bfloat16"
 
@@ -18,7 +16,3 @@ def run(arguments: Arguments) -> None:
     from anchorctx.train.export import export
 
     print(f"exported to {export(config)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(["export", *sys.argv[1:]]))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 
 EXAMPLE = """\
 anchorctx kvcomm model=exported out_dir=reuse
@@ -32,7 +31,3 @@ def run(arguments: Arguments) -> int:
         return 0
     print(outcome.verdict.text)
     return 0 if outcome.verdict.passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(["kvcomm", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""`anchorctx COMMAND [--recipe FILE] [--show] [--dry-run] [key=value ...]`."""
+"""`anchorctx COMMAND [--recipe FILE] [--show] [--dry-run] [key=value ...]`, also `python -m anchorctx COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from typing import NoReturn
 
 from anchorctx.errors import InterruptedRun, UserError
 
+logger = logging.getLogger(__name__)
+
 COMMANDS = {
     "prepare": "documents -> tokens -> packed rows, on disk",
     "plan": "memory and time of a run, and the cheapest configuration that fits, before renting a machine",
-    "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx.cli.train)",
+    "train": "continue a checkpoint's training on packed rows (also: torchrun -m anchorctx train)",
     "export": "a run's checkpoint -> a Hugging Face folder",
     "eval": "perplexity, retrieval, needles, RULER and other lm-eval tasks of Hugging Face folders",
     "precision": "does bfloat16 break RoPE on this checkpoint, and does float32 rotation mend it",
@@ -89,6 +91,13 @@ def leave(code: int) -> NoReturn:
 def entry() -> NoReturn:
     """The `anchorctx` command."""
     leave(main())
+
+
+def former_entry(command: str) -> NoReturn:
+    """`python -m anchorctx.cli.COMMAND`, which goes on working until 0.2 for train and eval."""
+    _set_up_logging()
+    logger.info("-m anchorctx.cli.%s stops working in 0.2: type -m anchorctx %s instead", command, command)
+    leave(main([command, *sys.argv[1:]]))
 
 
 def _guarded(command: str, argv: list[str]) -> int:

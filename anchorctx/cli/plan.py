@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 from anchorctx.config import resolve, schema
 from anchorctx.plan.config import PlanConfig
 from anchorctx.records.manifest import build_manifest, write_json
@@ -71,7 +70,3 @@ def planned(arguments: Arguments) -> PlanConfig | None:
 def _key(word: str) -> str:
     """The first part of an override's key: `parallel` of `parallel.zero_stage=3`."""
     return word.lstrip("+~").partition("=")[0].partition(".")[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main(["plan", *sys.argv[1:]]))

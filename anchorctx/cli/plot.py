@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import sys
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 from anchorctx.errors import UserError
 
 EXAMPLE = (
@@ -37,7 +36,3 @@ def typical_row(documents: list[int]) -> int:
     """The first row whose number of documents is nearest to the mean."""
     mean = statistics.fmean(documents)
     return min(range(len(documents)), key=lambda row: abs(documents[row] - mean))
-
-
-if __name__ == "__main__":
-    sys.exit(main(["plot", *sys.argv[1:]]))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 
 EXAMPLE = "anchorctx precision model=exported out_dir=precision 'lengths=[1024, 4096, 16384]'"
 
@@ -25,7 +24,3 @@ def run(arguments: Arguments) -> None:
     print(table(rows))
     figure = precision_figure(Study(rows[-1].context["model"], rows), Path(config.out_dir) / "precision.png")
     print(f"\ndrawn: {figure}; for a page with all figures: anchorctx report {config.out_dir}")
-
-
-if __name__ == "__main__":
-    sys.exit(main(["precision", *sys.argv[1:]]))

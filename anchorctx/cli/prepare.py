@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 
 EXAMPLE = """\
 anchorctx prepare out_dir=packed tokenizer=MODEL row_length=65536 'sources=[{path: corpus.jsonl.zst}]'
@@ -25,7 +23,3 @@ def run(arguments: Arguments) -> None:
     from anchorctx.data.prepare import prepare
 
     prepare(config)
-
-
-if __name__ == "__main__":
-    sys.exit(main(["prepare", *sys.argv[1:]]))

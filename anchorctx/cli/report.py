@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, main
+from anchorctx.cli.main import Arguments
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 
@@ -59,7 +58,3 @@ def _layouts(config: ReportConfig, material: Material) -> dict[Path, PackedLayou
             raise UserError(f"row={config.row} is not in the packed set, which has {len(packed)} rows: give 0 or more")
         return {place.path: Pattern(name).apply(packed.row(config.row).layout)}
     return {}
-
-
-if __name__ == "__main__":
-    sys.exit(main(["report", *sys.argv[1:]]))

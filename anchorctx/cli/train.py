@@ -1,17 +1,16 @@
-"""`anchorctx train`, also `torchrun --nproc_per_node N -m anchorctx.cli.train`: continue a checkpoint's training."""
+"""`anchorctx train`, also `torchrun --nproc_per_node N -m anchorctx train`: continue a checkpoint's training."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 
 from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, leave, main
+from anchorctx.cli.main import Arguments, former_entry
 from anchorctx.evals.live import LiveConfig, LiveEvals
 from anchorctx.train.config import TrainConfig
 
 EXAMPLE = """\
-torchrun --nproc_per_node 8 -m anchorctx.cli.train --recipe recipes/llama3_8b_128k/recipe_train.yaml \\
+torchrun --nproc_per_node 8 -m anchorctx train --recipe recipes/llama3_8b_128k/recipe_train.yaml \\
     out_dir=runs/mine data.train=packed logging=wandb"""
 
 
@@ -34,4 +33,4 @@ def run(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    leave(main(["train", *sys.argv[1:]]))
+    former_entry("train")

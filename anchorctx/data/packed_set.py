@@ -10,7 +10,7 @@
       pointers_00000.npy       (rows + 1, 2) int64: where each row's boundaries and document ids begin
       rows.npz                 per row: sum of weights, trained tokens, documents, attention's cost
 
-It is written into a hidden folder beside and renamed when whole (`staging`), so a set that exists is complete.
+It is written into a hidden folder beside and renamed when whole (`records.files`), so a set that exists is complete.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anchorctx.data.packing.block import Block, Row
-from anchorctx.data.staging import StagedFolder
 from anchorctx.data.tokens.store import token_dtype
 from anchorctx.errors import UserError
+from anchorctx.records.files import StagedFolder
 from anchorctx.records.manifest import FILE, read_manifest, write_json
 
 if TYPE_CHECKING:

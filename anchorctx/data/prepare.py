@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from anchorctx.data.config import LossWeights, PrepareConfig
 from anchorctx.data.engine import Engine, open_engine
-from anchorctx.data.once import in_use, remove_unused, sole_writer
 from anchorctx.data.packed_set import PackedSet, ShardFiles, ShardWriter, rows_per_shard, write_shard
 from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
@@ -32,16 +31,15 @@ from anchorctx.data.packing.mixture import MixtureBy, check_names
 from anchorctx.data.packing.pieces import Rows
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows, shards_of
 from anchorctx.data.packing.tags import Tags
-from anchorctx.data.sources.documents import Document, OnBadRow, Reading
+from anchorctx.data.sources.documents import Document, OnBadRow, Part, Reading
 from anchorctx.data.sources.facts import FactTokens
-from anchorctx.data.sources.parts import Part
 from anchorctx.data.sources.source import open_sources
 from anchorctx.data.tokens.encode import Encoder, tokenize
-from anchorctx.data.tokens.ingest import Ingest, Progress
-from anchorctx.data.tokens.progress import ReadingBar
+from anchorctx.data.tokens.ingest import Ingest, Progress, ReadingBar
 from anchorctx.data.tokens.store import TokenPart
 from anchorctx.data.tokens.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
+from anchorctx.records.files import in_use, remove_unused, sole_writer
 from anchorctx.records.manifest import FILE, build_manifest, fingerprint
 
 CODE_VERSION = 2

@@ -9,16 +9,15 @@ was hashed, with when and where it was first measured.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Unit
+from anchorctx.records.files import lock_folder, write_bytes
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
 from anchorctx.records.results import FILE, Result, append_results, read_results
 
@@ -102,9 +101,7 @@ def _mend(path: Path) -> None:
     torn = [_manifest(line) for line in lines[-1:]]
     while lines and _manifest(lines[-1]) in torn:
         lines.pop()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(b"".join(lines))
-    os.replace(beside, path)
+    write_bytes(path, b"".join(lines))
 
 
 def _manifest(line: bytes) -> Any:
@@ -115,12 +112,9 @@ def _manifest(line: bytes) -> Any:
 
 
 def _lock(out_dir: Path) -> IO[str]:
-    file = (out_dir / ".lock").open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_folder(out_dir)
     except BlockingIOError:
-        file.close()
         raise UserError(
             f"out_dir={out_dir} is being written by another evaluation: wait for it, or choose another out_dir"
         ) from None
-    return file

@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from anchorctx.records.files import write_bytes
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -69,9 +71,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path` and rename, so that no reader ever sees half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(beside, path)
+    write_bytes(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
 def _revision() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from anchorctx.records.manifest import fingerprint
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "quickstart"
-ANCHORCTX = [sys.executable, "-m", "anchorctx.cli.main"]
+ANCHORCTX = [sys.executable, "-m", "anchorctx"]
 SHORT = 512
 """Tokens: what the bases were pretrained with, and every model is asked at beside its row's length."""
 BUDGETS = {

@@ -46,7 +46,7 @@ def make_packed(folder: Path, rows: int, seed: int) -> Path:
 
 @dataclass
 class Launcher:
-    """Starts `anchorctx.cli.train` under torchrun on one corpus."""
+    """Starts `anchorctx train` under torchrun on one corpus."""
 
     root: Path
 
@@ -62,7 +62,7 @@ class Launcher:
         ]
 
     def command(self, name: str, processes: int, *overrides: str) -> list[str]:
-        return [*torchrun(processes), "-m", "anchorctx.cli.train", *self.overrides(name, *overrides)]
+        return [*torchrun(processes), "-m", "anchorctx", "train", *self.overrides(name, *overrides)]
 
     def run(self, name: str, processes: int, *overrides: str) -> Path:
         done = subprocess.run(self.command(name, processes, *overrides), capture_output=True, text=True, timeout=300)

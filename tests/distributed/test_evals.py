@@ -99,7 +99,7 @@ SMALL = (
 
 
 def evaluated(out: Path, launcher: list[str], *overrides: str) -> list[Result]:
-    command = [*launcher, "-m", "anchorctx.cli.eval", f"out_dir={out}", *SMALL, *overrides]
+    command = [*launcher, "-m", "anchorctx", "eval", f"out_dir={out}", *SMALL, *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

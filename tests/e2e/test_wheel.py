@@ -21,7 +21,7 @@ def test_the_wheel_carries_its_configuration(tmp_path: Path) -> None:
     for path in ROOT.glob("conf/**/*.yaml"):
         assert f"anchorctx/conf/{path.relative_to(ROOT / 'conf')}" in names
     assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
-    show = [sys.executable, "-m", "anchorctx.cli.main", "train", "--show", "parallel=zero3_offload"]
+    show = [sys.executable, "-m", "anchorctx", "train", "--show", "parallel=zero3_offload"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(show, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,13 @@
-"""A document, and what becomes of rows that are none."""
+"""Documents, the policy for rows that are not valid, and the parts that a source is read in."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -78,6 +79,27 @@ class Reading:
         if self.on_bad_row is OnBadRow.fail:
             raise UserError(f"{row.sentence}, or set on_bad_row=skip to leave such rows out") from row
         self.skipped[row.reason] += 1
+
+
+class Part(Protocol):
+    """Some of a source's documents: what one worker reads, and what is not read again after an interruption.
+
+    Can be sent to another process.
+    """
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON that changes whenever the documents do."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """What `Reading.bytes_read` will grow by; None where it cannot be known."""
+        ...
+
+    def documents(self, reading: Reading) -> Iterator[Document | Tokens]:
+        """Yield the documents, in an order that never changes."""
+        ...
 
 
 def check_text(text: Any, where: str, what: str) -> None:

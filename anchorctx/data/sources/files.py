@@ -1,23 +1,22 @@
-"""Documents from local files: .jsonl, .parquet and text, compressed or not, read as a stream."""
+"""Local files as a source: which files a path names, what identifies them, and the parts they are read in."""
 
 from __future__ import annotations
 
 import glob
 import gzip
 import hashlib
-import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorctx.data.sources.arrow import arrow_rows
-from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens, check_text, too_long
+from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.fields import Fields
-from anchorctx.data.sources.streams import COMPRESSIONS, lines, whole
+from anchorctx.data.sources.readers import COMPRESSIONS, READERS
 from anchorctx.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,10 +32,23 @@ KINDS = {
     ".tex": "text",
 }
 """Format by file name ending, when the configuration does not say."""
-PARQUET_ROWS = 128
-"""Rows decoded at once: bounds the memory when rows are whole books."""
-PARQUET_READING = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**18}
-"""Read as a stream: by default pyarrow holds all of a file that it has read, until the last row is through."""
+PART_BYTES = 2**26
+"""Small files are read together until they have so many bytes; a larger file is a part of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilesPart:
+    """Some files."""
+
+    files: tuple[Path, ...]
+    kind: str | None
+    fields: Fields
+    identity: dict[str, Any]
+    size: int | None
+
+    def documents(self, reading: Reading) -> Iterator[Document | Tokens]:
+        """The files' documents."""
+        return read_files(self.files, self.kind, self.fields, reading)
 
 
 def find_files(path: str, kind: str | None) -> list[Path]:
@@ -88,6 +100,20 @@ def content_identity(files: list[Path]) -> list[dict[str, Any]]:
     ]
 
 
+def file_parts(
+    files: list[Path], contents: list[dict[str, Any]], kind: str | None, fields: Fields, facts: dict[str, Any]
+) -> list[FilesPart]:
+    """The files in parts of some PART_BYTES, in order; `contents` identifies each, `facts` belong to every identity."""
+    parts, begin, size = [], 0, 0
+    for index, content in enumerate(contents):
+        size += content["bytes"]
+        if size >= PART_BYTES or index == len(contents) - 1:
+            identity = {"format": kind, "files": contents[begin : index + 1], **facts}
+            parts.append(FilesPart(tuple(files[begin : index + 1]), kind, fields, identity, size))
+            begin, size = index + 1, 0
+    return parts
+
+
 def read_files(
     files: Sequence[Path], kind: str | None, fields: Fields, reading: Reading
 ) -> Iterator[Document | Tokens]:
@@ -105,83 +131,6 @@ def read_files(
             raise UserError(f"{file} cannot be read ({error.strerror or error}): mend it, or leave it out") from error
         before += file.stat().st_size
         reading.bytes_read = before
-
-
-def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
-    with file.open("rb") as raw:
-        for number, line in enumerate(lines(file, raw), start=1):
-            reading.bytes_read = before + raw.tell()
-            where = f"{file}:{number}"
-            try:
-                if line is None:
-                    raise BadRow("too long", too_long(where, "a line"))
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line.strip():
-                    yield from fields.documents(_parse(line, where), where)
-            except BadRow as row:
-                reading.bad(row)
-
-
-def _parse(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8").rstrip("\r\n"))  # else errors are in the next line, column 1
-    except UnicodeDecodeError as error:
-        sentence = f"{where} is not valid UTF-8 (byte {error.start}): convert the file"
-        raise BadRow("invalid UTF-8", sentence) from error
-    except json.JSONDecodeError as error:
-        sentence = f"{where} is not valid JSON ({error.msg}, column {error.colno}): mend the line"
-        raise BadRow("malformed JSON", sentence) from error
-    except RecursionError as error:
-        raise BadRow("malformed JSON", f"{where} is JSON nested too deeply to read: mend the line") from error
-    except ValueError as error:  # an integer of more than 4,300 digits
-        raise BadRow("malformed JSON", f"{where} has a number too long to read: mend the line") from error
-
-
-def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document]:
-    with file.open("rb") as raw:
-        content = whole(file, raw)
-    try:
-        if content is None:
-            raise BadRow("too long", too_long(str(file), "a text"))
-        text = content.decode("utf-8").removeprefix("\ufeff")
-        check_text(text, str(file), "its content")
-        yield Document(text, str(file), fields.constant_domain)
-    except UnicodeDecodeError as error:
-        sentence = f"{file} is not valid UTF-8 (byte {error.start}): convert the file"
-        reading.bad(BadRow("invalid UTF-8", sentence))
-    except BadRow as row:
-        reading.bad(row)
-
-
-def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(file, **PARQUET_READING) as parquet:
-            try:
-                columns = fields.columns(parquet.schema_arrow.names, str(file))
-            except BadRow as row:  # every row is without: no skipping will help
-                raise UserError(row.sentence) from row
-            size, rows, number = file.stat().st_size, max(parquet.metadata.num_rows, 1), 0
-            for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
-                for row in arrow_rows(batch, fields.tokens):
-                    number += 1
-                    reading.bytes_read = before + size * number // rows
-                    try:
-                        yield from fields.documents(row, f"{file}:{number}")
-                    except BadRow as bad:
-                        reading.bad(bad)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is no whole parquet file ({reason}): fetch it again, or leave it out") from error
-
-
-READERS: dict[str, Callable[[Path, Fields, Reading, int], Iterator[Document | Tokens]]] = {
-    "jsonl": _read_jsonl,
-    "text": _read_text,
-    "parquet": _read_parquet,
-}
 
 
 def _in_folder(folder: Path) -> list[Path]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorctx.data.sources.arrow import arrow_rows
 from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens
-from anchorctx.data.sources.fields import Fields
+from anchorctx.data.sources.fields import Fields, arrow_rows
 from anchorctx.errors import UserError
 
+PART_ROWS = 2**16
+"""Rows of a dataset in a part."""
 ROWS_AT_ONCE = 128
 """Rows read at once where they hold token ids."""
 
@@ -30,6 +31,25 @@ class DatasetName:
     """Commit or tag on the hub."""
     streaming: bool
     """Read from the network as it comes, nothing stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPart:
+    """Rows start..stop of a dataset; all of them where `stop` is None."""
+
+    name: DatasetName
+    start: int
+    stop: int | None
+    fields: Fields
+    identity: dict[str, Any]
+    size: int | None
+
+    def documents(self, reading: Reading) -> Iterator[Document | Tokens]:
+        """The rows' documents."""
+        dataset = open_dataset(self.name)
+        if self.stop is not None:
+            dataset = dataset.select(range(self.start, self.stop))
+        return read_dataset(dataset, self.name, self.fields, reading, self.start)
 
 
 def is_saved_dataset(path: str) -> bool:
@@ -72,6 +92,18 @@ def dataset_identity(dataset: Any, name: DatasetName) -> dict[str, Any]:
 def dataset_bytes(dataset: Any) -> int | None:
     """Bytes of the dataset in memory-mapped tables; None for a stream."""
     return None if not hasattr(dataset, "data") else int(dataset.data.nbytes)
+
+
+def dataset_parts(dataset: Any, name: DatasetName, fields: Fields, facts: dict[str, Any]) -> list[DatasetPart]:
+    """The dataset in parts of PART_ROWS; a stream is one."""
+    identity, size = {"dataset": dataset_identity(dataset, name), **facts}, dataset_bytes(dataset)
+    if name.streaming:
+        return [DatasetPart(name, 0, None, fields, identity, size)]
+    rows = len(dataset)
+    return [
+        DatasetPart(name, start, stop := min(start + PART_ROWS, rows), fields, identity | {"rows": [start, stop]}, None)
+        for start in range(0, rows, PART_ROWS)
+    ]
 
 
 def read_dataset(

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from anchorctx.data.sources import hub
-from anchorctx.data.sources.documents import Document, OnBadRow, Reading, Tokens
+from anchorctx.data.sources.documents import Document, OnBadRow, Part, Reading, Tokens
 from anchorctx.data.sources.fields import Fields
-from anchorctx.data.sources.files import content_identity, find_files
-from anchorctx.data.sources.parts import Part, StdlibPart, dataset_parts, file_parts
-from anchorctx.data.sources.stdlib import StdlibConfig
+from anchorctx.data.sources.files import content_identity, file_parts, find_files
+from anchorctx.data.sources.stdlib import StdlibConfig, StdlibPart
 from anchorctx.errors import UserError
 
 
@@ -181,6 +180,6 @@ def _open_dataset(config: SourceConfig, fields: Fields) -> Source:
     dataset = hub.open_dataset(name)
     facts = {"fields": dataclasses.asdict(fields)}
     identity = {"dataset": hub.dataset_identity(dataset, name), **facts, "on_bad_row": config.on_bad_row.value}
-    parts = dataset_parts(dataset, name, fields, facts)
+    parts = hub.dataset_parts(dataset, name, fields, facts)
     described, size = f"the dataset {config.path}", hub.dataset_bytes(dataset)
     return Source(config.name or Path(config.path).name, described, identity, parts, size, config.on_bad_row)

@@ -14,18 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anchorctx.data.sources.documents import Document
+from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.facts import NUM_KEYS, SPECIAL_TOKENS, lines_of, plant
 from anchorctx.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-__all__ = ["SPECIAL_TOKENS", "Split", "StdlibConfig", "content_identity", "documents", "size", "train_tokenizer"]
 
 LEFT_OUT = frozenset(
     ("test tests idlelib idle_test lib2to3 turtledemo ensurepip site-packages dist-packages __pycache__").split()
@@ -68,6 +66,31 @@ class StdlibConfig:
     """Times a fact appears in its document: stated once, then asked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class StdlibPart:
+    """The embedded corpus."""
+
+    config: StdlibConfig
+    identity: dict[str, Any]
+    size: int | None
+
+    @classmethod
+    def of(cls, config: StdlibConfig) -> StdlibPart:
+        """The corpus is read once to identify it: distributions patch and leave out files, whatever the version."""
+        digest, total = hashlib.sha256(), 0
+        for document in documents(config):
+            text = document.text.encode()
+            digest.update(f"{document.source}\0{document.domain}\0{len(text)}\0".encode() + text)
+            total += len(text)
+        return cls(config, {"stdlib": digest.hexdigest()}, total)
+
+    def documents(self, reading: Reading) -> Iterator[Document | Tokens]:
+        """The library's files."""
+        for document in documents(self.config):
+            reading.bytes_read += len(document.text.encode())
+            yield document
+
+
 def documents(config: StdlibConfig) -> Iterator[Document]:
     """Yield the corpus in the order of file names; raises UserError where no library sources are installed."""
     for name, text in _files(config):
@@ -79,16 +102,6 @@ def documents(config: StdlibConfig) -> Iterator[Document]:
         for number, piece in enumerate(_cut(text, config, rng)):
             facts = min(max(len(piece) // config.chars_per_fact, 1), NUM_KEYS)
             yield Document(text=plant(piece, rng, facts, config.mentions), source=f"{name}#{number}", domain=domain)
-
-
-def size(config: StdlibConfig) -> int:
-    """Characters of text in the split, before facts are planted."""
-    return sum(len(text) for _, text in _files(config))
-
-
-def content_identity() -> str:
-    """What the text depends on beside the configuration: the installed Python."""
-    return f"python {platform.python_version()}"
 
 
 def train_tokenizer(vocabulary: int = 1024, sample_chars: int = 2_000_000) -> PreTrainedTokenizerFast:

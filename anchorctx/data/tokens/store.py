@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from anchorctx.data.sources.documents import Reading
-from anchorctx.data.staging import StagedFolder
 from anchorctx.errors import UserError
+from anchorctx.records.files import StagedFolder
 from anchorctx.records.manifest import read_json, write_json
 
 FILE = "part.json"

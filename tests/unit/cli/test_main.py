@@ -50,7 +50,7 @@ def test_the_help_has_the_keys_of_what_is_in_lists() -> None:
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
-    command = f"{sys.executable} -m anchorctx.cli.main prepare --help | head -1; echo ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m anchorctx prepare --help | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[1] in ("0", "141") and not done.stderr
 
@@ -120,3 +120,19 @@ def test_doctor_calls_every_backend_that_it_says_works(capsys: pytest.CaptureFix
     assert "cpu          works" in text and "reference    works" in text
     assert "flash_attn   no: it runs on cuda" in text or "flash_attn   works" in text
     assert "pip install 'anchorctx[flash]'" in text or "flash-attn  " in text
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_the_former_entry_works_and_names_the_new_one(command: str) -> None:
+    def started(*module: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", *module, "--show"], capture_output=True, text=True, check=True)
+
+    new, former = started("anchorctx", command), started(f"anchorctx.cli.{command}")
+    assert new.stdout == former.stdout and not new.stderr
+    remedy = f"-m anchorctx.cli.{command} stops working in 0.2: type -m anchorctx {command} instead\n"
+    assert former.stderr == remedy
+
+
+def test_a_process_that_leaves_gives_its_exit_code() -> None:
+    done = subprocess.run([sys.executable, "-m", "anchorctx", "train", "step=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'steps'" in done.stderr

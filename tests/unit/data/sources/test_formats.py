@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 from anchorctx.data.sources import documents as documents_module
-from anchorctx.data.sources import files, streams
+from anchorctx.data.sources import readers
 from anchorctx.data.sources.documents import MAX_DOCUMENT_BYTES, Document, OnBadRow, Reading
 from anchorctx.data.sources.source import SourceConfig, SourceFormat, open_source
 from anchorctx.errors import UserError
@@ -93,7 +93,7 @@ def test_compressed_lines_that_span_chunks(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "PARQUET_ROWS", 2)
+    monkeypatch.setattr(readers, "PARQUET_ROWS", 2)
     table = pyarrow.table({"other": [1, 2, 3], **{key: [row[key] for row in ROWS] for key in ROWS[0]}})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=1)
     documents, reading = read(tmp_path / "rows.parquet", domain_field="kind")
@@ -275,7 +275,7 @@ def test_a_line_of_200_megabytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "parquet"])
 def test_documents_that_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
-    for module in (streams, documents_module):
+    for module in (readers, documents_module):
         monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 100)
     file, text = tmp_path / f"rows.{ending}", "x" * 90 + "ß" * 10
     if ending == "parquet":

@@ -63,11 +63,6 @@ def test_documents_are_a_function_of_the_seed():
     assert texts(0) == texts(0) != texts(1)
 
 
-def test_size_counts_the_characters():
-    config = StdlibConfig(split=Split.validation)
-    assert stdlib.size(config) == sum(len(d.text) for d in stdlib.documents(config))
-
-
 def test_a_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(UserError, match="has no library sources"):

@@ -1,0 +1,166 @@
+"""Readers of single files: .jsonl, .parquet and text, compressed or not, as a stream of documents."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from anchorctx.data.sources.documents import MAX_DOCUMENT_BYTES, BadRow, Document, Reading, Tokens, check_text, too_long
+from anchorctx.data.sources.fields import Fields, arrow_rows
+from anchorctx.errors import UserError
+
+COMPRESSIONS = (".gz", ".zst")
+CHUNK_BYTES = 2**18
+PARQUET_ROWS = 128
+"""Rows decoded at once: bounds the memory when rows are whole books."""
+PARQUET_READING = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**18}
+"""Read as a stream: by default pyarrow holds all of a file that it has read, until the last row is through."""
+
+
+def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
+    with file.open("rb") as raw:
+        for number, line in enumerate(_lines(file, raw), start=1):
+            reading.bytes_read = before + raw.tell()
+            where = f"{file}:{number}"
+            try:
+                if line is None:
+                    raise BadRow("too long", too_long(where, "a line"))
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line.strip():
+                    yield from fields.documents(_parse(line, where), where)
+            except BadRow as row:
+                reading.bad(row)
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8").rstrip("\r\n"))  # else errors are in the next line, column 1
+    except UnicodeDecodeError as error:
+        sentence = f"{where} is not valid UTF-8 (byte {error.start}): convert the file"
+        raise BadRow("invalid UTF-8", sentence) from error
+    except json.JSONDecodeError as error:
+        sentence = f"{where} is not valid JSON ({error.msg}, column {error.colno}): mend the line"
+        raise BadRow("malformed JSON", sentence) from error
+    except RecursionError as error:
+        raise BadRow("malformed JSON", f"{where} is JSON nested too deeply to read: mend the line") from error
+    except ValueError as error:  # an integer of more than 4,300 digits
+        raise BadRow("malformed JSON", f"{where} has a number too long to read: mend the line") from error
+
+
+def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document]:
+    with file.open("rb") as raw:
+        content = _whole(file, raw)
+    try:
+        if content is None:
+            raise BadRow("too long", too_long(str(file), "a text"))
+        text = content.decode("utf-8").removeprefix("\ufeff")
+        check_text(text, str(file), "its content")
+        yield Document(text, str(file), fields.constant_domain)
+    except UnicodeDecodeError as error:
+        sentence = f"{file} is not valid UTF-8 (byte {error.start}): convert the file"
+        reading.bad(BadRow("invalid UTF-8", sentence))
+    except BadRow as row:
+        reading.bad(row)
+
+
+def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file, **PARQUET_READING) as parquet:
+            try:
+                columns = fields.columns(parquet.schema_arrow.names, str(file))
+            except BadRow as row:  # every row is without: no skipping will help
+                raise UserError(row.sentence) from row
+            size, rows, number = file.stat().st_size, max(parquet.metadata.num_rows, 1), 0
+            for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
+                for row in arrow_rows(batch, fields.tokens):
+                    number += 1
+                    reading.bytes_read = before + size * number // rows
+                    try:
+                        yield from fields.documents(row, f"{file}:{number}")
+                    except BadRow as bad:
+                        reading.bad(bad)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is no whole parquet file ({reason}): fetch it again, or leave it out") from error
+
+
+READERS: dict[str, Callable[[Path, Fields, Reading, int], Iterator[Document | Tokens]]] = {
+    "jsonl": _read_jsonl,
+    "text": _read_text,
+    "parquet": _read_parquet,
+}
+
+
+def _chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    """The content of `raw`, decompressed by the ending of the file's name; errors as `gzip` raises them."""
+    suffix = file.suffix.lower()
+    if suffix == ".zst":
+        return _zst_chunks(file, raw)
+    stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if suffix == ".gz" else raw  # type: ignore[assignment]
+    return iter(lambda: stream.read(CHUNK_BYTES), b"")
+
+
+def _lines(file: Path, raw: IO[bytes]) -> Iterator[bytes | None]:
+    """The lines, ends kept; None for one longer than a document may be, whose bytes are passed over."""
+    pending: list[bytes] = []
+    size = 0
+    for chunk in _chunks(file, raw):
+        for line in _split(chunk):
+            size += len(line)
+            if size <= MAX_DOCUMENT_BYTES:
+                pending.append(line)
+            if line.endswith(b"\n"):
+                yield b"".join(pending) if size <= MAX_DOCUMENT_BYTES else None
+                pending, size = [], 0
+    if size:
+        yield b"".join(pending) if size <= MAX_DOCUMENT_BYTES else None
+
+
+def _whole(file: Path, raw: IO[bytes]) -> bytes | None:
+    """All content; None when it is longer than a document may be."""
+    return _at_most(_chunks(file, raw), MAX_DOCUMENT_BYTES)
+
+
+def _at_most(parts: Iterable[bytes], limit: int) -> bytes | None:
+    taken, size = [], 0
+    for part in parts:
+        size += len(part)
+        if size > limit:
+            return None
+        taken.append(part)
+    return b"".join(taken)
+
+
+def _split(chunk: bytes) -> Iterator[bytes]:
+    """Lines that end in \\n and in nothing else; the last one may have no end."""
+    *complete, rest = chunk.split(b"\n")
+    yield from (line + b"\n" for line in complete)
+    if rest:
+        yield rest
+
+
+def _zst_chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    """Decompressed chunks of all frames; unlike zstandard's own reader it notices when the last one is cut short."""
+    try:
+        import zstandard
+    except ImportError:
+        raise UserError(f"{file} needs the zstandard package: pip install 'anchorctx[zstd]'") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # frames made with `zstd --long` too
+    frame = None
+    try:
+        while chunk := raw.read(CHUNK_BYTES):
+            while chunk:
+                frame = frame or decompressor.decompressobj()
+                yield frame.decompress(chunk)
+                chunk = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from error
+    if frame is not None:
+        raise EOFError("the last zstd frame has no end")
