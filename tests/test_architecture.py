@@ -15,8 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anchorctx"
+FOLDERS = ("benchmarks", "docs", "recipes", "scripts", "tests")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-ALL_CODE = SOURCES + [p for folder in ("scripts", "recipes", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
+ALL_CODE = SOURCES + [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
 
 FOUNDATION = {"errors", "records", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "plan", "report"}

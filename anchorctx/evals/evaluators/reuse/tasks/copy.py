@@ -1,6 +1,6 @@
 """Synthetic requests with given lengths, for timing: what is said is given, so every arm has the same words.
 
-The paper's geometry is the default of `scripts/bench_kvcomm.py`: five fully connected agents, a question of 1,024
+The paper's geometry is the default of `benchmarks/kvcomm.py`: five fully connected agents, a question of 1,024
 tokens, a fixed prefix of 512 for each agent, answers of 512.
 """
 

@@ -66,7 +66,7 @@ def main() -> None:
         print(json.dumps(peak_memory(arguments.probe, settings)))
         return
     manifest = build_manifest(
-        "bench_attention", {name: getattr(settings, name) for name in Settings.__slots__}, **processor()
+        "benchmarks/attention", {name: getattr(settings, name) for name in Settings.__slots__}, **processor()
     )
     timings = [time_case(name, layout, settings) for name, layout in cases(settings).items()]
     memory = measure_memory(settings)
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dense-max", type=int, default=16_384, help="longest row whose dense mask is tried for memory"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="folder written to")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder written to")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to see that it works")
     parser.add_argument("--probe", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Peak memory of real training steps on this machine's CPU, beside what `anchorctx plan` predicts for them.
 
-    python scripts/bench_memory.py            about ten minutes on two cores; writes benchmarks/memory_cpu.*; goes on
+    python benchmarks/memory.py            about ten minutes on two cores; writes benchmarks/memory_cpu.*; goes on
                                               where it was cut off
-    python scripts/bench_memory.py --quick    a minute, to see that it works
+    python benchmarks/memory.py --quick    a minute, to see that it works
 
 Every point is a run of `anchorctx train` in processes of its own (two steps of one row, float32), whose peak resident
 memory is read from its metrics. The prediction is that of `anchorctx.plan`, with the memory of a run that is too small
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_attention import lognormal_documents, processor
+from attention import lognormal_documents, processor
 from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerFast
@@ -49,7 +49,7 @@ MIB = 2**20
 LONG = {"checkpoint_every": 1, "mlp_tile": 1024}
 HEAD = """# Peak memory of training steps
 
-`scripts/bench_memory.py` on two CPU cores: Llama of 4 layers of 256 (8,192 words), float32, one row a step, documents
+`benchmarks/memory.py` on two CPU cores: Llama of 4 layers of 256 (8,192 words), float32, one row a step, documents
 of log-normal lengths (median 800). Measured: the most resident memory of a real run's process. Planned: what
 `anchorctx plan`'s formulas say beforehand, given what a process takes that trains almost nothing. "Our switches":
 `memory.checkpoint_every=1 memory.mlp_tile=1024`. Bytes a token: what is measured, less the process and the states.
@@ -90,10 +90,10 @@ QUICK = (Arm("anchor, our switches", "anchor", (1 * K, 2 * K), LONG),)
 def main() -> None:
     """Measure, predict, print the table, write JSON and picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="folder written to")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder written to")
     parser.add_argument("--quick", action="store_true", help="two short rows")
     arguments = parser.parse_args()
-    manifest = build_manifest("bench_memory", {"quick": arguments.quick, "model": MODEL}, **processor())
+    manifest = build_manifest("benchmarks/memory", {"quick": arguments.quick, "model": MODEL}, **processor())
     arms = QUICK if arguments.quick else ARMS
     path = arguments.out / "memory_cpu.json"
     beside = path.with_suffix(".partial")  # every row at once, so that a run that is cut off goes on

@@ -67,7 +67,7 @@ class Settings:
 def main() -> None:
     """Measure, print the tables, write JSON and picture."""
     settings, out = parse_arguments()
-    manifest = build_manifest("bench_kvcomm", dataclasses.asdict(settings), threads=torch.get_num_threads())
+    manifest = build_manifest("benchmarks/kvcomm", dataclasses.asdict(settings), threads=torch.get_num_threads())
     decoder = Decoder(build_model(settings))
     result = measure(settings, decoder)
     crossover = measure_crossover(settings, decoder)
@@ -95,7 +95,7 @@ def parse_arguments() -> tuple[Settings, Path]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to see that it works")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="folder written to")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder written to")
     a = parser.parse_args()
     if a.rounds < 1 or a.exemplars < 1 or a.agents < 2:
         parser.error("--rounds and --exemplars must be at least 1, --agents at least 2")

@@ -15,15 +15,15 @@ import torch
 
 from anchorctx.layout import PackedLayout
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_attention.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "attention.py"
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_attention", SCRIPT)
+    spec = importlib.util.spec_from_file_location("attention", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_attention"] = module  # dataclasses look their module up
+    sys.modules["attention"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -84,7 +84,7 @@ def test_a_run_without_rounds_is_refused(tmp_path: Path) -> None:
 
 
 def test_quick_run_of_training_steps(tmp_path: Path) -> None:
-    script = SCRIPT.with_name("bench_training_step.py")
+    script = SCRIPT.with_name("training_step.py")
     command = [sys.executable, str(script), "--quick", "--rounds", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert "time saved" in done.stdout

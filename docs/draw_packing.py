@@ -1,6 +1,6 @@
 """Pictures of every packing policy for docs/data.md, made of rows that the packer itself makes.
 
-.venv/bin/python scripts/draw_packing.py [FOLDER]        default: docs/images
+.venv/bin/python docs/draw_packing.py [FOLDER]        default: docs/images
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _legend() -> list[Any]:
 
 def main() -> None:
     """Draw all pictures."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "docs" / "images"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
     for name, several in panels().items():
         draw(several, folder / f"packing_{name}.png")

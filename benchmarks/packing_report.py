@@ -1,4 +1,4 @@
-"""Tables and picture of `bench_packing.py`."""
+"""Tables and picture of `packing.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def report(measured: dict[str, Any]) -> str:
     manifest = measured["manifest"]
     versions = ", ".join(f"{name} {manifest['versions'].get(name, '?')}" for name in ("numpy", "tokenizers", "python"))
     parts = [
-        f"# Packing\n\n`scripts/bench_packing.py` on {manifest['machine']['cpus']} cores; {versions}.",
+        f"# Packing\n\n`benchmarks/packing.py` on {manifest['machine']['cpus']} cores; {versions}.",
         _speed(measured["speed"]),
         _memory(measured["memory"]),
         _policies(measured["policies"]),

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_packing_report import draw, report
+from packing_report import draw, report
 from tqdm import tqdm
 
 from anchorctx.data.config import PrepareConfig
@@ -74,7 +74,7 @@ def main() -> None:
     settings = {name: getattr(arguments, name) for name in ("tokens", "rounds", "row_length", "corpus_gib")}
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         measured = {
-            "manifest": build_manifest("bench_packing", settings),
+            "manifest": build_manifest("benchmarks/packing", settings),
             "speed": [found for length in (4096, 65_536) for found in speed(arguments, length)],
             "memory": [memory(Path(folder), size, arguments.row_length) for size in arguments.corpus_gib],
             "policies": [found for length in (4096, 65_536) for found in policies(Path(folder), length)],
@@ -97,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--row-length", type=int, default=65_536, help="row length of the memory measurement")
     parser.add_argument("--corpus-gib", type=float, nargs="*", default=[0.25, 0.5, 1, 2], help="sizes of token corpora")
     parser.add_argument("--work", type=Path, help="folder for temporary files (default: the system's)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="folder written to")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder written to")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

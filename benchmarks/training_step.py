@@ -1,7 +1,7 @@
 """Time of whole training steps under AnchorAttention against full attention, on this machine's CPU.
 
-    python scripts/bench_training_step.py            some minutes on two cores; writes benchmarks/training_step_cpu.*
-    python scripts/bench_training_step.py --quick    seconds, to see that it works
+    python benchmarks/training_step.py            some minutes on two cores; writes benchmarks/training_step_cpu.*
+    python benchmarks/training_step.py --quick    seconds, to see that it works
 
 A step is forward, backward and AdamW's update of one row of T tokens, in float32, through the same model, loss and
 attention that `anchorctx train` uses. The model's width is chosen so that attention has the share of the work that it
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_attention import equal_documents, lognormal_documents, processor, ratios
+from attention import equal_documents, lognormal_documents, processor, ratios
 from tqdm import tqdm
 
 from anchorctx.flops import ModelFlops
@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parse_arguments()
     module = build(arguments)
     rows = layouts(arguments.tokens, arguments.document, arguments.seed)
-    manifest = build_manifest("bench_training_step", vars(arguments) | {"out": arguments.out.name}, **processor())
+    manifest = build_manifest("benchmarks/training_step", vars(arguments) | {"out": arguments.out.name}, **processor())
     seconds = measure(step_of(module, arguments.seed), rows, arguments.rounds)
     flops = ModelFlops.of(module.model)
     result = {
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of all variants, after one to warm up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "benchmarks", help="folder written to")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder written to")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to see that it works")
     arguments = parser.parse_args()
     if arguments.rounds < 1:

@@ -12,18 +12,19 @@ import pytest
 
 from anchorctx.data.packing.config import Policy
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[3]
 
 
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    folder, name = path.split("/")
+    monkeypatch.syspath_prepend(str(ROOT / folder))
     module = importlib.import_module(name)
     monkeypatch.setitem(sys.modules, name, module)
     return module
 
 
 def test_all_ways_pack_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = script("bench_packing", monkeypatch)
+    bench = script("benchmarks/packing", monkeypatch)
     lengths = bench.lognormal(50_000, np.random.default_rng(3))
     tokens = np.arange(lengths.sum(), dtype=np.int32)
     texts = [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
@@ -33,18 +34,18 @@ def test_all_ways_pack_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_of_a_small_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bench = script("bench_packing", monkeypatch)
+    bench = script("benchmarks/packing", monkeypatch)
     found = bench.memory(tmp_path, 0.005, 4096)
     assert found["rows"] > 300 and 0.01 < found["imports_gib"] < found["peak_gib"] < 1
 
 
 def test_the_pictures_show_every_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pictures = script("draw_packing", monkeypatch)
+    pictures = script("docs/draw_packing", monkeypatch)
     panels = pictures.panels()
     assert set(panels) >= {"best_fit", "concat_split", "one_per_row", "long_documents", "min_length", "separators"}
     assert len(pictures.rows_of(panels["long_documents"][0])) == 3
     pictures.draw(panels["interleave"], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
     for name in panels:
-        assert (SCRIPTS.parent / "docs" / "images" / f"packing_{name}.png").is_file()
-        assert f"images/packing_{name}.png" in (SCRIPTS.parent / "docs" / "data.md").read_text()
+        assert (ROOT / "docs" / "images" / f"packing_{name}.png").is_file()
+        assert f"images/packing_{name}.png" in (ROOT / "docs" / "data.md").read_text()
