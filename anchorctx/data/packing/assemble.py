@@ -16,11 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchorctx.data.packing.accounting import Accounting
-from anchorctx.data.packing.block import Block
 from anchorctx.data.packing.interleave import scatter_rows
-from anchorctx.data.packing.pieces import Rows
-from anchorctx.data.packing.tags import Tags
-from anchorctx.data.packing.text import Text
+from anchorctx.data.packing.pieces import Rows, Tags, Text
+from anchorctx.data.packing.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +49,9 @@ Run = tuple[int, int, int, int]
 
 
 class Workspace(threading.local):
-    """Memory that is used for one block after the other: getting it anew costs a quarter of the time.
+    """Memory that is used for one shard after the other: getting it anew costs a quarter of the time.
 
-    A block made in it is gone when the next one is. Each thread has its own.
+    A shard made in it is gone when the next one is. Each thread has its own.
     """
 
     def __init__(self) -> None:
@@ -101,11 +99,11 @@ def assemble(
     accounting: Accounting,
     first_row: int = 0,
     workspace: Workspace | None = None,
-) -> Block:
+) -> Shard:
     """The rows, their tokens added to `accounting`.
 
     `texts` has the tokens of every part that the pieces refer to, `first_row` is the first row's number in its set; the
-    block is made in `workspace`, or in memory of its own.
+    shard is made in `workspace`, or in memory of its own.
     """
     placed = _place(rows, shape, tags, first_row)
     uniform = not any(text.has_weights for text in texts.values())
@@ -130,7 +128,7 @@ def assemble(
         flat_weights[at : at + length] = 0
     flat_weights[placed.at] = 0
     _account(rows, shape, placed, weights, accounting)
-    return Block(tokens, _narrow(weights), *_boundaries(rows, shape, placed), rows.counts)
+    return Shard(tokens, _narrow(weights), *_boundaries(rows, shape, placed), rows.counts)
 
 
 def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
@@ -189,7 +187,7 @@ def _account(rows: Rows, shape: RowShape, placed: Placed, weights: np.ndarray, a
 
 
 def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`offsets`, `doc_ids` and `pointers` of the block."""
+    """`offsets`, `doc_ids` and `pointers` of the shard."""
     padded = (placed.used < shape.capacity).astype(np.int64)
     segments = np.bincount(placed.row, minlength=len(rows))
     rank = np.arange(len(placed.row)) - np.repeat(np.cumsum(segments) - segments, segments)

@@ -8,7 +8,7 @@ import torch
 
 from anchorctx.data.loader import Batch, RowLoader, Step, make_batch, validation_batches
 from anchorctx.data.packed_set import PackedSet, ShardWriter
-from anchorctx.data.packing.block import Row
+from anchorctx.data.packing.shard import Row
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern, Positions
 

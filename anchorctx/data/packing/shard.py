@@ -24,7 +24,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Shard:
     """R rows of T tokens."""
 
     tokens: np.ndarray
@@ -60,7 +60,7 @@ class Block:
         return Row(self.tokens[index].astype(np.int64), self.weights[index].astype(np.float32), layout)
 
     @classmethod
-    def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Block:
+    def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Shard:
         """Single rows together."""
         weights = np.stack([row.loss_weights for row in rows]).astype(np.float16)
         doc_ids = [row.layout.doc_ids or () for row in rows]
