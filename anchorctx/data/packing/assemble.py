@@ -132,6 +132,8 @@ def assemble(
 
 
 def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
+    # two rows of 9 tokens, anchor of 1: pieces of 3 and 5 in the first, one of 4 in the second
+    # row = [0, 0, 1], ends = [3, 8, 12], used = [8, 4], before = [0, 8], at = [1, 4, 10]
     pieces, counts = rows.pieces, rows.counts
     sizes = pieces["size"].astype(np.int64)
     segments = scatter_rows(sizes, counts, shape.chunks, shape.seed, first_row)
@@ -142,6 +144,8 @@ def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
         raise ValueError(f"pieces of {used.max()} tokens do not fit into a row's {shape.capacity}")
     before = np.cumsum(used) - used  # tokens of pieces in earlier rows
     at = row * shape.row_length + shape.anchor_len + ends - segments.length - before[row]
+    # a tag of 2 tokens before a piece whose segments start at 0 and 1 (1 and 3 tokens long):
+    # tag = [1, 1] tokens of the tag in each, content_skip = [0, 0]; segments at 0 and 3: tag = [2, 0], skip = [0, 1]
     tag_length = tags.lengths[pieces["tag"]][segments.piece]
     tag = np.clip(tag_length - segments.start, 0, segments.length)
     content_skip = np.maximum(segments.start - tag_length, 0)
@@ -150,6 +154,8 @@ def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
 
 def _runs(pieces: np.ndarray, placed: Placed) -> Iterator[Run]:
     """Every copy; what lies together is one."""
+    # pieces of 3 and 5 tokens that follow each other both in the token store (from 100) and in the row (from 1) are one
+    # copy: source = [100, 103], target = [1, 4], new = [True, False] -> (part, 100, 1, 8)
     length = placed.length - placed.tag
     has = length > 0
     piece = pieces[placed.piece[has]]
@@ -188,6 +194,8 @@ def _account(rows: Rows, shape: RowShape, placed: Placed, weights: np.ndarray, a
 
 def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`offsets`, `doc_ids` and `pointers` of the shard."""
+    # rows of 9 tokens, anchor of 1: pieces of 3 and 5 in the first, one of 4 in the second, which is padded
+    # sizes = [4, 4], begin = [0, 4], offsets = [0, 1, 4, 9,  0, 1, 5, 9]; rank = [0, 1, 0] counts a row's segments
     padded = (placed.used < shape.capacity).astype(np.int64)
     segments = np.bincount(placed.row, minlength=len(rows))
     rank = np.arange(len(placed.row)) - np.repeat(np.cumsum(segments) - segments, segments)
@@ -197,6 +205,8 @@ def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray
     offsets[begin], offsets[begin + 1] = 0, shape.anchor_len
     offsets[begin[placed.row] + 2 + rank] = placed.at + placed.length - placed.row * shape.row_length
     offsets[(begin + sizes - 1)[padded > 0]] = shape.row_length
+    # only interleaved rows have document ids, 0 for the anchor and one more for the padding:
+    # two pieces of which the first is in two segments: doc_ids = [0, 1, 2, 1] or, padded, [0, 1, 2, 1, 3]
     scattered = segments != rows.counts
     id_sizes = np.where(scattered, segments + 1 + padded, 0)
     id_begin = np.cumsum(id_sizes) - id_sizes

@@ -41,6 +41,8 @@ def fit_long(pieces: np.ndarray, capacity: int, policy: LongDocuments, accountin
 
 def split(pieces: np.ndarray, capacity: int) -> np.ndarray:
     """Each piece cut into as many as it needs: all but the last fill a row, each has the tag again."""
+    # capacity 8, a piece of 20 tokens without a tag: room = [8], counts = [3], rank = [0, 1, 2], skip = [0, 8, 16],
+    # lengths = [8, 8, 4]
     room = capacity - (pieces["size"] - pieces["length"])
     counts = -(-pieces["length"] // room)
     owner = np.repeat(np.arange(len(pieces)), counts)

@@ -63,6 +63,7 @@ class Rows:
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows start..stop."""
+        # ends = [2, 3, 6]: rows 1..3 are pieces 2..6 with ends = [1, 4]
         first = int(self.ends[start - 1]) if start else 0
         ends = self.ends[start:stop] - first
         return Rows(self.pieces[first : first + int(ends[-1]) if len(ends) else first], ends)

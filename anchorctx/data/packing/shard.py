@@ -54,6 +54,7 @@ class Shard:
 
     def row(self, index: int, anchor_len: int) -> Row:
         """Row `index` by itself."""
+        # pointers = [[0, 0], [4, 0], [9, 4]]: row 1 has offsets[4:9] and doc_ids[0:4]; row 0 has no doc_ids
         (a, c), (b, d) = self.pointers[index].tolist(), self.pointers[index + 1].tolist()
         doc_ids = tuple(self.doc_ids[c:d].tolist()) or None
         layout = PackedLayout(tuple(self.offsets[a:b].tolist()), anchor_len, doc_ids=doc_ids)
