@@ -44,10 +44,8 @@ from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.mixture import MixtureConfig
 from anchorctx.data.packing.packer import Packer
-from anchorctx.data.packing.pieces import Rows, make_pieces
+from anchorctx.data.packing.pieces import ArrayText, Rows, Tags, make_pieces
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows, shards_of
-from anchorctx.data.packing.tags import Tags
-from anchorctx.data.packing.text import ArrayText
 from anchorctx.data.prepare import Making, Preparation, write_rows
 from anchorctx.data.sources.documents import OnBadRow, Reading
 from anchorctx.data.sources.source import SourceConfig, SourceFormat

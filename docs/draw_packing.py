@@ -14,12 +14,10 @@ import numpy as np
 
 from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, assemble
-from anchorctx.data.packing.block import Row
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.packer import Packer
-from anchorctx.data.packing.pieces import Rows, make_pieces
-from anchorctx.data.packing.tags import Tags
-from anchorctx.data.packing.text import ArrayText
+from anchorctx.data.packing.pieces import ArrayText, Rows, Tags, make_pieces
+from anchorctx.data.packing.shard import Row
 from anchorctx.layout import Pattern
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D")
@@ -99,9 +97,9 @@ def rows_of(panel: Panel) -> list[Row]:
     )
     packer = Packer(panel.config, panel.shape.capacity, len(panel.tag), accounting)
     rows = Rows.joined([*packer.add(documents), *packer.finish()])
-    block = assemble(rows, panel.shape, tags, {0: ArrayText(np.concatenate(text).astype(np.uint16))}, accounting)
+    shard = assemble(rows, panel.shape, tags, {0: ArrayText(np.concatenate(text).astype(np.uint16))}, accounting)
     accounting.check(panel.shape.row_length)
-    return [block.row(index, panel.shape.anchor_len) for index in range(len(block))]
+    return [shard.row(index, panel.shape.anchor_len) for index in range(len(shard))]
 
 
 def draw(several: list[Panel], path: Path) -> None:

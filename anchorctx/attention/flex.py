@@ -82,6 +82,8 @@ def block_size(length: int) -> int:
 
 def first_keys(layout: PackedLayout, window: int | None) -> np.ndarray:
     """(T,) int32: the first token of its own document that each token sees; it grows along the row."""
+    # documents of 2, 4, 3: offsets = [0, 2, 6, 9], starts = [0, 0, 2, 2, 2, 2, 6, 6, 6]; in a window of 3
+    # token 5 no longer sees token 2: [0, 0, 2, 2, 2, 3, 6, 6, 6]
     offsets = layout.doc_offsets
     starts = np.repeat(offsets[:-1], np.diff(offsets))
     if window is not None:
@@ -113,6 +115,8 @@ def _visible_blocks(first: np.ndarray, anchor: int, block: int) -> tuple[np.ndar
     A block is full when each of its queries sees each of its keys, so that no mask is computed there. A block that
     holds the anchor's last token and others counts as partial even if it could be full: slower, never wrong.
     """
+    # the row above, its first document the anchor (2 tokens), in blocks of 3: begins = [0, 3, 6], ends = [3, 6, 9],
+    # earliest = [0, 2, 6], latest = [2, 2, 6]; the last block sees itself and the anchor's block, not the second
     length = first.shape[1]
     begins = np.arange(0, length, block)
     ends = np.minimum(begins + block, length)
@@ -128,6 +132,7 @@ def _as_lists(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     In C order: the compiled kernels read them as contiguous, and another order gives wrong numbers, silently.
     """
+    # a query block that sees key blocks [True, False, True]: counts 2, indices [0, 2, 1], of which the first 2 are read
     counts = blocks.sum(-1, dtype=np.int32)
     indices = np.argsort(~blocks, axis=-1, kind="stable").astype(np.int32)
     return np.ascontiguousarray(counts), np.ascontiguousarray(indices)

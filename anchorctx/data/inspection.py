@@ -15,8 +15,8 @@ from anchorctx.data.config import PrepareConfig
 from anchorctx.data.engine import open_engine
 from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
+from anchorctx.data.packing.pieces import Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows
-from anchorctx.data.packing.tags import Tags
 from anchorctx.data.prepare import Preparation, length_histogram, skipped
 from anchorctx.records.files import in_use
 

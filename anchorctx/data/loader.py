@@ -13,11 +13,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from anchorctx.data.order import deal, epoch_order
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
+
+IGNORE = -100
+"""Target of a token whose prediction is not trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +30,12 @@ class Batch:
 
     input_ids: torch.Tensor
     """(B, T) int64."""
-    labels: torch.Tensor
-    """(B, T) int64, unshifted, -100 where not trained."""
+    targets: torch.Tensor
+    """(B, T) int64: the token after each token, which it must predict; -100 where that is not trained."""
     loss_weights: torch.Tensor
-    """(B, T) float32; 0 where not trained."""
+    """(B, T) float32: the weight of each prediction; 0 where not trained."""
     layouts: tuple[PackedLayout, ...]
     """One a row, the pattern applied."""
-
-    @property
-    def position_ids(self) -> torch.Tensor:
-        """(B, T) int64."""
-        return torch.stack([layout.position_ids(self.input_ids.device) for layout in self.layouts])
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "labels", "loss_weights")}
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +49,7 @@ class Step:
     weight: float
     """Sum of the loss weights of the global step."""
     trained_tokens: int
-    """Tokens with a label in the global step."""
+    """Trained tokens of the global step."""
     documents: int
     """Documents (or pieces) in the global step."""
 
@@ -191,8 +185,11 @@ def make_batch(packed: PackedSet, rows: np.ndarray, pattern: Pattern) -> Batch:
     read = [packed.row(int(row)) for row in rows]
     ids = torch.from_numpy(np.stack([row.input_ids for row in read]))
     weights = torch.from_numpy(np.stack([row.loss_weights for row in read]))
-    labels = ids.masked_fill(weights == 0, -100)
-    return Batch(ids, labels, weights, tuple(pattern.apply(row.layout) for row in read))
+    # ids     [<s>, a, b, c] with weights [0, 0, 1, .5]
+    # targets [  _, b, c, _] with weights [0, 1, .5, 0]: what is predicted at each token
+    weights = F.pad(weights[:, 1:], (0, 1))
+    targets = F.pad(ids[:, 1:], (0, 1)).masked_fill(weights == 0, IGNORE)
+    return Batch(ids, targets, weights, tuple(pattern.apply(row.layout) for row in read))
 
 
 def validation_batches(
@@ -201,7 +198,7 @@ def validation_batches(
     """The first `max_rows` rows, each once over all processes, in order.
 
     Every process gets the same number of batches, so that collectives line up: where rows run out, a batch repeats the
-    last row with all labels masked.
+    last row with all targets masked.
     """
     count = len(packed) if max_rows is None else min(len(packed), max_rows)
     unit = micro_rows * world
@@ -211,6 +208,6 @@ def validation_batches(
         beyond = torch.from_numpy(wanted >= count)[:, None]
         yield replace(
             batch,
-            labels=batch.labels.masked_fill(beyond, -100),
+            targets=batch.targets.masked_fill(beyond, IGNORE),
             loss_weights=batch.loss_weights.masked_fill(beyond, 0.0),
         )

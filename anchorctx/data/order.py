@@ -30,8 +30,9 @@ def epoch_order(costs: np.ndarray, seed: int, epoch: int, fingerprint: int, bala
 
 def _together(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Sorted rows as blocks of neighbours, in random order, and turned at random inside."""
+    # 1,000 rows: whole = 960 in 15 blocks; the other 40 are neighbours too, cut out at a random place
     whole = len(rows) // BLOCK_ROWS * BLOCK_ROWS
-    start = int(rng.integers(0, whole + 1))  # those that fill no block are of like cost, too
+    start = int(rng.integers(0, whole + 1))
     rest, rows = rows[start : start + len(rows) - whole], np.delete(rows, slice(start, start + len(rows) - whole))
     blocks = _turned(rows.reshape(-1, BLOCK_ROWS), rng)
     return np.concatenate([*blocks[rng.permutation(len(blocks))], rng.permutation(rest)])
@@ -39,6 +40,7 @@ def _together(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _turned(blocks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(B, BLOCK_ROWS): each half swapped with the other or not, and so on inside the halves down to single rows."""
+    # with blocks of 4: [0, 1, 2, 3] -> halves swapped [2, 3, 0, 1] -> the first pair swapped [3, 2, 0, 1]
     half = BLOCK_ROWS // 2
     while half:
         pairs = blocks.reshape(len(blocks), BLOCK_ROWS // (2 * half), 2, half)
@@ -54,6 +56,8 @@ def deal(costs: np.ndarray, world: int) -> np.ndarray:
     The costliest first, so that what processes run at the same time is of like cost; of each `world` rows the least
     burdened process gets the costliest.
     """
+    # costs = [9, 1, 8, 2], world = 2: order = [[0, 2], [3, 1]]. Row 0 goes to process 0, row 2 to process 1, which is
+    # less burdened then and gets row 3: shares = [[0, 1], [2, 3]], both of cost 10
     shares = np.empty((world, len(costs) // world), np.int64)
     order = np.argsort(-costs, kind="stable").reshape(-1, world)
     burden = np.zeros(world)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anchorctx.data.packing.block import Block, Row
+from anchorctx.data.packing.shard import Row, Shard
 from anchorctx.data.tokens.store import token_dtype
 from anchorctx.errors import UserError
 from anchorctx.records.files import StagedFolder
@@ -45,17 +45,17 @@ class ShardFiles:
     """One shard, written."""
 
     index: dict[str, np.ndarray]
-    """(R,) what is known of each of its rows, see `Block.index`."""
+    """(R,) what is known of each of its rows, see `Shard.index`."""
     files: dict[str, dict[str, Any]]
     """Size and sha256 of each of its files, by name."""
 
 
-def write_shard(folder: Path, number: int, block: Block) -> ShardFiles:
+def write_shard(folder: Path, number: int, shard: Shard) -> ShardFiles:
     """Write shard `number` of the set in the making in `folder`."""
     paths = {name: _shard_file(folder, name, number) for name in ARRAYS}
     for name, path in paths.items():
-        np.save(path, getattr(block, name))
-    return ShardFiles(block.index(), {path.name: _entry(path) for path in paths.values()})
+        np.save(path, getattr(shard, name))
+    return ShardFiles(shard.index(), {path.name: _entry(path) for path in paths.values()})
 
 
 def rows_per_shard(row_length: int) -> int:
@@ -126,8 +126,8 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._rows:
-            block = Block.of(self._rows, self._documents, token_dtype(self._vocab_size))
-            self.put(write_shard(self.folder, len(self._shards), block))
+            shard = Shard.of(self._rows, self._documents, token_dtype(self._vocab_size))
+            self.put(write_shard(self.folder, len(self._shards), shard))
         self._rows, self._documents = [], []
 
 
@@ -145,8 +145,8 @@ class PackedSet:
         self.row_documents: np.ndarray = index["documents"]
         """(rows,) int64: documents (or pieces) in each row."""
         self.row_cost: np.ndarray = index["cost"]
-        """(rows,) float64: what each row costs in attention, in tokens squared (`block.attention_costs`)."""
-        self._shards: OrderedDict[int, Block] = OrderedDict()
+        """(rows,) float64: what each row costs in attention, in tokens squared (`shard.attention_costs`)."""
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()  # the loader reads in a thread of its own
 
     @classmethod
@@ -196,12 +196,12 @@ class PackedSet:
         number, i = divmod(index, int(self.manifest["rows_per_shard"]))
         return self._shard(number).row(i, int(self.manifest["anchor_len"]))
 
-    def _shard(self, number: int) -> Block:
+    def _shard(self, number: int) -> Shard:
         """The shard's memory-mapped arrays; those used longest ago are closed."""
         with self._lock:
             if number not in self._shards:
                 arrays = [_map(_shard_file(self.folder, name, number)) for name in ARRAYS]
-                self._shards[number] = Block(*arrays, documents=self._documents_of(number))
+                self._shards[number] = Shard(*arrays, documents=self._documents_of(number))
                 if len(self._shards) > OPEN_SHARDS:
                     self._shards.popitem(last=False)
             self._shards.move_to_end(number)

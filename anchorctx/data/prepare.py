@@ -28,9 +28,8 @@ from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
 from anchorctx.data.packing.config import Policy
 from anchorctx.data.packing.mixture import MixtureBy, check_names
-from anchorctx.data.packing.pieces import Rows
+from anchorctx.data.packing.pieces import Rows, Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows, shards_of
-from anchorctx.data.packing.tags import Tags
 from anchorctx.data.sources.documents import Document, OnBadRow, Part, Reading
 from anchorctx.data.sources.facts import FactTokens
 from anchorctx.data.sources.source import open_sources
@@ -282,8 +281,8 @@ def write_rows(making: Making, item: tuple[int, Rows]) -> tuple[ShardFiles, Acco
         parts = np.unique(rows.pieces["part"]).tolist()
         texts = {part: files.enter_context(making.parts[part].text()) for part in parts}
         first = number * making.rows_per_shard
-        block = assemble(rows, making.shape, making.tags, texts, counted, first, _workspace)
-    return write_shard(making.folder, number, block), counted
+        shard = assemble(rows, making.shape, making.tags, texts, counted, first, _workspace)
+    return write_shard(making.folder, number, shard), counted
 
 
 def length_histogram(corpus: Corpus) -> np.ndarray:

@@ -6,13 +6,11 @@ and each placeholder's text on its own. Placeholders may touch each other, stand
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from string import Formatter
 
 from anchorctx.errors import UserError
-
-_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,27 +30,27 @@ class Template:
     @classmethod
     def parse(cls, text: str) -> Template:
         """`Solve {question} with {planner}'s plan`; `{{` and `}}` are single braces."""
+        try:
+            fields = list(Formatter().parse(text))
+        except ValueError as error:
+            raise UserError(
+                f"the template {text[:60]!r} has a brace without its other half ({error}): close the placeholder, or "
+                "write {{ and }} for single braces"
+            ) from error
         parts: list[str | tuple[int, ...] | Slot] = []
-        fixed, end = "", 0
-        for found in _PLACEHOLDER.finditer(text):
-            fixed += text[end : found.start()]
-            end = found.end()
-            name = found.group(1)
-            if name is None and len(found.group()) == 1:
-                raise UserError(
-                    f"the template {text[:60]!r} has a {found.group()!r} without its other half: close the "
-                    "placeholder, or write {{ and }} for single braces"
-                )
+        glue = ""
+        for literal, name, spec, conversion in fields:
+            glue += literal
             if name is None:
-                fixed += found.group()[0]
                 continue
-            if not name.strip():
+            if not name.strip() or spec or conversion:
                 raise UserError(
-                    f"the template {text[:60]!r} has a placeholder without a name: write {{{{}}}} for braces"
+                    f"the template {text[:60]!r} has a placeholder without a name, or with a format: name it as in "
+                    "{question}, or write {{ and }} for single braces"
                 )
-            parts += [*([fixed] if fixed else []), Slot(name.strip())]
-            fixed = ""
-        return cls((*parts, *([fixed + text[end:]] if fixed or end < len(text) else [])))
+            parts += [*([glue] if glue else []), Slot(name.strip())]
+            glue = ""
+        return cls((*parts, *([glue] if glue else [])))
 
     @property
     def placeholders(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind
 
 IGNORE = -100
-"""Label of a token that is not trained."""
+"""Target of a token whose prediction is not trained."""
 TILE_BYTES = 64 * 2**20
 """A tile's float32 logits, unless a quarter of the head's float32 gradient, which exists anyway, is larger."""
 KNOWN_LOGIT_FIELDS = {"final_logit_softcapping", "logits_scaling", "logit_scale", "attn_logit_softcapping"}
@@ -98,31 +98,24 @@ class CausalLMLoss(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         layouts: tuple[PackedLayout, ...],
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         loss_weights: torch.Tensor | None = None,
-        shifted: bool = False,
     ) -> torch.Tensor:
         """Sum over trained tokens of weight times cross-entropy: a scalar, float32 (float64 for a float64 model).
 
         Args:
-            input_ids, position_ids: (B, T) int64.
-            layouts: one a row.
-            labels: (B, T) int64, unshifted: `labels[:, t]` is predicted from token t-1. -100 is not trained.
-            loss_weights: (B, T) float weight of each label; None is 1.
-            shifted: labels and weights are those of the predictions made *at* each token (see `sharder`); the tokens
-                may then be a slice of the rows that `layouts` describe.
+            input_ids, position_ids: (B, T) int64; with sequence parallelism a slice of the rows.
+            layouts: one a row, of the whole rows.
+            targets: (B, T) int64: the token that each token must predict, that is the next one; -100 is not trained.
+            loss_weights: (B, T) float weight of each prediction; None is 1.
         """
-        if shifted:
-            assert loss_weights is not None
-            targets, weights = labels, loss_weights
-        else:
-            targets, weights = shift(labels, loss_weights)
         with self.saving():
             hidden = self.model.base_model(
                 input_ids=input_ids, position_ids=position_ids, layouts=layouts, use_cache=False
             ).last_hidden_state  # (B, T, D)
         trained = targets != IGNORE
-        hidden, targets, weights = hidden[trained], targets[trained], weights[trained]  # (N, D), (N,), (N,)
+        hidden, targets = hidden[trained], targets[trained]  # (N, D), (N,)
+        weights = torch.ones_like(targets, dtype=torch.float32) if loss_weights is None else loss_weights[trained]
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return call_as(head, self.head_loss, hidden, targets, weights)
@@ -140,12 +133,6 @@ class CausalLMLoss(nn.Module):
         )
         assert isinstance(loss, torch.Tensor)
         return loss
-
-
-def shift(labels: torch.Tensor, loss_weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) labels and weights -> (B, T) targets and weights of the predictions made *at* each token."""
-    weights = torch.ones_like(labels, dtype=torch.float32) if loss_weights is None else loss_weights
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE), F.pad(weights[:, 1:], (0, 1))
 
 
 def default_tile(vocabulary: int, hidden_size: int) -> int:

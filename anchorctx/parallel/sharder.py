@@ -1,8 +1,8 @@
 """A batch's slice for one process of a sequence-parallel group: no communication, no state.
 
-Every process of a group reads the same rows. Labels are shifted first and sliced afterwards, so that a slice's last
-token still predicts the next slice's first. Rows are padded to a multiple of the group with untrained tokens, which
-form a document of their own: nothing that is trained sees them.
+Every process of a group reads the same rows. Each token comes with its target, so that a slice's last token still
+predicts the next slice's first. Rows are padded to a multiple of the group with untrained tokens, which form one more
+document: nothing that is trained sees them.
 
 Shapes: B rows, T tokens, S = padded T / processes of a group.
 """
@@ -10,38 +10,13 @@ Shapes: B rows, T tokens, S = padded T / processes of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from anchorctx.layout import PackedLayout
-from anchorctx.models.loss import IGNORE, shift
+from anchorctx.models.loss import IGNORE
 from anchorctx.parallel.mesh import Mesh
-
-
-class RowBatch(Protocol):
-    """Whole rows, as `data.loader.Batch` has them."""
-
-    @property
-    def input_ids(self) -> torch.Tensor:
-        """(B, T) int64."""
-        ...
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """(B, T) int64, unshifted."""
-        ...
-
-    @property
-    def loss_weights(self) -> torch.Tensor:
-        """(B, T) float32."""
-        ...
-
-    @property
-    def layouts(self) -> tuple[PackedLayout, ...]:
-        """One a row."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +29,10 @@ class Share:
     """(B, S) int64, positions in the whole row."""
     layouts: tuple[PackedLayout, ...]
     """The whole (padded) rows': attention sees all tokens, for some of the heads."""
-    labels: torch.Tensor
+    targets: torch.Tensor
     """(B, S) int64: the token that each token must predict, -100 where not trained."""
     loss_weights: torch.Tensor
     """(B, S) float32: the weight of that prediction."""
-    shifted: bool = True
 
     def arguments(self, device: torch.device) -> dict[str, object]:
         """Keyword arguments for the model, tensors on `device`."""
@@ -66,22 +40,24 @@ class Share:
         return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 
-def share(batch: RowBatch, mesh: Mesh) -> Share:
-    """This process's slice of whole rows; the whole of them where there is no sequence parallelism."""
-    layouts = tuple(padded(layout, mesh.sequence) for layout in batch.layouts)
-    targets, weights = shift(batch.labels, batch.loss_weights)
-    missing = layouts[0].length - targets.shape[1]
+def share(
+    input_ids: torch.Tensor,
+    targets: torch.Tensor,
+    loss_weights: torch.Tensor,
+    layouts: tuple[PackedLayout, ...],
+    mesh: Mesh,
+) -> Share:
+    """This process's slice of whole rows (B, T); the whole of them where there is no sequence parallelism."""
+    layouts = tuple(padded(layout, mesh.sequence) for layout in layouts)
     positions = torch.stack([layout.position_ids() for layout in layouts])
-    slices = [
-        _slice(x, mesh)
-        for x in (
-            F.pad(batch.input_ids, (0, missing)),
-            positions,
-            F.pad(targets, (0, missing), value=IGNORE),
-            F.pad(weights, (0, missing)),
-        )
-    ]
-    return Share(slices[0], slices[1], layouts, slices[2], slices[3])
+    missing = (0, layouts[0].length - input_ids.shape[1])
+    return Share(
+        _slice(F.pad(input_ids, missing), mesh),
+        _slice(positions, mesh),
+        layouts,
+        _slice(F.pad(targets, missing, value=IGNORE), mesh),
+        _slice(F.pad(loss_weights, missing), mesh),
+    )
 
 
 def padded(layout: PackedLayout, multiple: int) -> PackedLayout:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from anchorctx.data.loader import RowLoader, Step, validation_batches
+from anchorctx.data.loader import Batch, RowLoader, Step, validation_batches
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.errors import InterruptedRun, UserError
 from anchorctx.flops import ModelFlops
@@ -162,7 +162,7 @@ class Trainer:
         self.waiting = 0.0
         summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(step.micro_batches):
-            loss = self._loss_sum(share(batch, self.mesh))
+            loss = self._loss_sum(self._share(batch))
             self.waiting += dist.wait(self.ranks.device)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             summed += loss.detach()
@@ -188,7 +188,7 @@ class Trainer:
             for batch in validation_batches(
                 self.validation, self.config.pattern, self.config.micro_rows, mesh.data_rank, mesh.data, rows
             ):
-                mine = share(batch, mesh)
+                mine = self._share(batch)
                 sums[0] += float(self._loss_sum(mine))
                 sums[1] += float(mine.loss_weights.sum())
         self.engine.train()
@@ -212,6 +212,9 @@ class Trainer:
         state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
         state |= {"processes": self.ranks.world, "schedule": self._schedule()}
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
+
+    def _share(self, batch: Batch) -> Share:
+        return share(batch.input_ids, batch.targets, batch.loss_weights, batch.layouts, self.mesh)
 
     def _loss_sum(self, mine: Share) -> torch.Tensor:
         return self.engine(**mine.arguments(self.ranks.device))

@@ -29,7 +29,7 @@ from anchorctx.data.sources.stdlib import StdlibConfig
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig, load_model
 from anchorctx.models.config import RopeConfig
-from anchorctx.models.loss import CausalLMLoss, shift
+from anchorctx.models.loss import CausalLMLoss
 from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.records.results import FILE, Result, append_results, mean_interval
 
@@ -65,14 +65,12 @@ def step(loss: CausalLMLoss, batch: Batch) -> None:
     """Forward and backward of one batch."""
     loss.zero_grad()
     positions = torch.stack([layout.position_ids() for layout in batch.layouts])
-    targets, weights = shift(batch.labels, batch.loss_weights)
     loss(
         input_ids=batch.input_ids,
         position_ids=positions,
         layouts=batch.layouts,
-        labels=targets,
-        loss_weights=weights,
-        shifted=True,
+        targets=batch.targets,
+        loss_weights=batch.loss_weights,
     ).backward()
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from anchorctx.data.packed_set import ShardWriter
-from anchorctx.data.packing.block import Row
+from anchorctx.data.packing.shard import Row
 from anchorctx.layout import PackedLayout
 
 LENGTH, VOCABULARY = 64, 60

@@ -23,11 +23,10 @@ LENGTH = 21  # no multiple of 2 or 4: rows are padded
 CPU = torch.device("cpu")
 
 
-class Rows:
-    input_ids = torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    labels = input_ids.masked_fill(torch.arange(LENGTH) == 9, -100)
-    loss_weights = (labels != -100).float()
-    layouts = (PackedLayout((0, 1, 9, LENGTH), 1), PackedLayout((0, 1, 5, 12, LENGTH), 1, doc_ids=(0, 1, 2, 1)))
+INPUT_IDS = torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+TARGETS = INPUT_IDS.roll(-1, 1).masked_fill((torch.arange(LENGTH) == 8) | (torch.arange(LENGTH) == LENGTH - 1), -100)
+LAYOUTS = (PackedLayout((0, 1, 9, LENGTH), 1), PackedLayout((0, 1, 5, 12, LENGTH), 1, doc_ids=(0, 1, 2, 1)))
+ROWS = (INPUT_IDS, TARGETS, (TARGETS != -100).float(), LAYOUTS)
 
 
 class Counter:
@@ -49,7 +48,7 @@ def loss_and_gradients(name, mesh, counter=None):
     ulysses.enable(model, mesh, micro_rows=2)
     try:
         with true_float64():
-            loss = CausalLMLoss(model)(**share(Rows(), mesh).arguments(CPU))
+            loss = CausalLMLoss(model)(**share(*ROWS, mesh).arguments(CPU))
             forward = counter.bytes if counter else 0
             loss.backward()
     finally:

@@ -64,10 +64,12 @@ def plain_validation_loss(folder, validation):
         mask = torch.zeros(1, 1, packed.row_length, packed.row_length)
         mask.masked_fill_(~batch.layouts[0].allowed(), torch.finfo(torch.float32).min)
         with torch.no_grad():
-            logits = model(batch.input_ids, attention_mask=mask, position_ids=batch.position_ids).logits
-        losses = torch.nn.functional.cross_entropy(logits[0, :-1], batch.labels[0, 1:], reduction="none")
+            logits = model(
+                batch.input_ids, attention_mask=mask, position_ids=batch.layouts[0].position_ids()[None]
+            ).logits
+        losses = torch.nn.functional.cross_entropy(logits[0], batch.targets[0], reduction="none")
         total += float(losses.sum())
-        weight += float((batch.labels[0, 1:] != -100).sum())
+        weight += float((batch.targets[0] != -100).sum())
     return total / weight
 
 

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchorctx.data.packing.accounting import Accounting
-from anchorctx.data.packing.block import Block
 from anchorctx.data.packing.interleave import scatter_rows
-from anchorctx.data.packing.pieces import Rows
-from anchorctx.data.packing.tags import Tags
-from anchorctx.data.packing.text import Text
+from anchorctx.data.packing.pieces import Rows, Tags, Text
+from anchorctx.data.packing.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +49,9 @@ Run = tuple[int, int, int, int]
 
 
 class Workspace(threading.local):
-    """Memory that is used for one block after the other: getting it anew costs a quarter of the time.
+    """Memory that is used for one shard after the other: getting it anew costs a quarter of the time.
 
-    A block made in it is gone when the next one is. Each thread has its own.
+    A shard made in it is gone when the next one is. Each thread has its own.
     """
 
     def __init__(self) -> None:
@@ -101,11 +99,11 @@ def assemble(
     accounting: Accounting,
     first_row: int = 0,
     workspace: Workspace | None = None,
-) -> Block:
+) -> Shard:
     """The rows, their tokens added to `accounting`.
 
     `texts` has the tokens of every part that the pieces refer to, `first_row` is the first row's number in its set; the
-    block is made in `workspace`, or in memory of its own.
+    shard is made in `workspace`, or in memory of its own.
     """
     placed = _place(rows, shape, tags, first_row)
     uniform = not any(text.has_weights for text in texts.values())
@@ -130,10 +128,12 @@ def assemble(
         flat_weights[at : at + length] = 0
     flat_weights[placed.at] = 0
     _account(rows, shape, placed, weights, accounting)
-    return Block(tokens, _narrow(weights), *_boundaries(rows, shape, placed), rows.counts)
+    return Shard(tokens, _narrow(weights), *_boundaries(rows, shape, placed), rows.counts)
 
 
 def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
+    # two rows of 9 tokens, anchor of 1: pieces of 3 and 5 in the first, one of 4 in the second
+    # row = [0, 0, 1], ends = [3, 8, 12], used = [8, 4], before = [0, 8], at = [1, 4, 10]
     pieces, counts = rows.pieces, rows.counts
     sizes = pieces["size"].astype(np.int64)
     segments = scatter_rows(sizes, counts, shape.chunks, shape.seed, first_row)
@@ -144,6 +144,8 @@ def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
         raise ValueError(f"pieces of {used.max()} tokens do not fit into a row's {shape.capacity}")
     before = np.cumsum(used) - used  # tokens of pieces in earlier rows
     at = row * shape.row_length + shape.anchor_len + ends - segments.length - before[row]
+    # a tag of 2 tokens before a piece whose segments start at 0 and 1 (1 and 3 tokens long):
+    # tag = [1, 1] tokens of the tag in each, content_skip = [0, 0]; segments at 0 and 3: tag = [2, 0], skip = [0, 1]
     tag_length = tags.lengths[pieces["tag"]][segments.piece]
     tag = np.clip(tag_length - segments.start, 0, segments.length)
     content_skip = np.maximum(segments.start - tag_length, 0)
@@ -152,6 +154,8 @@ def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
 
 def _runs(pieces: np.ndarray, placed: Placed) -> Iterator[Run]:
     """Every copy; what lies together is one."""
+    # pieces of 3 and 5 tokens that follow each other both in the token store (from 100) and in the row (from 1) are one
+    # copy: source = [100, 103], target = [1, 4], new = [True, False] -> (part, 100, 1, 8)
     length = placed.length - placed.tag
     has = length > 0
     piece = pieces[placed.piece[has]]
@@ -189,7 +193,9 @@ def _account(rows: Rows, shape: RowShape, placed: Placed, weights: np.ndarray, a
 
 
 def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`offsets`, `doc_ids` and `pointers` of the block."""
+    """`offsets`, `doc_ids` and `pointers` of the shard."""
+    # rows of 9 tokens, anchor of 1: pieces of 3 and 5 in the first, one of 4 in the second, which is padded
+    # sizes = [4, 4], begin = [0, 4], offsets = [0, 1, 4, 9,  0, 1, 5, 9]; rank = [0, 1, 0] counts a row's segments
     padded = (placed.used < shape.capacity).astype(np.int64)
     segments = np.bincount(placed.row, minlength=len(rows))
     rank = np.arange(len(placed.row)) - np.repeat(np.cumsum(segments) - segments, segments)
@@ -199,6 +205,8 @@ def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray
     offsets[begin], offsets[begin + 1] = 0, shape.anchor_len
     offsets[begin[placed.row] + 2 + rank] = placed.at + placed.length - placed.row * shape.row_length
     offsets[(begin + sizes - 1)[padded > 0]] = shape.row_length
+    # only interleaved rows have document ids, 0 for the anchor and one more for the padding:
+    # two pieces of which the first is in two segments: doc_ids = [0, 1, 2, 1] or, padded, [0, 1, 2, 1, 3]
     scattered = segments != rows.counts
     id_sizes = np.where(scattered, segments + 1 + padded, 0)
     id_begin = np.cumsum(id_sizes) - id_sizes

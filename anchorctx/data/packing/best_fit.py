@@ -26,6 +26,8 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """
     if len(sizes) and not 0 < sizes.min() <= sizes.max() <= capacity:
         raise ValueError(f"sizes must be 1..{capacity}, got {sizes.min()}..{sizes.max()}")
+    # capacity 8, sizes = [3, 5, 2, 3]: 5 opens row 0 (room 3), a 3 fills it, the other 3 opens row 1, which takes the 2
+    # different = [-5, -3, -2], counts = [1, 2, 1], rows = [0, 0, 1, 1], runs = [1, 1, 1, 1], result = [0, 0, 1, 1]
     order = np.argsort(-sizes, kind="stable")
     different, counts = np.unique(-sizes, return_counts=True)
     rows: list[int] = []  # of the pieces in `order`, run-length encoded
@@ -36,10 +38,10 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     for size, count in zip((-different).tolist(), counts.tolist(), strict=True):
         while count:
             at = bisect_left(rooms, size)
-            if at == len(rooms):
+            if at == len(rooms):  # no open row has room: open another
                 room, row = capacity, opened
                 opened += 1
-            else:
+            else:  # the fullest row that has room, `rooms[at]` being the least that is enough
                 room = rooms[at]
                 row = stacks[room].pop()
                 if not stacks[room]:
@@ -108,6 +110,8 @@ def in_order(pieces: np.ndarray, row: np.ndarray) -> Rows:
 
     `row` (P,) numbers the row of each of `pieces` (P,).
     """
+    # documents 2, 0, 1 in row = [0, 1, 0]: sorted by row they are [1, 2, 0], counts = [2, 1], starts = [0, 2]; the row
+    # of document 0 comes first, so by_first = [1, 0], ends = [1, 3] and the documents are [0, 1, 2]
     order = np.lexsort((pieces["start"], pieces["document"], row))
     pieces, row = pieces[order], row[order]
     starts = np.flatnonzero(np.diff(row, prepend=-1))

@@ -41,6 +41,9 @@ class ConcatSplit:
 
     def _cut_plain(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The pieces cut at rows' ends, and where in them full rows end: no tags, nothing dropped."""
+        # rows of 8 tokens, none open, documents of 20 and 5:
+        # ends = [20, 25], row_ends = [8, 16, 24], cuts = [8, 16, 20, 24, 25], owner = [0, 0, 0, 1, 1],
+        # starts = [0, 8, 16, 20, 24], skip = [0, 8, 16, 0, 4]; rows end after pieces [1, 2, 4], the fifth stays open
         used = int(self._open["size"].sum())
         ends = used + np.cumsum(pieces["length"])
         row_ends = np.arange(self._capacity, int(ends[-1]) + 1, self._capacity)
@@ -60,6 +63,7 @@ class ConcatSplit:
             skip = 0
             while left:
                 if room - tag < min(self._min_length, left):
+                    # too little room for a piece of min_length: pad the row and try again in the next
                     assert has_open, "a piece of min_length and its tag must fit into a row"
                     ends.append(len(owner))
                     room, has_open = self._capacity, False
@@ -69,7 +73,7 @@ class ConcatSplit:
                 skips.append(skip)
                 lengths.append(taken)
                 skip, left, room, has_open = skip + taken, left - taken, room - tag - taken, True
-                if left < self._min_length:
+                if left < self._min_length:  # too short to be a piece in the next row
                     self._accounting.drop(SHORT, pieces["source"][index : index + 1], np.array([left]))
                     left = 0
                 if not room:

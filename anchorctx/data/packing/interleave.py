@@ -29,6 +29,8 @@ def scatter(lengths: np.ndarray, chunks: int, rng: np.random.Generator) -> Segme
     """
     if chunks == 1 or len(lengths) == 1:
         return Segments(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
+    # lengths = [4, 2] in 2 chunks each, shuffled: owner = [0, 1, 1, 0], by_owner = [0, 3, 1, 2], rank = [0, 0, 1, 1],
+    # start = [0, 0, 1, 2], length = [2, 1, 1, 2]; the two chunks of piece 1 touch, so segments have 2, 2, 2 tokens
     counts = np.minimum(lengths, chunks)
     owner = rng.permutation(np.repeat(np.arange(len(lengths)), counts))
     by_owner = np.argsort(owner, kind="stable")

@@ -133,6 +133,8 @@ def draw(
 
 def _copies(lengths: np.ndarray, wanted: float, rng: np.random.Generator) -> np.ndarray:
     """(m,) how often each is taken so that all together have `wanted` tokens, to the nearest document."""
+    # lengths = [4, 3, 2], wanted = 13: all once (9 tokens), then 4 more in random order, say [2, 0, 1]:
+    # totals = [0, 2, 6, 9], the nearest to 4 is 2, so document 2 is taken once more
     full = int(wanted // lengths.sum())
     order = rng.permutation(len(lengths))
     totals = np.concatenate([[0], np.cumsum(lengths[order])])

@@ -11,9 +11,7 @@ from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.best_fit import BestFit
 from anchorctx.data.packing.concat_split import ConcatSplit
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
-from anchorctx.data.packing.limits import drop_short
-from anchorctx.data.packing.long_documents import fit_long
-from anchorctx.data.packing.one_per_row import OnePerRow
+from anchorctx.data.packing.limits import drop_short, fit_long
 from anchorctx.data.packing.pieces import Rows
 from anchorctx.errors import UserError
 
@@ -28,6 +26,19 @@ class Placement(Protocol):
     def finish(self) -> Iterator[Rows]:
         """Yield the remaining rows."""
         ...
+
+
+class OnePerRow:
+    """`one_per_row`: each piece in a row of its own; the rest of the row is padding."""
+
+    def add(self, pieces: np.ndarray) -> Iterator[Rows]:
+        """The pieces are the rows."""
+        if len(pieces):
+            yield Rows(pieces, np.arange(1, len(pieces) + 1))
+
+    def finish(self) -> Iterator[Rows]:
+        """Nothing is left."""
+        return iter(())
 
 
 class Packer:

@@ -1,13 +1,14 @@
 """What packing works on: arrays of references to documents' tokens, never the tokens themselves.
 
-Everything that decides which tokens share a row (`long_documents`, `min_length`, the placement policies) reads and
-writes these arrays, so that a corpus is planned from its lengths alone and its tokens are copied once, by `assemble`.
+Everything that decides which tokens share a row (`limits` and the policies) reads and writes these arrays, so that a
+corpus is planned from its lengths alone and its tokens are copied once, by `assemble`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class Rows:
 
     def part(self, start: int, stop: int) -> Rows:
         """Rows start..stop."""
+        # ends = [2, 3, 6]: rows 1..3 are pieces 2..6 with ends = [1, 4]
         first = int(self.ends[start - 1]) if start else 0
         ends = self.ends[start:stop] - first
         return Rows(self.pieces[first : first + int(ends[-1]) if len(ends) else first], ends)
@@ -75,3 +77,82 @@ class Rows:
             ends.append(rows.ends + total)
             total += len(rows.pieces)
         return cls(np.concatenate(pieces), np.concatenate(ends))
+
+
+@dataclass(slots=True)
+class Tags:
+    """What stands in front of documents and is never trained: BOS (`prepend_bos`) and domain names (`domain_tags`).
+
+    Tags are numbered; tag 0 is none.
+    """
+
+    ids: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, np.uint32)])
+    """(m,) token ids of each."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(number of tags,) int64: tokens of each."""
+        return np.array([len(ids) for ids in self.ids], np.int64)
+
+    def add(self, ids: np.ndarray) -> int:
+        """The number of a new tag; 0 if it is empty."""
+        if not len(ids):
+            return 0
+        self.ids.append(ids)
+        return len(self.ids) - 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest tag."""
+        return int(self.lengths.max())
+
+
+class Text(Protocol):
+    """The tokens of many documents end to end, and their loss weights."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens: uint16 or uint32."""
+        ...
+
+    @property
+    def has_weights(self) -> bool:
+        """Are there loss weights? Else each is 1."""
+        ...
+
+    def read_tokens(self, start: int, into: np.ndarray) -> None:
+        """Fill `into` (n,) with the tokens from `start` on."""
+        ...
+
+    def read_weights(self, start: int, into: np.ndarray) -> None:
+        """Fill `into` (n,) float16 with the loss weights from `start` on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayText:
+    """In memory."""
+
+    tokens: np.ndarray
+    """(N,)."""
+    weights: np.ndarray | None = None
+    """(N,) float16, or None."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens."""
+        return self.tokens.dtype
+
+    @property
+    def has_weights(self) -> bool:
+        """Are there loss weights?"""
+        return self.weights is not None
+
+    def read_tokens(self, start: int, into: np.ndarray) -> None:
+        """Copy tokens."""
+        into[:] = self.tokens[start : start + len(into)]
+
+    def read_weights(self, start: int, into: np.ndarray) -> None:
+        """Copy loss weights."""
+        assert self.weights is not None
+        into[:] = self.weights[start : start + len(into)]

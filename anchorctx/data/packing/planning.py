@@ -12,8 +12,7 @@ from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import PackConfig
 from anchorctx.data.packing.mixture import MixtureBy, MixtureConfig, draw, duplicates
 from anchorctx.data.packing.packer import Packer
-from anchorctx.data.packing.pieces import Rows, make_pieces
-from anchorctx.data.packing.tags import Tags
+from anchorctx.data.packing.pieces import Rows, Tags, make_pieces
 from anchorctx.data.tokens.store import TokenPart
 
 AT_ONCE = 2**16

@@ -8,7 +8,7 @@ import torch
 
 from anchorctx.data.loader import Batch, RowLoader, Step, make_batch, validation_batches
 from anchorctx.data.packed_set import PackedSet, ShardWriter
-from anchorctx.data.packing.block import Row
+from anchorctx.data.packing.shard import Row
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern, Positions
 
@@ -64,14 +64,18 @@ def test_what_a_step_says_of_the_whole_is_what_its_batches_hold(packed: PackedSe
     for index in range(3):
         step = loader(packed, rows_per_step=6).step(index)
         weights = torch.cat([batch.loss_weights for batch in step.micro_batches]).double()
-        labels = torch.cat([batch.labels for batch in step.micro_batches])
+        targets = torch.cat([batch.targets for batch in step.micro_batches])
         assert step.weight == pytest.approx(weights.sum().item(), abs=1e-12)
-        assert step.trained_tokens == (labels != -100).sum().item()
+        assert step.trained_tokens == (targets != -100).sum().item()
         assert step.documents == sum(layout.num_documents for b in step.micro_batches for layout in b.layouts)
 
 
+def positions(batch: Batch) -> torch.Tensor:
+    return torch.stack([layout.position_ids() for layout in batch.layouts])
+
+
 def flat(step: Step) -> list[torch.Tensor]:
-    return [tensor for b in step.micro_batches for tensor in (b.input_ids, b.labels, b.loss_weights, b.position_ids)]
+    return [tensor for b in step.micro_batches for tensor in (b.input_ids, b.targets, b.loss_weights, positions(b))]
 
 
 def test_any_step_can_be_asked_for_first(packed: PackedSet) -> None:
@@ -164,7 +168,7 @@ def test_tokens_of_another_order_are_refused(packed: PackedSet) -> None:
 def test_patterns_change_layouts_and_nothing_else(packed: PackedSet, pattern: Pattern) -> None:
     rows = np.array([0, 1, 2])
     batch, reference = make_batch(packed, rows, pattern), make_batch(packed, rows, Pattern.anchor)
-    for name in ("input_ids", "labels", "loss_weights"):
+    for name in ("input_ids", "targets", "loss_weights"):
         assert torch.equal(getattr(batch, name), getattr(reference, name))
     assert batch.layouts == tuple(pattern.apply(packed.row(i).layout) for i in range(3))
     assert len(set(batch.layouts)) == (1 if pattern is Pattern.full else 2)
@@ -174,20 +178,22 @@ def test_patterns_change_layouts_and_nothing_else(packed: PackedSet, pattern: Pa
         assert layout.anchor_len == int(anchored)
         assert layout.positions is (Positions.reset if reset else Positions.continuous)
         assert layout.num_documents == 1 or pattern is not Pattern.full
-    positions = {  # row 0: documents 1 (two chunks) and 2; row 1: three documents
+    expected = {  # row 0: documents 1 (two chunks) and 2; row 1: three documents
         Pattern.anchor_reset: [[0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 2, 1, 2, 1, 2, 3]],
         Pattern.intra_doc_reset: [[0, 0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 0, 1, 0, 1, 2]],
     }
-    assert batch.position_ids[:2].tolist() == positions.get(pattern, [list(range(T))] * 2)
+    assert positions(batch)[:2].tolist() == expected.get(pattern, [list(range(T))] * 2)
 
 
-def test_labels_are_where_weights_are(packed: PackedSet) -> None:
+def test_targets_are_the_next_tokens_where_these_have_weights(packed: PackedSet) -> None:
     batch = make_batch(packed, np.arange(ROWS), Pattern.anchor)
-    assert torch.equal(batch.labels == -100, batch.loss_weights == 0)
-    assert torch.equal(batch.labels[batch.labels != -100], batch.input_ids[batch.labels != -100])
-    assert batch.labels.dtype == torch.int64 and batch.loss_weights.dtype == torch.float32
-    moved = batch.to("meta")
-    assert moved.labels.device.type == "meta" and moved.layouts == batch.layouts
+    assert torch.equal(batch.targets == -100, batch.loss_weights == 0)
+    for i in range(ROWS):
+        row = packed.row(i)
+        assert batch.loss_weights[i].tolist() == [*row.loss_weights[1:].tolist(), 0]
+        wanted = np.where(row.loss_weights[1:] == 0, -100, row.input_ids[1:])
+        assert batch.targets[i].tolist() == [*wanted.tolist(), -100]
+    assert batch.targets.dtype == torch.int64 and batch.loss_weights.dtype == torch.float32
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -199,9 +205,9 @@ def test_validation_sees_each_row_once(packed: PackedSet, world: int, micro_rows
     seen, repeats = [], 0
     for batch in (batch for batches in ranks for batch in batches):
         assert batch.input_ids.shape == (micro_rows, T)
-        assert torch.equal(batch.labels == -100, batch.loss_weights == 0)
-        for row, labels in zip(batch.input_ids[:, 0].tolist(), batch.labels, strict=True):
-            if bool((labels != -100).any()):
+        assert torch.equal(batch.targets == -100, batch.loss_weights == 0)
+        for row, targets in zip(batch.input_ids[:, 0].tolist(), batch.targets, strict=True):
+            if bool((targets != -100).any()):
                 seen.append(row - 10)
             else:
                 repeats += 1

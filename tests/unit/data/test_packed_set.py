@@ -11,7 +11,7 @@ import pytest
 
 from anchorctx.data import packed_set as shards
 from anchorctx.data.packed_set import PackedSet, ShardWriter
-from anchorctx.data.packing.block import Row
+from anchorctx.data.packing.shard import Row
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 

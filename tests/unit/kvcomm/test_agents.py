@@ -27,9 +27,16 @@ def test_templates_parse(text: str, parts: tuple) -> None:
     assert Template.parse(text).parts == parts
 
 
-def test_a_placeholder_needs_a_name() -> None:
+@pytest.mark.parametrize("text", ["a {} b", "a { } b", '{"answer": 1}', "{x!r}"])
+def test_a_placeholder_needs_a_plain_name(text: str) -> None:
     with pytest.raises(UserError, match="without a name"):
-        Template.parse("a {} b")
+        Template.parse(text)
+
+
+@pytest.mark.parametrize("text", ["a {x", "a } b", "{a{b}}"])
+def test_braces_come_in_pairs(text: str) -> None:
+    with pytest.raises(UserError, match="without its other half"):
+        Template.parse(text)
 
 
 def test_reordering_exchanges_contents_and_keeps_the_text() -> None:

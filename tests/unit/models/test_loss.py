@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind
-from anchorctx.models.loss import IGNORE, TILE_BYTES, CausalLMLoss, LogitTransform, default_tile, shift
+from anchorctx.models.loss import IGNORE, TILE_BYTES, CausalLMLoss, LogitTransform, default_tile
 from anchorctx.testing.tiny import ARCHITECTURES
 
 T, V = 24, 96
@@ -26,9 +26,11 @@ def batch(seed: int = 0) -> dict:
     for row, layout in zip(labels, layouts, strict=True):
         row[list(layout.doc_offsets[:-1])] = IGNORE
     labels[0, 12:15] = IGNORE
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     weights = torch.rand(2, T, generator=generator)
     positions = torch.arange(T).expand(2, T)
-    return {"input_ids": ids, "position_ids": positions, "layouts": layouts, "labels": labels, "loss_weights": weights}
+    data = {"input_ids": ids, "position_ids": positions, "layouts": layouts}
+    return data | {"targets": targets, "loss_weights": F.pad(weights[:, 1:], (0, 1))}
 
 
 def plain_loss(model: torch.nn.Module, data: dict) -> torch.Tensor:
@@ -36,10 +38,8 @@ def plain_loss(model: torch.nn.Module, data: dict) -> torch.Tensor:
     logits = model(
         data["input_ids"], position_ids=data["position_ids"], layouts=data["layouts"], use_cache=False
     ).logits
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), data["labels"][:, 1:].flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return (losses * data["loss_weights"][:, 1:].flatten()).sum()
+    losses = F.cross_entropy(logits.flatten(0, 1), data["targets"].flatten(), ignore_index=IGNORE, reduction="none")
+    return (losses * data["loss_weights"].flatten()).sum()
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -107,16 +107,15 @@ def test_an_unknown_logit_field_is_refused() -> None:
         CausalLMLoss(model)
 
 
-def test_labels_are_shifted_by_one() -> None:
-    labels, weights = torch.tensor([[IGNORE, 5, 6, 7]]), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    targets, shifted = shift(labels, weights)
-    assert targets.tolist() == [[5, 6, 7, IGNORE]] and shifted.tolist() == [[1.0, 2.0, 3.0, 0.0]]
-    assert shift(labels, None)[1].tolist() == [[1.0, 1.0, 1.0, 0.0]]
+def test_weights_left_out_are_one() -> None:
+    model, data = ARCHITECTURES["llama"].build(torch.float64), batch()
+    ones = CausalLMLoss(model)(**data | {"loss_weights": torch.ones(2, T)})
+    assert torch.equal(CausalLMLoss(model)(**data | {"loss_weights": None}), ones)
 
 
-def test_a_batch_without_labels_gives_zero_and_zero_gradients() -> None:
+def test_a_batch_without_targets_gives_zero_and_zero_gradients() -> None:
     model = ARCHITECTURES["llama"].build()
-    loss = CausalLMLoss(model)(**batch() | {"labels": torch.full((2, T), IGNORE)})
+    loss = CausalLMLoss(model)(**batch() | {"targets": torch.full((2, T), IGNORE)})
     loss.backward()
     assert loss.item() == 0.0
     found = gradients(model)

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @dataclass
 class Rows:
     input_ids: torch.Tensor
-    labels: torch.Tensor
+    targets: torch.Tensor
     loss_weights: torch.Tensor
     layouts: tuple[PackedLayout, ...]
 
@@ -42,18 +42,18 @@ def test_ranks_that_are_neighbours_share_rows() -> None:
 
 
 @pytest.mark.parametrize("sequence", [1, 2, 3, 4])
-def test_slices_put_together_are_the_rows_with_labels_shifted(sequence: int) -> None:
+def test_slices_put_together_are_the_rows_with_their_targets(sequence: int) -> None:
     batch = rows()
-    slices = [share(batch, Mesh(Ranks(rank, sequence, CPU), sequence)) for rank in range(sequence)]
+    slices = [share(*vars(batch).values(), Mesh(Ranks(rank, sequence, CPU), sequence)) for rank in range(sequence)]
     joined = {
-        name: torch.cat([getattr(s, name) for s in slices], dim=1) for name in ("input_ids", "labels", "loss_weights")
+        name: torch.cat([getattr(s, name) for s in slices], dim=1) for name in ("input_ids", "targets", "loss_weights")
     }
     length = slices[0].layouts[0].length
     assert length == -(-11 // sequence) * sequence and joined["input_ids"].shape == (2, length)
     assert joined["input_ids"][:, :11].equal(batch.input_ids)
-    assert joined["labels"][:, :10].equal(batch.labels[:, 1:])  # also across slices
-    assert (joined["labels"][:, 10:] == -100).all() and (joined["loss_weights"][:, 10:] == 0).all()
-    assert joined["loss_weights"][:, :10].equal(batch.loss_weights[:, 1:])
+    assert joined["targets"][:, :11].equal(batch.targets)  # also across slices
+    assert (joined["targets"][:, 11:] == -100).all() and (joined["loss_weights"][:, 11:] == 0).all()
+    assert joined["loss_weights"][:, :11].equal(batch.loss_weights)
     positions = torch.cat([s.position_ids for s in slices], dim=1)
     assert positions[:, :11].equal(torch.stack([layout.position_ids() for layout in batch.layouts]))
 

@@ -12,10 +12,8 @@ from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, assemble
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.packer import Packer
-from anchorctx.data.packing.pieces import make_pieces
+from anchorctx.data.packing.pieces import ArrayText, Tags, make_pieces
 from anchorctx.data.packing.planning import shards_of
-from anchorctx.data.packing.tags import Tags
-from anchorctx.data.packing.text import ArrayText
 from anchorctx.layout import Pattern
 
 from ..plain_packing import PlainDocument, PlainPacker, PlainRow

@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, assemble
 from anchorctx.data.packing.best_fit import BestFit, best_fit_decreasing
-from anchorctx.data.packing.block import Block
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.interleave import scatter
 from anchorctx.data.packing.packer import Packer
-from anchorctx.data.packing.pieces import Rows, make_pieces
-from anchorctx.data.packing.tags import Tags
-from anchorctx.data.packing.text import ArrayText
+from anchorctx.data.packing.pieces import ArrayText, Rows, Tags, make_pieces
+from anchorctx.data.packing.shard import Shard
 from anchorctx.data.tokens.store import stored_weights
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern, Positions
@@ -32,7 +30,7 @@ def pack(
     tag: int = 0,
     weights: np.ndarray | None = None,
     **options,
-) -> tuple[Block, Accounting]:
+) -> tuple[Shard, Accounting]:
     """Documents of these lengths, ids 1, 2, 3, ... over all of them."""
     tags = tags or Tags()
     sizes = np.array(lengths)
@@ -48,23 +46,23 @@ def pack(
     packer = Packer(PackConfig(**options), shape.capacity, tags.longest, accounting)
     rows = Rows.joined([*packer.add(documents), *packer.finish()])
     ids = np.arange(1, sizes.sum() + 1, dtype=np.uint16)
-    block = assemble(rows, shape, tags, {0: ArrayText(ids, weights)}, accounting)
+    shard = assemble(rows, shape, tags, {0: ArrayText(ids, weights)}, accounting)
     accounting.check(shape.row_length)
-    return block, accounting
+    return shard, accounting
 
 
-def content(block: Block) -> list[list[int]]:
-    return [row[row < 2000].tolist() for row in block.tokens]
+def content(shard: Shard) -> list[list[int]]:
+    return [row[row < 2000].tolist() for row in shard.tokens]
 
 
 def test_concat_split_loses_no_token_and_the_tail_of_the_corpus_is_a_row() -> None:
-    block, _ = pack(20, 5, policy=Policy.concat_split)
-    assert content(block) == [list(range(1, 9)), list(range(9, 17)), list(range(17, 25)), [25]]
+    shard, _ = pack(20, 5, policy=Policy.concat_split)
+    assert content(shard) == [list(range(1, 9)), list(range(9, 17)), list(range(17, 25)), [25]]
 
 
 def test_the_last_token_of_a_document_is_not_trained_to_predict_the_next() -> None:
-    block, _ = pack(3, 5, policy=Policy.concat_split)
-    row = block.row(0, 1)
+    shard, _ = pack(3, 5, policy=Policy.concat_split)
+    row = shard.row(0, 1)
     assert row.layout.doc_offsets == (0, 1, 4, 9)
     assert row.loss_weights.tolist() == [0, 0, 1, 1, 0, 1, 1, 1, 1]
 
@@ -72,9 +70,9 @@ def test_the_last_token_of_a_document_is_not_trained_to_predict_the_next() -> No
 def test_a_row_is_exactly_row_length_long() -> None:
     for policy in Policy:
         for lengths in ((8,), (9,), (7, 1), (7, 2), (1,)):
-            block, _ = pack(*lengths, policy=policy)
-            assert block.tokens.shape[1] == 9
-            assert {block.row(i, 1).layout.length for i in range(len(block))} == {9}
+            shard, _ = pack(*lengths, policy=policy)
+            assert shard.tokens.shape[1] == 9
+            assert {shard.row(i, 1).layout.length for i in range(len(shard))} == {9}
 
 
 def test_policies_on_one_corpus() -> None:
@@ -94,30 +92,30 @@ def test_long_documents() -> None:
 
 
 def test_min_length_drops_documents_and_remainders() -> None:
-    block, account = pack(2, 10, 3, policy=Policy.one_per_row, min_length=3)
-    assert content(block) == [list(range(3, 11)), [13, 14, 15]]
+    shard, account = pack(2, 10, 3, policy=Policy.one_per_row, min_length=3)
+    assert content(shard) == [list(range(3, 11)), [13, 14, 15]]
     assert account.total_dropped == {"shorter than min_length": 4}
 
 
 def test_min_length_pads_a_row_rather_than_fill_it_with_what_is_dropped() -> None:
-    block, account = pack(6, 5, policy=Policy.concat_split, min_length=3)
-    assert content(block) == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]] and not account.dropped
+    shard, account = pack(6, 5, policy=Policy.concat_split, min_length=3)
+    assert content(shard) == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]] and not account.dropped
 
 
 def test_a_tag_stands_before_every_piece_and_is_not_trained() -> None:
     tags = Tags()
     number = tags.add(np.array([501, 502], np.uint32))
-    block, account = pack(10, tags=tags, tag=number, policy=Policy.one_per_row)
-    assert content(block) == [[501, 502, 1, 2, 3, 4, 5, 6], [501, 502, 7, 8, 9, 10]]
-    assert block.row(0, 1).loss_weights.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    shard, account = pack(10, tags=tags, tag=number, policy=Policy.one_per_row)
+    assert content(shard) == [[501, 502, 1, 2, 3, 4, 5, 6], [501, 502, 7, 8, 9, 10]]
+    assert shard.row(0, 1).loss_weights.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
     assert account.total("trained") == 10 and account.cells["tags"] == 4 and account.total("first_tokens") == 0
 
 
 def test_one_row_with_weights_by_hand() -> None:
     shape = RowShape(14, 2, ANCHOR, PAD)
     weights = np.array([1, 1, 1, 1, 0.5, 0, 1], np.float16)
-    block, account = pack(3, 4, shape=shape, weights=weights)
-    row = block.row(0, 2)
+    shard, account = pack(3, 4, shape=shape, weights=weights)
+    row = shard.row(0, 2)
     assert row.input_ids.tolist() == [ANCHOR] * 2 + [1, 2, 3, 4, 5, 6, 7] + [PAD] * 5
     assert row.loss_weights.tolist() == [0, 0, 0, 1, 1, 0, 0.5, 0, 1, 0, 0, 0, 0, 0]
     assert row.layout.doc_offsets == (0, 2, 5, 9, 14) and row.layout.doc_ids is None
@@ -125,7 +123,7 @@ def test_one_row_with_weights_by_hand() -> None:
     counted = account.to_dict()
     assert (counted["trained"], counted["first_tokens"], counted["zero_weight"]) == (4, 2, 1)
     assert (counted["anchor"], counted["padding"], counted["pieces"]) == (2, 5, 2)
-    assert block.index()["cost"].tolist() == [2**2 + 3**2 + 4**2 + 5**2]
+    assert shard.index()["cost"].tolist() == [2**2 + 3**2 + 4**2 + 5**2]
 
 
 @pytest.mark.parametrize("weight", [1e-9, 1e6, -0.5, np.nan])
@@ -188,8 +186,8 @@ def test_best_fit_decreasing_refuses_what_no_row_holds() -> None:
 
 def test_best_fit_cuts_no_document_that_fits() -> None:
     lengths = np.random.default_rng(0).integers(1, 9, 300)
-    block, _ = pack(*lengths.tolist(), policy=Policy.best_fit, buffer_tokens=100)
-    where = {token: number for number, row in enumerate(content(block)) for token in row}
+    shard, _ = pack(*lengths.tolist(), policy=Policy.best_fit, buffer_tokens=100)
+    where = {token: number for number, row in enumerate(content(shard)) for token in row}
     starts = np.cumsum(lengths) - lengths
     for start, length in zip((starts + 1).tolist(), lengths.tolist(), strict=True):
         assert len({where[token] for token in range(start, start + length)}) == 1

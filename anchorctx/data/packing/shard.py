@@ -24,7 +24,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Shard:
     """R rows of T tokens."""
 
     tokens: np.ndarray
@@ -54,13 +54,14 @@ class Block:
 
     def row(self, index: int, anchor_len: int) -> Row:
         """Row `index` by itself."""
+        # pointers = [[0, 0], [4, 0], [9, 4]]: row 1 has offsets[4:9] and doc_ids[0:4]; row 0 has no doc_ids
         (a, c), (b, d) = self.pointers[index].tolist(), self.pointers[index + 1].tolist()
         doc_ids = tuple(self.doc_ids[c:d].tolist()) or None
         layout = PackedLayout(tuple(self.offsets[a:b].tolist()), anchor_len, doc_ids=doc_ids)
         return Row(self.tokens[index].astype(np.int64), self.weights[index].astype(np.float32), layout)
 
     @classmethod
-    def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Block:
+    def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Shard:
         """Single rows together."""
         weights = np.stack([row.loss_weights for row in rows]).astype(np.float16)
         doc_ids = [row.layout.doc_ids or () for row in rows]
