@@ -25,7 +25,7 @@ from anchorctx.report.figures.style import (
 )
 from anchorctx.report.numbers import number
 
-CHARACTER = 8.0
+CHARACTER = 8.5
 """Width of a character where the page sets text largest, on a phone."""
 MANY_POINTS = 48
 """Lines with more points are drawn without a mark on each."""

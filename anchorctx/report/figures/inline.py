@@ -60,7 +60,7 @@ def _inside(parent: ElementTree.Element, markers: dict[str, str], titles: Iterat
 def _shape(element: ElementTree.Element, markers: dict[str, str], title: str) -> Markup:
     words = Markup("<title>{}</title>").format(title) if title else ""
     if (marker := element.get(LINK)) is None:
-        path = re.sub(r"\s*([MLCQz])\s*", r"\1", _rounded(element.get("d", "")))
+        path = re.sub(r"\s*([MLCQz])\s*", r"\1", _rounded(element.get("d", "").strip()))
         return Markup('<path d="{}"{}>{}</path>').format(path, _style(element), words)
     radius = _rounded(markers[marker].split()[2])  # every marker is a circle: M 0 3.5 C ...
     place = _rounded(element.get("x", "")), _rounded(element.get("y", ""))

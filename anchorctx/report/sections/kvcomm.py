@@ -8,9 +8,10 @@ from typing import Any
 from anchorctx.records.results import Result
 from anchorctx.report.blocks import Cell, Figure, Section, Table, measured
 from anchorctx.report.collect import Material
-from anchorctx.report.figures.charts import heat_map
+from anchorctx.report.figures.charts import Chart, heat_map
 from anchorctx.report.figures.reuse import error_charts, variation_chart
 from anchorctx.report.numbers import number
+from anchorctx.report.reuse_table import distinct, find
 from anchorctx.report.series import check_one_manifest
 
 PREFIX = "kvcomm_"
@@ -42,12 +43,10 @@ def build(material: Material) -> Section | None:
         mine = [row for row in found if row.model == model]
         check_one_manifest(mine, f"the evaluation of KV reuse of {model}")
         rows = [row.result for row in mine]
-        for task in _distinct(rows, "task"):
+        tasks = distinct(rows, "task")
+        for task in tasks:
             name = f"{model}: {task}" if len(models) > 1 else task
-            blocks += _task(name, task, rows)
-        if (chart := variation_chart(rows)) is not None:
-            caption = "Norm of the change of a document's keys and values, by their norm."
-            blocks.append(Figure(chart.description, chart, caption))
+            blocks += _task(name, task, rows, variation_chart(rows) if task == tasks[0] else None)
     if not blocks:
         return None
     lead = (
@@ -57,13 +56,16 @@ def build(material: Material) -> Section | None:
     return Section("kvcomm", "Agents that share KV caches", lead, blocks)
 
 
-def _task(name: str, task: str, rows: Sequence[Result]) -> list[Figure | Table]:
+def _task(name: str, task: str, rows: Sequence[Result], variation: Chart | None) -> list[Figure | Table]:
     mine = [row for row in rows if row.context.get("task") == task]
-    arms = _distinct(mine, "arm")
+    arms = distinct(mine, "arm")
     blocks: list[Figure | Table] = [_map(name, mine, arms)]
     for part, chart in error_charts(mine, task).items():
         caption = f"Norm of the difference to dense's {part}s, by dense's norm."
         blocks.append(Figure(f"{name}: error of {part}s by layer", chart, caption))
+    if variation is not None:
+        caption = "Norm of the change of a document's keys and values, by their norm."
+        blocks.append(Figure(variation.description, variation, caption))
     return [*blocks, _table(name, mine, arms)]
 
 
@@ -71,7 +73,7 @@ def _map(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Figure:
     cells = {}
     for arm in arms:
         for column, (metric, where) in SHARES.items():
-            if (row := _find(rows, metric, arm, **where)) is not None:
+            if (row := find(rows, metric, arm=arm, **ALL, **where)) is not None:
                 cells[arm, column] = row.value
     columns = [column for column in SHARES if any(at == column for _, at in cells)]
     what = f"{name}: shares by arm"
@@ -87,12 +89,12 @@ def _table(name: str, rows: Sequence[Result], arms: Sequence[str]) -> Table:
     used = {
         column: where
         for column, where in COLUMNS.items()
-        if any(_find(rows, where[0], arm, **where[1]) is not None for arm in arms)
+        if any(find(rows, where[0], arm=arm, **ALL, **where[1]) is not None for arm in arms)
     }
     body = []
     for arm in arms:
-        cells = [_cell(_find(rows, metric, arm, **where)) for metric, where in used.values()]
-        times = [_find(rows, "kvcomm_ttft", arm, agent="request", quantile=q) for q in ("p50", "p95")]
+        cells = [_cell(find(rows, metric, arm=arm, **ALL, **where)) for metric, where in used.values()]
+        times = [find(rows, "kvcomm_ttft", arm=arm, **ALL, agent="request", quantile=q) for q in ("p50", "p95")]
         body.append([Cell(arm, arm), *cells, *map(_milliseconds, times)])
     caption = (
         "With 95 % intervals where they are known. TTFT: time to the first token of all agents of a request, hidden "
@@ -109,13 +111,3 @@ def _cell(row: Result | None) -> Cell:
 
 def _milliseconds(row: Result | None) -> Cell:
     return Cell("–", None) if row is None else Cell(number(1e3 * row.value), row.value)
-
-
-def _find(rows: Sequence[Result], metric: str, arm: str, **where: Any) -> Result | None:
-    """The latest row of an arm over all kinds of a task."""
-    wanted = {"arm": arm, **ALL, **where}.items()
-    return next((row for row in reversed(rows) if row.metric == metric and wanted <= row.context.items()), None)
-
-
-def _distinct(rows: Sequence[Result], name: str) -> list[str]:
-    return list(dict.fromkeys(row.context[name] for row in rows if name in row.context))
