@@ -21,6 +21,7 @@ ALL_CODE = SOURCES + [p for folder in ("scripts", "recipes", "tests") for p in s
 FOUNDATION = {"errors", "records", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "attention", "plan", "report"}
 MAY_IMPORT = {
+    "__main__": {"cli"},
     "cli": {"config"} | PARTS,
     "config": PARTS,
     "train": {"models", "parallel", "data"},
