@@ -24,12 +24,12 @@ SCHEMAS = {
     "prepare": "anchorctx.data.config:PrepareConfig",
     "plan": "anchorctx.plan.config:PlanConfig",
     "train": "anchorctx.cli.train:TrainCommand",
-    "export": "anchorctx.train.export:ExportConfig",
-    "eval": "anchorctx.evals.runner:EvalConfig",
+    "export": "anchorctx.train.config:ExportConfig",
+    "eval": "anchorctx.evals.config:EvalConfig",
     "precision": "anchorctx.evals.evaluators.precision.config:PrecisionConfig",
-    "kvcomm": "anchorctx.evals.evaluators.reuse.evaluator:KvcommConfig",
-    "plot": "anchorctx.report.render:PlotConfig",
-    "report": "anchorctx.report.page:ReportConfig",
+    "kvcomm": "anchorctx.evals.evaluators.reuse.config:KvcommConfig",
+    "plot": "anchorctx.report.config:PlotConfig",
+    "report": "anchorctx.report.config:ReportConfig",
 }
 """Each command's configuration, imported when the command runs."""
 

@@ -10,8 +10,8 @@ import pytest
 from anchorctx.config import SCHEMAS, conf_dir, resolve, schema
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
+from anchorctx.train.config import Schedule
 from anchorctx.train.engine import deepspeed_config
-from anchorctx.train.optim import Schedule
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.parent.name for path in ROOT.glob("recipes/*/recipe_train.yaml"))

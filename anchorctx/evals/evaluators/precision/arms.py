@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.precision import probe
 from anchorctx.evals.evaluators.precision.config import Arithmetic

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,22 @@ from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.data.sources.documents import Reading
 from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactTokens, lines_of
-from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
-from anchorctx.evals.config import EvalConfig, EvalDtype, EvaluatedModel
-from anchorctx.evals.corpus import embedded, open_corpus
-from anchorctx.evals.evaluators.reuse.gate import GateConfig, Verdict, check_gate, judge
-from anchorctx.evals.evaluators.reuse.measures import VariationConfig, context_error
+from anchorctx.evals.config import EvalConfig, EvaluatedModel
+from anchorctx.evals.corpus import open_corpus
+from anchorctx.evals.evaluators.reuse.config import (
+    KvcommConfig,
+    TaskName,
+    VariationConfig,
+)
+from anchorctx.evals.evaluators.reuse.gate import Verdict, check_gate, judge
+from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import record_rows, variation_rows
 from anchorctx.evals.evaluators.reuse.tasks.base import Task, fingerprint
-from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask, CopyTaskConfig
+from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.humaneval import HumanEval
-from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu, QuestionTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask, RetrievalTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.sandbox import Limits
+from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu
+from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Trial
 from anchorctx.evals.subject import load, models_of, read_config, read_tokenizer
 from anchorctx.kvcomm.arms.basic import Arm, RotateGlue
@@ -45,106 +47,6 @@ logger = logging.getLogger(__name__)
 
 CORPUS_TEXTS = 40
 """Held-out documents that the retrieval task and the split of errors draw their text from."""
-
-
-class TaskName(StrEnum):
-    """The tasks."""
-
-    retrieval = "retrieval"
-    """Planted facts in documents that only some agents hold."""
-    copy = "copy"
-    """Synthetic requests of given lengths, for timing."""
-    gsm8k = "gsm8k"
-    """School mathematics."""
-    mmlu = "mmlu"
-    """Multiple choice."""
-    humaneval = "humaneval"
-    """Programs that must pass tests; needs allow_code_execution."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ArmsConfig:
-    """Settings of the arms."""
-
-    first: int = 8
-    """rotate_glue: tokens recomputed at the start of each content."""
-    warmup: int = 3
-    """mean_offset: contents that are computed before the mean is used."""
-    min_exemplars: int = 4
-    """kvcomm: compute and store contents until this many exemplars are as long; the paper's rule alone is 1."""
-    gamma: float = 0.3
-    """kvcomm: share where the entropy of the weights is below this part of its greatest value, 0..1."""
-    temperature: float = 1.0
-    """kvcomm: divides the distances between contents."""
-    max_exemplars: int = 20
-    """kvcomm: exemplars a placeholder, at most."""
-    window: int = 5
-    """kvcomm: on overflow the least used of this many oldest exemplars goes."""
-    max_bytes: int | None = None
-    """kvcomm: bytes of all exemplars of a session, at most; null is no limit."""
-    partial: bool = True
-    """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
-
-
-@dataclass(kw_only=True, slots=True)
-class KvcommConfig:
-    """What `anchorctx kvcomm` does."""
-
-    model: Any = None
-    """Hugging Face folder (or hub name) with weights and tokenizer, which all agents run; several, as
-    model=[runs/a,runs/b], are evaluated one after another on the same problems."""
-    models: list[EvaluatedModel] = field(default_factory=list)
-    """Instead of model, where each needs settings of its own: [{path: runs/a, label: base}, {path: runs/b}]; keys are
-    label, config, rope and max_length."""
-    out_dir: str
-    """Folder for results.jsonl (appended to), manifest.json and pictures."""
-    label: str | None = None
-    """Name of the model in the results; null takes the folder's name."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
-    tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
-    """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
-    arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
-    """Arms and controls; dense always runs beside them."""
-    agents: int = 3
-    """Agents, the decision agent included."""
-    topology: str = "full"
-    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
-    decision_dense: bool = True
-    """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
-    compare_tokens: int = 64
-    """Tokens of each answer over which an arm's distributions are compared with dense's."""
-    settings: ArmsConfig = field(default_factory=ArmsConfig)
-    """Settings of the arms."""
-    retrieval: RetrievalTaskConfig = field(default_factory=RetrievalTaskConfig)
-    """Settings of the retrieval task."""
-    copy: CopyTaskConfig = field(default_factory=CopyTaskConfig)
-    """Settings of the copy task."""
-    gsm8k: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="openai/gsm8k:main"))
-    """Where GSM8K's problems come from."""
-    mmlu: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="cais/mmlu:all"))
-    """Where MMLU's problems come from."""
-    humaneval: QuestionTaskConfig = field(
-        default_factory=lambda: QuestionTaskConfig(dataset="openai/openai_humaneval", max_new_tokens=384)
-    )
-    """Where HumanEval's problems come from."""
-    variation: VariationConfig = field(default_factory=VariationConfig)
-    """How a document's KV varies with what stands before it and with its place; left out where the model's length or
-    the corpus is too short for it."""
-    allow_code_execution: bool = False
-    """humaneval: run generated code, in a subprocess without network and with the limits of `sandbox`."""
-    sandbox: Limits = field(default_factory=Limits)
-    """humaneval: what a program may use."""
-    gate: GateConfig = field(default_factory=GateConfig)
-    """Bounds on one arm; beyond them the command exits with 1."""
-    corpus: SourceConfig = field(default_factory=embedded)
-    """Held-out text for the retrieval task's documents: any source that `prepare` takes."""
-    seed: int = 0
-    """Seed of problems, orders and noise."""
-    dtype: EvalDtype = EvalDtype.auto
-    """Precision: auto, float32 or bfloat16."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,205 @@
+"""What `anchorctx kvcomm` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from anchorctx.data.sources.source import SourceConfig
+from anchorctx.errors import UserError
+from anchorctx.evals.config import EvalDtype, EvaluatedModel
+from anchorctx.evals.corpus import embedded
+from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
+
+
+class TaskName(StrEnum):
+    """The tasks."""
+
+    retrieval = "retrieval"
+    """Planted facts in documents that only some agents hold."""
+    copy = "copy"
+    """Synthetic requests of given lengths, for timing."""
+    gsm8k = "gsm8k"
+    """School mathematics."""
+    mmlu = "mmlu"
+    """Multiple choice."""
+    humaneval = "humaneval"
+    """Programs that must pass tests; needs allow_code_execution."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GateConfig:
+    """Bounds on one arm, for every model and task that runs; null asks for no gate."""
+
+    arm: str | None = None
+    """The arm that must stay within the bounds."""
+    max_kl: float = 0.05
+    """Mean KL(dense | arm) over the compared tokens, at most, in nats."""
+    min_agreement: float = 0.95
+    """Share of compared tokens with the same most probable token, at least, 0..1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VariationConfig:
+    """How the KV of held-out documents is compared behind one prefix and another, and at one place and another."""
+
+    documents: int = 8
+    """Documents."""
+    tokens: int = 256
+    """Tokens of a document."""
+    prefix: int = 256
+    """Tokens of the two texts that it is read behind, which also is how far it is moved."""
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "tokens", "prefix"):
+            if getattr(self, name) < 1:
+                raise UserError(f"variation.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class CopyTaskConfig:
+    """Lengths in tokens."""
+
+    problems: int = 8
+    """Requests."""
+    question: int = 384
+    """Tokens of the question, which every agent reads."""
+    prefix: int = 128
+    """Tokens of each agent's fixed prefix, different for each."""
+    output: int = 64
+    """Tokens of each agent's given answer, which those who hear it read."""
+
+
+@dataclass(kw_only=True, slots=True)
+class QuestionTaskConfig:
+    """Questions from a file or the hub."""
+
+    path: str | None = None
+    """JSON-lines file; null loads `dataset` from the hub."""
+    dataset: str = ""
+    """Name on the hub, `name:configuration` where it has several."""
+    split: str = "test"
+    """Split of the hub's dataset."""
+    problems: int = 50
+    """Questions, from the first on; 0 takes all."""
+    max_new_tokens: int = 256
+    """Longest answer of an agent, in tokens."""
+
+
+KINDS: tuple[str, ...] = ("single", "two_hop", "override", "absent")
+
+
+@dataclass(kw_only=True, slots=True)
+class RetrievalTaskConfig:
+    """Retrieval among agents."""
+
+    problems: int = 24
+    """Problems of each kind."""
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    """Kinds of problem: single, two_hop, override, absent; a kind's problems do not depend on the others."""
+    prefix: int = 0
+    """Tokens of text that each agent has before its prompt, other text for each; 0 is none."""
+    document_tokens: int = 448
+    """Length of each document in tokens."""
+    facts: int = 4
+    """Facts planted in each document beside those of the problem."""
+    confidence: float = 0.8
+    """Probability of its first token below which an agent says nothing, 0..1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Limits:
+    """What a program may use."""
+
+    cpu_seconds: int = 5
+    """CPU time."""
+    wall_seconds: float = 10.0
+    """Time on the clock."""
+    memory_bytes: int = 2**30
+    """Address space."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ArmsConfig:
+    """Settings of the arms."""
+
+    first: int = 8
+    """rotate_glue: tokens recomputed at the start of each content."""
+    warmup: int = 3
+    """mean_offset: contents that are computed before the mean is used."""
+    min_exemplars: int = 4
+    """kvcomm: compute and store contents until this many exemplars are as long; the paper's rule alone is 1."""
+    gamma: float = 0.3
+    """kvcomm: share where the entropy of the weights is below this part of its greatest value, 0..1."""
+    temperature: float = 1.0
+    """kvcomm: divides the distances between contents."""
+    max_exemplars: int = 20
+    """kvcomm: exemplars a placeholder, at most."""
+    window: int = 5
+    """kvcomm: on overflow the least used of this many oldest exemplars goes."""
+    max_bytes: int | None = None
+    """kvcomm: bytes of all exemplars of a session, at most; null is no limit."""
+    partial: bool = True
+    """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
+
+
+@dataclass(kw_only=True, slots=True)
+class KvcommConfig:
+    """What `anchorctx kvcomm` does."""
+
+    model: Any = None
+    """Hugging Face folder (or hub name) with weights and tokenizer, which all agents run; several, as
+    model=[runs/a,runs/b], are evaluated one after another on the same problems."""
+    models: list[EvaluatedModel] = field(default_factory=list)
+    """Instead of model, where each needs settings of its own: [{path: runs/a, label: base}, {path: runs/b}]; keys are
+    label, config, rope and max_length."""
+    out_dir: str
+    """Folder for results.jsonl (appended to), manifest.json and pictures."""
+    label: str | None = None
+    """Name of the model in the results; null takes the folder's name."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
+    tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
+    """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
+    arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
+    """Arms and controls; dense always runs beside them."""
+    agents: int = 3
+    """Agents, the decision agent included."""
+    topology: str = "full"
+    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
+    decision_dense: bool = True
+    """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
+    compare_tokens: int = 64
+    """Tokens of each answer over which an arm's distributions are compared with dense's."""
+    settings: ArmsConfig = field(default_factory=ArmsConfig)
+    """Settings of the arms."""
+    retrieval: RetrievalTaskConfig = field(default_factory=RetrievalTaskConfig)
+    """Settings of the retrieval task."""
+    copy: CopyTaskConfig = field(default_factory=CopyTaskConfig)
+    """Settings of the copy task."""
+    gsm8k: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="openai/gsm8k:main"))
+    """Where GSM8K's problems come from."""
+    mmlu: QuestionTaskConfig = field(default_factory=lambda: QuestionTaskConfig(dataset="cais/mmlu:all"))
+    """Where MMLU's problems come from."""
+    humaneval: QuestionTaskConfig = field(
+        default_factory=lambda: QuestionTaskConfig(dataset="openai/openai_humaneval", max_new_tokens=384)
+    )
+    """Where HumanEval's problems come from."""
+    variation: VariationConfig = field(default_factory=VariationConfig)
+    """How a document's KV varies with what stands before it and with its place; left out where the model's length or
+    the corpus is too short for it."""
+    allow_code_execution: bool = False
+    """humaneval: run generated code, in a subprocess without network and with the limits of `sandbox`."""
+    sandbox: Limits = field(default_factory=Limits)
+    """humaneval: what a program may use."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """Bounds on one arm; beyond them the command exits with 1."""
+    corpus: SourceConfig = field(default_factory=embedded)
+    """Held-out text for the retrieval task's documents: any source that `prepare` takes."""
+    seed: int = 0
+    """Seed of problems, orders and noise."""
+    dtype: EvalDtype = EvalDtype.auto
+    """Precision: auto, float32 or bfloat16."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
