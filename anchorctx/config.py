@@ -1,6 +1,7 @@
 """From the command line to plain dataclasses: Hydra composes `conf/` and the overrides, the schemas check them.
 
 Hydra stays at this edge: what a command receives is its own dataclass. Every mistake becomes one UserError sentence.
+Hydra is imported when something is composed, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -8,30 +9,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import re
 from pathlib import Path
-from typing import Any
-
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from anchorctx.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SCHEMAS = {
     "prepare": "anchorctx.data.config:PrepareConfig",
     "plan": "anchorctx.plan.config:PlanConfig",
     "train": "anchorctx.cli.train:TrainCommand",
-    "export": "anchorctx.train.export:ExportConfig",
-    "eval": "anchorctx.evals.runner:EvalConfig",
+    "export": "anchorctx.train.config:ExportConfig",
+    "eval": "anchorctx.evals.config:EvalConfig",
     "precision": "anchorctx.evals.evaluators.precision.config:PrecisionConfig",
     "kvcomm": "anchorctx.evals.config:KvcommConfig",
-    "plot": "anchorctx.report.render:PlotConfig",
-    "report": "anchorctx.report.page:ReportConfig",
+    "plot": "anchorctx.report.config:PlotConfig",
+    "report": "anchorctx.report.config:ReportConfig",
 }
 """Each command's configuration, imported when the command runs."""
+MOVED = {"parallel.activation_checkpointing": "memory.checkpoint_every"}
+"""Keys of versions before, and where they went."""
 
 
 def conf_dir() -> Path:
@@ -53,6 +53,8 @@ def resolve(command: str, overrides: list[str], recipe: str | None = None) -> An
     Raises UserError for an unknown key, a wrong type, a missing value, or a file that does not parse.
     """
     config = compose_config(command, overrides, recipe)
+    from omegaconf import OmegaConf
+
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         given = " ".join(f"{key}=..." for key in missing)
@@ -62,6 +64,14 @@ def resolve(command: str, overrides: list[str], recipe: str | None = None) -> An
 
 def compose_config(command: str, overrides: list[str], recipe: str | None = None) -> DictConfig:
     """The composed configuration, checked against the schema; may still have missing values."""
+    _check_keys(command, overrides)
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     folder, name, search = conf_dir(), command, []
     if recipe is not None:
         path = Path(recipe).resolve()
@@ -81,8 +91,22 @@ def compose_config(command: str, overrides: list[str], recipe: str | None = None
         raise
 
 
+def _check_keys(command: str, overrides: list[str]) -> None:
+    """Refuse unknown keys of typed parts without Hydra, whose import takes longer than all else; it sees the rest."""
+    for word in overrides:
+        key, owner = word.lstrip("+~").partition("=")[0], schema(command)
+        parts = [] if re.search("[^\\w.]", key) or key.startswith("hydra.") else key.split(".")
+        for i, part in enumerate(parts):
+            hints = get_type_hints(owner) if dataclasses.is_dataclass(owner) else {part: None}
+            if part not in hints:
+                raise UserError(_unknown_key(".".join(parts[: i + 1]), command, owner))
+            owner = hints[part]
+
+
 def _open_dicts(config: DictConfig) -> DictConfig:
     """Let overrides add keys to free dictionaries (a model's own fields), while everything typed stays closed."""
+    from omegaconf import DictConfig, OmegaConf
+
     for key in config:
         node = config._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none():
@@ -94,15 +118,18 @@ def _open_dicts(config: DictConfig) -> DictConfig:
 
 def _sentence(error: BaseException, command: str) -> str:
     """One sentence for what Hydra and OmegaConf say in many lines."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
     chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
+    while before := chain[-1].__cause__ or (isinstance(chain[-1], HydraException) and chain[-1].__context__):
+        chain.append(before)
     cause = next((e for e in reversed(chain) if isinstance(e, OmegaConfBaseException)), chain[-1])
     full_key = getattr(cause, "full_key", None)
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and full_key:
         return _unknown_key(str(full_key), command, getattr(cause, "object_type", None))
     if isinstance(error, MissingConfigException) and error.options:
-        return _unknown_choice(error)
+        return _unknown_choice(str(error.missing_cfg_file), list(error.options))
     if isinstance(cause, MissingMandatoryValue):
         return f"anchorctx {command}: {_first_line(cause)}"
     if isinstance(cause, OmegaConfBaseException) and full_key:
@@ -112,16 +139,18 @@ def _sentence(error: BaseException, command: str) -> str:
     return _first_line(error)
 
 
-def _unknown_choice(error: MissingConfigException) -> str:
-    """Names the ready-made choices of a group, the nearest first: `parallel=zero4`."""
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    near = difflib.get_close_matches(choice, error.options or (), n=1)
+def _unknown_choice(path: str, choices: list[str]) -> str:
+    """Names the ready-made choices of a group, the nearest first; `path` is "parallel/zero4"."""
+    group, _, choice = path.rpartition("/")
+    near = difflib.get_close_matches(choice, choices, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    return f"{group}={choice} is no ready-made choice: {hint}choose {', '.join(error.options or ())}"
+    return f"{group}={choice} is no ready-made choice: {hint}choose {', '.join(choices)}"
 
 
 def _unknown_key(full_key: str, command: str, owner: Any) -> str:
     """Names the valid keys of its `owner`, a dataclass, the nearest first."""
+    if full_key in MOVED:
+        return f"{full_key} is now {MOVED[full_key]}: anchorctx {command} --help says what it takes"
     parent, _, key = full_key.rpartition(".")
     valid = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
     near = difflib.get_close_matches(key, valid, n=1)

@@ -32,8 +32,9 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anchorctx.evals.evaluators.reuse.config import CopyTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Team
-from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask, CopyTaskConfig
+from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
 from anchorctx.kvcomm.arms.exemplars import PoolConfig

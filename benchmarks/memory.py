@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from anchorctx.attention.rope import RopeDtype
+from anchorctx.attention.config import RopeDtype
 from anchorctx.data.packed_set import Row, ShardWriter
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind, MemoryConfig

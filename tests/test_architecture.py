@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from anchorctx.cli.main import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anchorctx"
 FOLDERS = ("benchmarks", "docs", "recipes", "scripts", "tests")
@@ -22,6 +24,7 @@ ALL_CODE = SOURCES + [p for folder in FOLDERS for p in sorted((ROOT / folder).rg
 FOUNDATION = {"errors", "records", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "plan", "report"}
 MAY_IMPORT = {
+    "__main__": {"cli"},
     "cli": {"config", "attention"} | PARTS,
     "config": PARTS,
     "train": {"data", "parallel", "models"},
@@ -204,6 +207,22 @@ def test_importing_the_package_is_light() -> None:
     code = f"import sys, anchorctx; print([m for m in {LAZY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def imported_by(code: str) -> set[str]:
+    """Modules that a new process has imported after `code`."""
+    code = f"import sys\n{code}\nprint('|', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(done.stdout.rpartition("|")[2].split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_refusals_import_nothing_slow(command: str) -> None:
+    """Modules are counted rather than seconds, which depend on what else the machine does."""
+    start = "from anchorctx.cli.main import main"
+    slow = {*LAZY, "datasets", "pandas", "pyarrow", "scipy", "jinja2", "hydra", "omegaconf"}
+    assert slow.isdisjoint(imported_by(f"{start}\nassert main([{command!r}, '--help']) == 0"))
+    assert slow.isdisjoint(imported_by(f"{start}\nassert main([{command!r}, 'no_such_key=1']) == 2"))
 
 
 # -- sizes and names --------------------------------------------------------------------------------------------------

@@ -1,14 +1,19 @@
 """Attention under packed layouts: `attend`, its backends, and the registration with transformers."""
 
-from anchorctx.attention.registry import BACKENDS, attend
+from typing import TYPE_CHECKING
 
-__all__ = ["BACKENDS", "attend", "register"]  # pyright: ignore[reportUnsupportedDunderAll]
+if TYPE_CHECKING:
+    from anchorctx.attention.interface import register
+    from anchorctx.attention.registry import BACKENDS, attend
+
+__all__ = ["BACKENDS", "attend", "register"]
 
 
 def __getattr__(name: str) -> object:
-    """`register` imports transformers, which takes seconds: only when it is asked for."""
-    if name == "register":
-        from anchorctx.attention.interface import register
+    """torch and transformers take seconds to import: only when something is used."""
+    import importlib
 
-        return register
-    raise AttributeError(name)
+    homes = {"BACKENDS": "registry", "attend": "registry", "register": "interface"}
+    if name not in homes:
+        raise AttributeError(name)
+    return getattr(importlib.import_module(f"anchorctx.attention.{homes[name]}"), name)

@@ -19,25 +19,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
 import torch
 
+from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
-
-
-class RopeDtype(StrEnum):
-    """The dtype in which queries and keys are rotated."""
-
-    bfloat16 = "bfloat16"
-    """The activations' own dtype, as transformers does: with a bfloat16 model, the defect that the paper studies."""
-    float32 = "float32"
-    """Rotate in float32 and cast once, afterwards."""
-    bfloat16_emulated = "bfloat16_emulated"
-    """Rotate in bfloat16 whatever the activations' dtype, which stay as they are: the defect alone, on machines that
-    are quick in float32 only."""
 
 
 def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:

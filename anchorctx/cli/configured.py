@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-
 from anchorctx.cli.main import COMMANDS, Arguments
 from anchorctx.config import compose_config, conf_dir, resolve, schema
 from anchorctx.errors import UserError
@@ -25,6 +23,8 @@ def configuration(command: str, arguments: Arguments, example: str) -> Any | Non
         print(help_text(command, example))
         return None
     if arguments.show:
+        from omegaconf import OmegaConf
+
         print(OmegaConf.to_yaml(compose_config(command, arguments.overrides, arguments.recipe)), end="")
         return None
     return resolve(command, arguments.overrides, arguments.recipe)

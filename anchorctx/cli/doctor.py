@@ -7,13 +7,8 @@ import os
 import platform
 import shutil
 
-import torch
-
-from anchorctx.attention import BACKENDS, attend
-from anchorctx.attention.kernels.base import Score
 from anchorctx.cli.main import Arguments
 from anchorctx.errors import UserError
-from anchorctx.layout import PackedLayout
 
 REQUIRED = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "safetensors", "numpy")
 OPTIONAL = {
@@ -42,6 +37,8 @@ def report() -> str:
 
 
 def _machine() -> list[str]:
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     compiler = shutil.which("g++") or "not found: DeepSpeed needs it for CPU collectives and optimizer offload"
@@ -65,6 +62,12 @@ def _packages() -> list[str]:
 
 def _backends() -> list[str]:
     """Each backend is really called, forward and backward, on this machine's device."""
+    import torch
+
+    from anchorctx.attention import BACKENDS, attend
+    from anchorctx.attention.kernels.base import Score
+    from anchorctx.layout import PackedLayout
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lines = [f"attention backends on {device.type}, {str(dtype).removeprefix('torch.')}"]

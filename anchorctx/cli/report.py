@@ -14,7 +14,7 @@ from anchorctx.layout import PackedLayout, Pattern
 
 if TYPE_CHECKING:
     from anchorctx.report.collect import Material
-    from anchorctx.report.page import ReportConfig
+    from anchorctx.report.config import ReportConfig
 
 EXAMPLE = "anchorctx report runs/mine results/after out=report.html"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from anchorctx.cli.configured import configuration
 from anchorctx.cli.main import Arguments, former_entry
-from anchorctx.evals.live import LiveConfig, LiveEvals
+from anchorctx.evals.config import LiveConfig
 from anchorctx.train.config import TrainConfig
 
 EXAMPLE = """\
@@ -27,6 +27,7 @@ def run(arguments: Arguments) -> None:
     config = configuration("train", arguments, EXAMPLE)
     if config is None:
         return
+    from anchorctx.evals.live import LiveEvals
     from anchorctx.train.loop import train
 
     train(config, [LiveEvals(config.live)] if config.live.every else [])

@@ -17,8 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from anchorctx.attention import BACKENDS
+from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.interface import implementation, register
-from anchorctx.attention.rope import RopeDtype
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 

@@ -1,4 +1,4 @@
-"""What `anchorctx eval` can be told."""
+"""What `anchorctx eval`, and `anchorctx train` under `live`, can be told."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from anchorctx.attention.rope import RopeDtype
+from anchorctx.attention.config import RopeDtype
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.evals.corpus import embedded
-from anchorctx.evals.evaluators.context import ContextConfig
-from anchorctx.evals.evaluators.lm_eval import LmEvalConfig
-from anchorctx.evals.evaluators.needle import NeedleConfig
-from anchorctx.evals.evaluators.perplexity import PerplexityConfig
+from anchorctx.evals.evaluators.config import (
+    ContextConfig,
+    LmEvalConfig,
+    NeedleConfig,
+    PerplexityConfig,
+    RetrievalConfig,
+    RulerConfig,
+)
 from anchorctx.evals.evaluators.precision.config import StudyConfig
-from anchorctx.evals.evaluators.retrieval import RetrievalConfig
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig
-from anchorctx.evals.evaluators.ruler import RulerConfig
 from anchorctx.models import RopeConfig
 
 
@@ -158,3 +160,38 @@ class KvcommConfig(ReuseConfig, KvcommModels):
     """Precision: auto, float32 or bfloat16."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
+
+
+class LiveName(StrEnum):
+    """Evaluations that only read, which a model can do while it trains."""
+
+    perplexity = "perplexity"
+    """Of held-out documents, each alone behind the anchor."""
+    perplexity_by_context = "perplexity_by_context"
+    """Of the same tokens against how much is seen."""
+    retrieval = "retrieval"
+    """Of planted facts."""
+    needle = "needle"
+    """By length and depth."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LiveConfig:
+    """What is measured of the live model, and how often; the defaults are small."""
+
+    every: int = 0
+    """Steps between measurements, which are also made before the first step and after the last; 0 is never."""
+    evals: list[LiveName] = field(default_factory=lambda: [LiveName.perplexity])
+    """perplexity, perplexity_by_context, retrieval, needle: into metrics and W&B as eval/..."""
+    corpus: SourceConfig = field(default_factory=embedded)
+    """Held-out documents; the embedded corpus' validation files by default."""
+    perplexity: PerplexityConfig = field(default_factory=lambda: PerplexityConfig(documents=16, max_length=2048))
+    """Settings of the perplexity evaluation."""
+    context: ContextConfig = field(default_factory=lambda: ContextConfig(lengths=[512, 2048], documents=8))
+    """Settings of perplexity_by_context."""
+    retrieval: RetrievalConfig = field(default_factory=lambda: RetrievalConfig(lengths=[512, 2048], rows=8))
+    """Settings of the retrieval evaluation."""
+    needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(lengths=[512, 2048], rows=4))
+    """Settings of the needle map."""
+    seed: int = 0
+    """Seed of whatever an evaluation draws: the same at every step."""

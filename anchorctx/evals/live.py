@@ -8,58 +8,21 @@ a row and calls it through the engine's module, whose hooks gather one layer at 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Evaluator, Subject
-from anchorctx.evals.corpus import Corpus, embedded
-from anchorctx.evals.evaluators.context import ContextConfig, ContextPerplexity
-from anchorctx.evals.evaluators.needle import NeedleConfig, NeedleMap
-from anchorctx.evals.evaluators.perplexity import Perplexity, PerplexityConfig
-from anchorctx.evals.evaluators.retrieval import Retrieval, RetrievalConfig
+from anchorctx.evals.config import LiveConfig, LiveName
+from anchorctx.evals.corpus import Corpus
+from anchorctx.evals.evaluators.context import ContextPerplexity
+from anchorctx.evals.evaluators.needle import NeedleMap
+from anchorctx.evals.evaluators.perplexity import Perplexity
+from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.models import reach
 from anchorctx.records.results import Result
-
-
-class LiveName(StrEnum):
-    """Evaluations that only read, which a model can do while it trains."""
-
-    perplexity = "perplexity"
-    """Of held-out documents, each alone behind the anchor."""
-    perplexity_by_context = "perplexity_by_context"
-    """Of the same tokens against how much is seen."""
-    retrieval = "retrieval"
-    """Of planted facts."""
-    needle = "needle"
-    """By length and depth."""
-
-
-@dataclass(kw_only=True, slots=True)
-class LiveConfig:
-    """What is measured of the live model, and how often; the defaults are small."""
-
-    every: int = 0
-    """Steps between measurements, which are also made before the first step and after the last; 0 is never."""
-    evals: list[LiveName] = field(default_factory=lambda: [LiveName.perplexity])
-    """perplexity, perplexity_by_context, retrieval, needle: into metrics and W&B as eval/..."""
-    corpus: SourceConfig = field(default_factory=embedded)
-    """Held-out documents; the embedded corpus' validation files by default."""
-    perplexity: PerplexityConfig = field(default_factory=lambda: PerplexityConfig(documents=16, max_length=2048))
-    """Settings of the perplexity evaluation."""
-    context: ContextConfig = field(default_factory=lambda: ContextConfig(lengths=[512, 2048], documents=8))
-    """Settings of perplexity_by_context."""
-    retrieval: RetrievalConfig = field(default_factory=lambda: RetrievalConfig(lengths=[512, 2048], rows=8))
-    """Settings of the retrieval evaluation."""
-    needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(lengths=[512, 2048], rows=4))
-    """Settings of the needle map."""
-    seed: int = 0
-    """Seed of whatever an evaluation draws: the same at every step."""
 
 
 class LiveEvals:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.evals.attention import attention_name
 from anchorctx.evals.base import Evaluator, Subject

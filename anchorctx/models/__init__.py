@@ -1,15 +1,19 @@
 """Models: what a user says about one, its RoPE settings, and loading it."""
 
-from anchorctx.models.build import (
-    build_config,
-    check_attention,
-    check_vocabulary,
-    checkpoint_activations,
-    load_model,
-    save_model,
-)
+from typing import TYPE_CHECKING
+
 from anchorctx.models.config import ModelConfig, ModelDtype, RopeConfig, RopeType
-from anchorctx.models.rope import check_length, reach
+
+if TYPE_CHECKING:
+    from anchorctx.models.build import (
+        build_config,
+        check_attention,
+        check_vocabulary,
+        checkpoint_activations,
+        load_model,
+        save_model,
+    )
+    from anchorctx.models.rope import check_length, reach
 
 __all__ = [
     "ModelConfig",
@@ -25,3 +29,13 @@ __all__ = [
     "reach",
     "save_model",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """torch and transformers take seconds to import: only when something is used."""
+    import importlib
+
+    if name not in __all__:
+        raise AttributeError(name)
+    home = "rope" if name in ("check_length", "reach") else "build"
+    return getattr(importlib.import_module(f"anchorctx.models.{home}"), name)

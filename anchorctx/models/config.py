@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from anchorctx.attention.rope import RopeDtype
+from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
 
 SMALLEST_TILE = 128

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.layout import PackedLayout
 from anchorctx.models import checkpoint_activations
 from anchorctx.models.config import ActivationStore, LossKind, MemoryConfig

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from markupsafe import Markup
 from anchorctx.errors import UserError
 from anchorctx.report.blocks import Build, Section
 from anchorctx.report.collect import Material
+from anchorctx.report.config import ReportConfig
 from anchorctx.report.sections import (
     comparison,
     data,
@@ -49,24 +49,6 @@ SECTIONS: Sequence[Build] = (
     provenance.build,
 )
 """What a report may have, in the order of a reader's questions: how good, why, how it was made, from what."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ReportConfig:
-    """What `anchorctx report` does."""
-
-    runs: list[str] = field(default_factory=list)
-    """Folders of runs, evaluations and packed sets, or folders that contain some; plain words are taken as these."""
-    out: str = "report.html"
-    """The file to write."""
-    title: str | None = None
-    """The page's title; null makes one of the folders' names."""
-    pretraining_length: int | None = None
-    """Tokens that the first model was trained at; marked in the retrieval chart."""
-    row: int = 0
-    """Which row of a packed set to draw."""
-    pattern: str | None = None
-    """Draw it under this pattern: anchor, anchor_reset, full, intra_doc, intra_doc_reset; null is the runs' own."""
 
 
 def write_report(config: ReportConfig, material: Material) -> Path:

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from anchorctx.errors import UserError
-from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.layout import PackedLayout
 from anchorctx.records.results import read_results
+from anchorctx.report.config import PlotConfig
 from anchorctx.report.figures.pattern import pattern_figure
 from anchorctx.report.figures.retrieval import retrieval_figure
 from anchorctx.report.figures.training import loss_figure
-
-
-@dataclass(kw_only=True, slots=True)
-class PlotConfig:
-    """Draws what its inputs allow. `???` marks what must be given."""
-
-    out_dir: str = "???"
-    """Folder for the pictures."""
-    run: str | None = None
-    """`out_dir` of a training run: draws loss.png from its metrics.jsonl."""
-    results: list[str] = field(default_factory=list)
-    """results.jsonl files of evaluations: draws retrieval.png, one line a model."""
-    packed: str | None = None
-    """Folder of a packed set: draws pattern.png, what one of its rows may see."""
-    row: int | None = None
-    """Which row of the packed set, from 0; null takes one with a typical number of documents."""
-    pattern: Pattern = Pattern.anchor
-    """Under which pattern: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
-    pretraining_length: int | None = None
-    """Marks the length, in tokens, that the first model was trained at."""
 
 
 def render(config: PlotConfig, layout: PackedLayout | None) -> list[Path]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,32 +17,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
+from anchorctx.train.config import LoggingConfig
 
 METRICS = "metrics.jsonl"
-
-
-class WandbMode(StrEnum):
-    """Whether metrics also go to Weights & Biases."""
-
-    disabled = "disabled"
-    offline = "offline"
-    """Into `out_dir/wandb`, without an account; `wandb sync` uploads it later. A resumed run writes a second folder
-    with the same id: sync them in the order of their dates."""
-    online = "online"
-
-
-@dataclass(kw_only=True, slots=True)
-class LoggingConfig:
-    """What is reported, and how often."""
-
-    every: int = 1
-    """Steps between rows of metrics."""
-    wandb: WandbMode = WandbMode.disabled
-    """Weights & Biases: disabled, offline or online."""
-    project: str = "anchorctx"
-    """W&B project."""
-    name: str | None = None
-    """W&B run name; None is the name of `out_dir`."""
 
 
 class Callback(Protocol):

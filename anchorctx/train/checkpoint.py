@@ -17,7 +17,6 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +26,12 @@ import torch
 from anchorctx.errors import UserError
 from anchorctx.parallel.dist import Ranks, barrier
 from anchorctx.records.manifest import write_json
+from anchorctx.train.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
 MARKER = "COMPLETE"
 ENGINE = "engine"
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
-
-    every: int = 100
-    """Steps between checkpoints; the last step always writes one. 0 is only the last."""
-    keep_last: int = 2
-    """The newest checkpoints to keep."""
-    keep_every: int = 0
-    """Also keep every checkpoint whose step is a multiple of this; 0 is none."""
-    resume: str = "auto"
-    """`auto` continues from the newest complete checkpoint in `out_dir`, `never` refuses a used `out_dir`, and a
-    folder names one checkpoint."""
-
-    def validate(self) -> None:
-        """Raise UserError for values that would lose a checkpoint."""
-        if self.every < 0 or self.keep_every < 0 or self.keep_last < 1:
-            raise UserError(
-                f"checkpoint.every={self.every} and keep_every={self.keep_every} must be at least 0 and "
-                f"keep_last={self.keep_last} at least 1"
-            )
 
 
 @contextmanager

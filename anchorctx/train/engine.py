@@ -8,7 +8,8 @@ import torch
 
 from anchorctx.parallel.config import BUCKET, LIVE, SUBGROUP, ParallelConfig
 from anchorctx.parallel.dist import Ranks
-from anchorctx.train.optim import OptimConfig, parameter_groups
+from anchorctx.train.config import OptimConfig
+from anchorctx.train.optim import parameter_groups
 
 
 def deepspeed_config(

@@ -10,8 +10,6 @@ import contextlib
 import io
 import os
 import shutil
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +20,11 @@ from transformers.utils.logging import disable_progress_bar
 from anchorctx.errors import UserError
 from anchorctx.models.load import fill, read_config, read_tokenizer
 from anchorctx.train import checkpoint
+from anchorctx.train.config import ExportConfig
 from anchorctx.train.loop import MODEL
 
 WRAPPER = "model."
 """What `CausalLMLoss` puts before the names of the weights."""
-
-
-class ExportDtype(StrEnum):
-    """Data type of the exported weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-@dataclass(kw_only=True, slots=True)
-class ExportConfig:
-    """From a run to a Hugging Face folder. `???` marks what must be given."""
-
-    run: str = "???"
-    """`out_dir` of a training run."""
-    out_dir: str = "???"
-    """Folder to write; must not exist."""
-    step: int | None = None
-    """Which checkpoint; None is the newest complete one."""
-    dtype: ExportDtype = ExportDtype.float32
-    """Data type of the exported weights; the checkpoint's own are float32."""
 
 
 def export(config: ExportConfig) -> Path:

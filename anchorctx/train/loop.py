@@ -30,8 +30,8 @@ from anchorctx.parallel.sharder import Share, share
 from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train import checkpoint
 from anchorctx.train.build import accumulation, build_model, build_module
-from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb, WandbMode
-from anchorctx.train.config import TrainConfig
+from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb
+from anchorctx.train.config import TrainConfig, WandbMode
 from anchorctx.train.engine import build_engine, set_lr
 from anchorctx.train.meter import Meter
 

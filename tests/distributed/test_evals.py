@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from anchorctx.config import resolve
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.data.sources.stdlib import train_tokenizer
-from anchorctx.evals.evaluators.context import ContextConfig
-from anchorctx.evals.evaluators.perplexity import PerplexityConfig
+from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
 from anchorctx.evals.runner import EvalConfig, EvalName, evaluate
 from anchorctx.records.results import Result, read_results
-from anchorctx.train.export import ExportConfig, export
+from anchorctx.train.config import ExportConfig
+from anchorctx.train.export import export
 
 from .runs import curve, metrics, torchrun
 

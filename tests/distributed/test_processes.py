@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from anchorctx.data.loader import validation_batches
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.layout import Pattern
-from anchorctx.train.export import ExportConfig, export
+from anchorctx.train.config import ExportConfig
+from anchorctx.train.export import export
 
 from .runs import curve, metrics
 

@@ -16,7 +16,8 @@ import anchorctx
 from anchorctx.data.loader import RowLoader
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.layout import Pattern
-from anchorctx.train.export import ExportConfig, export
+from anchorctx.train.config import ExportConfig
+from anchorctx.train.export import export
 
 from .runs import LENGTH, curve, metrics
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from anchorctx.config import SCHEMAS, conf_dir, resolve, schema
+from anchorctx.config import MOVED, SCHEMAS, conf_dir, resolve, schema
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
+from anchorctx.train.config import Schedule
 from anchorctx.train.engine import deepspeed_config
-from anchorctx.train.optim import Schedule
 
 ROOT = Path(__file__).parents[2]
 GPU_RECIPES = sorted(ROOT.glob("recipes/gpu/*.yaml"))
@@ -151,3 +151,17 @@ def test_overrides_win_over_the_recipe() -> None:
     config = resolve("train", ["pattern=full", "optim.lr=1e-4", "parallel=zero2", "model.config.x=1"], recipe)
     assert (config.pattern, config.optim.lr, config.parallel.zero_stage) == (Pattern.full, 1e-4, 2)
     assert config.model.config == {"x": 1}
+
+
+def test_a_key_that_moved_is_named_with_the_new_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(MOVED, "optim.learning_rate", "optim.lr")
+    with pytest.raises(UserError, match="optim.learning_rate is now optim.lr"):
+        resolve("train", ["optim.learning_rate=1"])
+    (tmp_path / "recipe_train.yaml").write_text("defaults: [train, _self_]\noptim: {learning_rate: 1}\n")
+    with pytest.raises(UserError, match="optim.learning_rate is now optim.lr"):
+        resolve("train", [], str(tmp_path / "recipe_train.yaml"))
+
+
+@pytest.mark.parametrize("word", ["model.config.any.thing=1", "+model.rope.extra.x=2", "++model.rope.theta=3"])
+def test_free_keys_and_hydras_syntax_are_left_to_hydra(word: str) -> None:
+    resolve("train", ["out_dir=x", "data.train=y", word])

@@ -8,7 +8,6 @@ predicted: a model that uses its context has a falling line, and one beyond its 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.distribute import spread
+from anchorctx.evals.evaluators.config import ContextConfig
 from anchorctx.evals.evaluators.perplexity import (
     Piece,
     batches,
@@ -27,20 +27,6 @@ from anchorctx.evals.evaluators.perplexity import (
     score_pieces,
 )
 from anchorctx.records.results import Result
-
-
-@dataclass(kw_only=True, slots=True)
-class ContextConfig:
-    """Which tokens are predicted, from how much."""
-
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
-    """Lengths of the input in tokens, the anchor and the predicted tokens included."""
-    targets: int = 256
-    """Tokens predicted in each document."""
-    documents: int = 64
-    """Documents of at least max(lengths) tokens to use, spread evenly over those there are; 0 uses all."""
-    batch_tokens: int = 8192
-    """Tokens a forward pass."""
 
 
 class ContextPerplexity:

@@ -21,7 +21,6 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, check_least
 from anchorctx.evals.distribute import place, same_everywhere
+from anchorctx.evals.evaluators.config import HarnessConfig, LmEvalConfig
 from anchorctx.records.results import Result
 
 logger = logging.getLogger(__name__)
@@ -43,34 +43,6 @@ LOCAL_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 
 LEAST = {"limit": 1, "batch_size": 1, "max_length": 1}
 """Of the numbers of any task."""
-
-
-@dataclass(kw_only=True, slots=True)
-class HarnessConfig:
-    """What lm-eval can be told about any task."""
-
-    limit: int | None = None
-    """Documents of each task to use, from its start; null uses all."""
-    batch_size: int = 1
-    """Requests a forward pass, padded on the left to the longest."""
-    max_length: int | None = None
-    """Longest prompt with its answer in tokens, beyond which lm-eval cuts the prompt's start; null is the model's."""
-    add_bos_token: bool | None = None
-    """Put BOS, the anchor, in front of every prompt; null leaves it to the tokenizer, as lm-eval does."""
-    apply_chat_template: bool = False
-    """Wrap prompts in the tokenizer's chat template."""
-
-
-@dataclass(kw_only=True, slots=True)
-class LmEvalConfig(HarnessConfig):
-    """Which tasks of lm-eval, and how."""
-
-    tasks: list[str] = field(default_factory=list)
-    """Tasks, groups or tags: hellaswag, mmlu, longbench, longbench2, infinitebench ... (all: lm_eval ls tasks)."""
-    num_fewshot: int | None = None
-    """Examples in each prompt; null is the task's own."""
-    include_path: str | None = None
-    """Folder of task files (.yaml) of your own."""
 
 
 class LmEval:

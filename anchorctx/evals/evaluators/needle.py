@@ -13,8 +13,7 @@ ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from anchorctx.data.sources.facts import NUM_KEYS, FactTokens
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.distribute import spread
+from anchorctx.evals.evaluators.config import NeedleConfig, NeedleStyle
 from anchorctx.evals.evaluators.perplexity import known_facts
 from anchorctx.evals.evaluators.retrieval import TokenStream
 from anchorctx.evals.scoring import pad, score
@@ -36,35 +36,6 @@ PLACES = (
 ).split()
 STATEMENT = "The code of the {place} is {code}.\n"
 QUESTION = "\nQuestion: What is the code of the {place}?\nAnswer: The code of the {place} is"
-
-
-class NeedleStyle(StrEnum):
-    """What a needle is made of."""
-
-    auto = "auto"
-    """facts where the tokenizer has their tokens, else sentences."""
-    facts = "facts"
-    """Planted key and value tokens, for very small models."""
-    sentences = "sentences"
-    """Plain English, for real models."""
-
-
-@dataclass(kw_only=True, slots=True)
-class NeedleConfig:
-    """The cells of the map, and what is in a row."""
-
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
-    """Lengths of a row in tokens, question and answer included."""
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    """Where the needle lies, as a share of the text before the question."""
-    rows: int = 16
-    """Rows of each cell."""
-    distractors: int = 7
-    """Other needles in a row, at random depths."""
-    style: NeedleStyle = NeedleStyle.auto
-    """auto, facts or sentences."""
-    batch_tokens: int = 16384
-    """Tokens a forward pass."""
 
 
 class NeedleMap:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,32 +19,13 @@ from anchorctx.data.sources.facts import FactTokens
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.distribute import spread
+from anchorctx.evals.evaluators.config import PerplexityConfig
 from anchorctx.evals.scoring import pad, score
 from anchorctx.records.results import Result, ratio_interval
 
 Item = TypeVar("Item")
 FIRST_BUCKET = 128
 """Tokens; the default buckets of positions end at this and its doublings."""
-
-
-@dataclass(kw_only=True, slots=True)
-class PerplexityConfig:
-    """Which documents are scored, and how."""
-
-    documents: int = 200
-    """Held-out documents scored, in the corpus' order, every so many of them; 0 scores all."""
-    max_length: int = 4096
-    """Longest input in tokens, the anchor included; longer documents are cut there (or see stride)."""
-    stride: int = 0
-    """Slide windows of max_length over longer documents, in steps of this many tokens: every token is then scored, with
-    at least max_length - stride tokens before it; 0 cuts them and leaves the rest out."""
-    buckets: list[int] = field(default_factory=list)
-    """Also report perplexity by a token's position in its input, in buckets that end at these positions; [] takes 128
-    and its doublings."""
-    batch_tokens: int = 8192
-    """Tokens a forward pass, padding included; a document longer than this is a batch of its own."""
-    exclude_facts: bool = True
-    """Leave planted keys and values out of the average, so that the number is about text."""
 
 
 @dataclass(frozen=True, slots=True)

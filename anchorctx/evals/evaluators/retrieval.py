@@ -7,7 +7,6 @@ the value is the argmax over the whole vocabulary. Chance among the row's own va
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,26 +16,9 @@ from anchorctx.data.sources.facts import NUM_KEYS, FactRows, FactTokens, fact_ro
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
 from anchorctx.evals.distribute import spread
+from anchorctx.evals.evaluators.config import RetrievalConfig
 from anchorctx.evals.scoring import score
 from anchorctx.records.results import Result, wilson_interval
-
-
-@dataclass(kw_only=True, slots=True)
-class RetrievalConfig:
-    """How rows with facts are made."""
-
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
-    """Context lengths, in tokens."""
-    rows: int = 32
-    """Rows of each length."""
-    facts: int = 8
-    """Different facts in a row, whatever its length (at most 64)."""
-    mentions: int = 2
-    """Times a fact appears in a row: stated once, then asked for."""
-    bos: bool = True
-    """Whether rows begin with the token that stands in front of documents; without it they are one token shorter."""
-    batch_tokens: int = 16384
-    """Tokens a forward pass."""
 
 
 class Retrieval:

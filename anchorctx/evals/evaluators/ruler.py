@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, check_least
+from anchorctx.evals.evaluators.config import OFFLINE, RulerConfig
 from anchorctx.evals.evaluators.lm_eval import (
     LEAST,
-    HarnessConfig,
     check_known,
     fetch,
     leaves,
@@ -33,23 +32,11 @@ from anchorctx.evals.evaluators.lm_eval import (
 )
 from anchorctx.records.results import Result, mean_interval, wilson_interval
 
-OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
-"""Tasks whose documents are made of nothing but words and numbers."""
 FOLDER = "ruler"
 SEEDS = 0, 1234
 """What lm-eval sets random and numpy to."""
 DRAWS = 20
 """Smallest documents drawn to see how long they get; lm-eval draws until one fits, so that the longest is enough."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RulerConfig(HarnessConfig):
-    """Which tasks, and how long."""
-
-    tasks: list[str] = field(default_factory=lambda: list(OFFLINE))
-    """RULER's tasks; [ruler] is all thirteen, seven of which need the hub for essays and questions."""
-    lengths: list[int] = field(default_factory=lambda: [4096])
-    """Lengths in tokens, the answer included."""
 
 
 class Ruler:

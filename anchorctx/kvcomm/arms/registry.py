@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from anchorctx.errors import UserError
+from anchorctx.kvcomm.arms import names
 from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
 from anchorctx.kvcomm.arms.controls import DenseChunked, OtherRequest, RandomMoments, Zeroed
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 
-ARMS: dict[str, Callable[[], Arm]] = {
-    "dense": Dense,
-    "dense_prefix_cache": DensePrefixCache,
-    "naive": Naive,
-    "rotate": Rotate,
-    "rotate_glue": RotateGlue,
-    "kvcomm": Kvcomm,
-    "kvcomm_ungated": KvcommUngated,
-    "mean_offset": MeanOffset,
-    "anchored": Anchored,
-}
+ARMS: dict[str, Callable[[], Arm]] = dict(
+    zip(
+        names.ARMS,
+        (Dense, DensePrefixCache, Naive, Rotate, RotateGlue, Kvcomm, KvcommUngated, MeanOffset, Anchored),
+        strict=True,
+    )
+)
 """Ways to reuse, with their default settings."""
-CONTROLS: dict[str, Callable[[], Arm]] = {
-    "dense_chunked": DenseChunked,
-    "zeroed": Zeroed,
-    "random": RandomMoments,
-    "other_request": OtherRequest,
-}
+CONTROLS: dict[str, Callable[[], Arm]] = dict(
+    zip(names.CONTROLS, (DenseChunked, Zeroed, RandomMoments, OtherRequest), strict=True)
+)
 """The numerics floor, and what an arm must beat."""
 
 

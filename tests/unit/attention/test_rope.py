@@ -11,7 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import anchorctx.attention.interface as interface
-from anchorctx.attention.rope import RopeDtype, get_rope_dtype, rotary_modules, set_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import get_rope_dtype, rotary_modules, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models import checkpoint_activations

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from anchorctx.attention.rope import RopeDtype, get_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import get_rope_dtype
 from anchorctx.cli.eval import table
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 from anchorctx.evals import runner
-from anchorctx.evals.evaluators.perplexity import PerplexityConfig
-from anchorctx.evals.evaluators.retrieval import Retrieval, RetrievalConfig
+from anchorctx.evals.evaluators.config import PerplexityConfig, RetrievalConfig
+from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.evals.journal import Journal
 from anchorctx.evals.runner import EvalConfig, EvalDtype, EvalName, EvaluatedModel, evaluate
 from anchorctx.evals.subject import identity, load, models_of, read_config, read_tokenizer

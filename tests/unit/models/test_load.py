@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from anchorctx.attention import BACKENDS
+from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.interface import implementation
-from anchorctx.attention.rope import RopeDtype, get_rope_dtype, rotary_modules
+from anchorctx.attention.rope import get_rope_dtype, rotary_modules
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from anchorctx.attention.rope import RopeDtype
+from anchorctx.attention.config import RopeDtype
 from anchorctx.layout import PackedLayout
 from anchorctx.models import ModelConfig, build_config, checkpoint_activations, load_model
 from anchorctx.models.config import ActivationStore, LossKind, MemoryConfig

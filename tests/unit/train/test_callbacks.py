@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from anchorctx.errors import UserError
-from anchorctx.train.callbacks import JsonlMetrics, LoggingConfig, ProgressBar, Wandb, WandbMode
+from anchorctx.train.callbacks import JsonlMetrics, ProgressBar, Wandb
+from anchorctx.train.config import LoggingConfig, WandbMode
 
 
 def rows(path: Path) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ import torch
 from anchorctx.errors import UserError
 from anchorctx.parallel.dist import Ranks
 from anchorctx.train import checkpoint
-from anchorctx.train.checkpoint import CheckpointConfig
+from anchorctx.train.config import CheckpointConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

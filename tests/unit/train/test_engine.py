@@ -12,11 +12,10 @@ from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.layout import PackedLayout
 from anchorctx.parallel.dist import Ranks
-from anchorctx.train.config import TrainConfig
+from anchorctx.train.config import ExportConfig, OptimConfig, TrainConfig
 from anchorctx.train.engine import ParallelConfig, deepspeed_config
-from anchorctx.train.export import ExportConfig, export
+from anchorctx.train.export import export
 from anchorctx.train.meter import Meter
-from anchorctx.train.optim import OptimConfig
 
 
 def generated(cuda: bool = False, dtype: torch.dtype = torch.float32, **options) -> dict:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.precision import probe
 from anchorctx.evals.evaluators.precision.config import Arithmetic

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.interface import implementation, register
-from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.evals.evaluators.precision.rows import interval_half
 from anchorctx.evals.evaluators.precision.texts import TextRow
 from anchorctx.layout import Pattern

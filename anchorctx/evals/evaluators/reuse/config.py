@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from anchorctx.evals.evaluators.reuse.gate import GateConfig
-from anchorctx.evals.evaluators.reuse.measures import VariationConfig
-from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.questions import QuestionTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.retrieval import RetrievalTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.sandbox import Limits
-from anchorctx.kvcomm.arms.registry import ARMS, CONTROLS
+from anchorctx.errors import UserError
+from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
 
 
 class TaskName(StrEnum):
@@ -27,6 +22,98 @@ class TaskName(StrEnum):
     """Multiple choice."""
     humaneval = "humaneval"
     """Programs that must pass tests; needs allow_code_execution."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GateConfig:
+    """Bounds on one arm, for every model and task that runs; null asks for no gate."""
+
+    arm: str | None = None
+    """The arm that must stay within the bounds."""
+    max_kl: float = 0.05
+    """Mean KL(dense | arm) over the compared tokens, at most, in nats."""
+    min_agreement: float = 0.95
+    """Share of compared tokens with the same most probable token, at least, 0..1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class VariationConfig:
+    """How the KV of held-out documents is compared behind one prefix and another, and at one place and another."""
+
+    documents: int = 8
+    """Documents."""
+    tokens: int = 256
+    """Tokens of a document."""
+    prefix: int = 256
+    """Tokens of the two texts that it is read behind, which also is how far it is moved."""
+
+    def __post_init__(self) -> None:
+        for name in ("documents", "tokens", "prefix"):
+            if getattr(self, name) < 1:
+                raise UserError(f"variation.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class CopyTaskConfig:
+    """Lengths in tokens."""
+
+    problems: int = 8
+    """Requests."""
+    question: int = 384
+    """Tokens of the question, which every agent reads."""
+    prefix: int = 128
+    """Tokens of each agent's fixed prefix, different for each."""
+    output: int = 64
+    """Tokens of each agent's given answer, which those who hear it read."""
+
+
+@dataclass(kw_only=True, slots=True)
+class QuestionTaskConfig:
+    """Questions from a file or the hub."""
+
+    path: str | None = None
+    """JSON-lines file; null loads `dataset` from the hub."""
+    dataset: str = ""
+    """Name on the hub, `name:configuration` where it has several."""
+    split: str = "test"
+    """Split of the hub's dataset."""
+    problems: int = 50
+    """Questions, from the first on; 0 takes all."""
+    max_new_tokens: int = 256
+    """Longest answer of an agent, in tokens."""
+
+
+KINDS: tuple[str, ...] = ("single", "two_hop", "override", "absent")
+
+
+@dataclass(kw_only=True, slots=True)
+class RetrievalTaskConfig:
+    """Retrieval among agents."""
+
+    problems: int = 24
+    """Problems of each kind."""
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    """Kinds of problem: single, two_hop, override, absent; a kind's problems do not depend on the others."""
+    prefix: int = 0
+    """Tokens of text that each agent has before its prompt, other text for each; 0 is none."""
+    document_tokens: int = 448
+    """Length of each document in tokens."""
+    facts: int = 4
+    """Facts planted in each document beside those of the problem."""
+    confidence: float = 0.8
+    """Probability of its first token below which an agent says nothing, 0..1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Limits:
+    """What a program may use."""
+
+    cpu_seconds: int = 5
+    """CPU time."""
+    wall_seconds: float = 10.0
+    """Time on the clock."""
+    memory_bytes: int = 2**30
+    """Address space."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,19 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.config import GateConfig
 from anchorctx.records.results import Result
-
-
-@dataclass(kw_only=True, slots=True)
-class GateConfig:
-    """Bounds on one arm, for every model and task that runs; null asks for no gate."""
-
-    arm: str | None = None
-    """The arm that must stay within the bounds."""
-    max_kl: float = 0.05
-    """Mean KL(dense | arm) over the compared tokens, at most, in nats."""
-    min_agreement: float = 0.95
-    """Share of compared tokens with the same most probable token, at least, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)

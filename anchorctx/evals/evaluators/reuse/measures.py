@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from anchorctx.errors import UserError
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.session import Turn
@@ -67,23 +66,6 @@ def turn_error(dense: Turn, other: Turn) -> KvError | None:
         for turn in (other, dense)
     )
     return kv_error(a, b)
-
-
-@dataclass(kw_only=True, slots=True)
-class VariationConfig:
-    """How the KV of held-out documents is compared behind one prefix and another, and at one place and another."""
-
-    documents: int = 8
-    """Documents."""
-    tokens: int = 256
-    """Tokens of a document."""
-    prefix: int = 256
-    """Tokens of the two texts that it is read behind, which also is how far it is moved."""
-
-    def __post_init__(self) -> None:
-        for name in ("documents", "tokens", "prefix"):
-            if getattr(self, name) < 1:
-                raise UserError(f"variation.{name}={getattr(self, name)} must be at least 1")
 
 
 def context_error(

@@ -16,8 +16,9 @@ from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Subject
 from anchorctx.evals.evaluators import lm_eval as harness
-from anchorctx.evals.evaluators.lm_eval import LmEvalConfig, lm_eval_version, run_tasks, task_manager
-from anchorctx.evals.evaluators.ruler import OFFLINE, Ruler, RulerConfig, as_in_a_fresh_process, shortest
+from anchorctx.evals.evaluators.config import OFFLINE, LmEvalConfig, RulerConfig
+from anchorctx.evals.evaluators.lm_eval import lm_eval_version, run_tasks, task_manager
+from anchorctx.evals.evaluators.ruler import Ruler, as_in_a_fresh_process, shortest
 from anchorctx.evals.runner import EvalConfig, EvalName, evaluate
 
 from ..conftest import ignore, save

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from anchorctx.data.sources.facts import FactTokens, loss_weights
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Subject
-from anchorctx.evals.evaluators.needle import NeedleConfig, NeedleMap, NeedleStyle, _answers
-from anchorctx.evals.evaluators.retrieval import Retrieval, RetrievalConfig, answered, text_stream
+from anchorctx.evals.evaluators.config import NeedleConfig, NeedleStyle, RetrievalConfig
+from anchorctx.evals.evaluators.needle import NeedleMap, _answers
+from anchorctx.evals.evaluators.retrieval import Retrieval, answered, text_stream
 
 from ..conftest import TEXTS, ignore
 

@@ -7,28 +7,14 @@ tokens, a fixed prefix of 512 for each agent, answers of 512.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.config import CopyTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team
 from anchorctx.kvcomm.agents import Agent, Answer, Slot, Template
 from anchorctx.kvcomm.topology import TOPOLOGIES
-
-
-@dataclass(kw_only=True, slots=True)
-class CopyTaskConfig:
-    """Lengths in tokens."""
-
-    problems: int = 8
-    """Requests."""
-    question: int = 384
-    """Tokens of the question, which every agent reads."""
-    prefix: int = 128
-    """Tokens of each agent's fixed prefix, different for each."""
-    output: int = 64
-    """Tokens of each agent's given answer, which those who hear it read."""
 
 
 class CopyTask:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.config import Limits, QuestionTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, panel, read_rows
-from anchorctx.evals.evaluators.reuse.tasks.questions import QuestionTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.sandbox import Limits, passes
+from anchorctx.evals.evaluators.reuse.tasks.sandbox import passes
 from anchorctx.kvcomm.agents import Answer
 
 FIELDS = ("prompt", "test", "entry_point")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.config import QuestionTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, panel, read_rows
 from anchorctx.kvcomm.agents import Answer
 
@@ -25,22 +25,6 @@ EXPERTS = (
 LETTERS = "ABCD"
 _NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?(?!\d|\.\d|[/^]|e[+-]?\d)")
 """Whole: not the 3 of 3/4 or the 1 of 1e3."""
-
-
-@dataclass(kw_only=True, slots=True)
-class QuestionTaskConfig:
-    """Questions from a file or the hub."""
-
-    path: str | None = None
-    """JSON-lines file; null loads `dataset` from the hub."""
-    dataset: str = ""
-    """Name on the hub, `name:configuration` where it has several."""
-    split: str = "test"
-    """Split of the hub's dataset."""
-    problems: int = 50
-    """Questions, from the first on; 0 takes all."""
-    max_new_tokens: int = 256
-    """Longest answer of an agent, in tokens."""
 
 
 class Gsm8k:

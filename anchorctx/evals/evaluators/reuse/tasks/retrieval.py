@@ -20,36 +20,18 @@ text, and at another place, wherever it is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.config import KINDS, RetrievalTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import DECISION, Problem, Team
 from anchorctx.kvcomm.agents import Agent, Answer, Template
 from anchorctx.kvcomm.topology import Topology
 
-KINDS: tuple[str, ...] = ("single", "two_hop", "override", "absent")
 CORRECTIONS = 3
 """With the quickstart's model and 32 problems, dense answers `override` right in 0.59 (1), 0.69 (3), 0.72 (10)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class RetrievalTaskConfig:
-    """Retrieval among agents."""
-
-    problems: int = 24
-    """Problems of each kind."""
-    kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    """Kinds of problem: single, two_hop, override, absent; a kind's problems do not depend on the others."""
-    prefix: int = 0
-    """Tokens of text that each agent has before its prompt, other text for each; 0 is none."""
-    document_tokens: int = 448
-    """Length of each document in tokens."""
-    facts: int = 4
-    """Facts planted in each document beside those of the problem."""
-    confidence: float = 0.8
-    """Probability of its first token below which an agent says nothing, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,28 +12,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.config import Limits
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 DONE = b"anchorctx: the program ended normally\n"
 """Written by the child behind a program that ran to its end; a program that exits early has not passed."""
 NO_FILTER = 97
 """The child's exit status when it could not protect the machine."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Limits:
-    """What a program may use."""
-
-    cpu_seconds: int = 5
-    """CPU time."""
-    wall_seconds: float = 10.0
-    """Time on the clock."""
-    memory_bytes: int = 2**30
-    """Address space."""
 
 
 def passes(program: str, limits: Limits) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.evals.evaluators.precision import probe
 from anchorctx.evals.evaluators.precision.bfloat16 import EmulatedBfloat16, arithmetic_context, emulates
 from anchorctx.evals.evaluators.precision.config import Emulate

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from anchorctx.attention.rope import RopeDtype, set_rope_dtype
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.evals.evaluators.precision import probe
 from anchorctx.evals.evaluators.precision.measure import Instrument, document_queries, late_queries
 from anchorctx.evals.evaluators.precision.probe import Probe, allowed_rows, compare, first_keys

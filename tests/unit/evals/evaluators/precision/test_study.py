@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from anchorctx.attention.rope import RopeDtype, get_rope_dtype, rotary_modules
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.rope import get_rope_dtype, rotary_modules
 from anchorctx.errors import UserError
 from anchorctx.evals.commands import evaluate_precision as study
 from anchorctx.evals.evaluators.precision import arms

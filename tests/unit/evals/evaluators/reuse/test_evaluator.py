@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 from anchorctx.cli.main import main
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.config import ReuseConfig
+from anchorctx.evals.evaluators.reuse.config import GateConfig, ReuseConfig
 from anchorctx.evals.evaluators.reuse.evaluator import arm_makers
-from anchorctx.evals.evaluators.reuse.gate import GateConfig, check_gate, judge
+from anchorctx.evals.evaluators.reuse.gate import check_gate, judge
 from anchorctx.evals.evaluators.reuse.measures import (
     context_error,
     kv_error,

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, fingerprint, panel, read_rows
-from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask, CopyTaskConfig
-from anchorctx.evals.evaluators.reuse.tasks.humaneval import CodeProblem, HumanEval, program_of
-from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu, QuestionTaskConfig, letter_of, number_of
-from anchorctx.evals.evaluators.reuse.tasks.retrieval import (
-    CORRECTIONS,
+from anchorctx.evals.evaluators.reuse.config import (
     KINDS,
-    FactVocabulary,
-    RetrievalTask,
+    CopyTaskConfig,
+    Limits,
+    QuestionTaskConfig,
     RetrievalTaskConfig,
 )
-from anchorctx.evals.evaluators.reuse.tasks.sandbox import Limits, passes
+from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, fingerprint, panel, read_rows
+from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
+from anchorctx.evals.evaluators.reuse.tasks.humaneval import CodeProblem, HumanEval, program_of
+from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu, letter_of, number_of
+from anchorctx.evals.evaluators.reuse.tasks.retrieval import CORRECTIONS, FactVocabulary, RetrievalTask
+from anchorctx.evals.evaluators.reuse.tasks.sandbox import passes
 from anchorctx.kvcomm.agents import Answer, Template
 
 WORDS = FactVocabulary([f"k{i}" for i in range(20)], [f"v{i}" for i in range(20)])
