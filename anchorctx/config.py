@@ -34,6 +34,10 @@ SCHEMAS = {
 """Each command's configuration, imported when the command runs."""
 
 
+MOVED = {"parallel.activation_checkpointing": "memory.checkpoint_every=1"}
+"""Keys of earlier versions, and what to write now."""
+
+
 def conf_dir() -> Path:
     """The folder of configuration groups: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -122,6 +126,8 @@ def _unknown_choice(error: MissingConfigException) -> str:
 
 def _unknown_key(full_key: str, command: str, owner: Any) -> str:
     """Names the valid keys of its `owner`, a dataclass, the nearest first."""
+    if full_key in MOVED:
+        return f"{full_key} moved: write {MOVED[full_key]}"
     parent, _, key = full_key.rpartition(".")
     valid = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
     near = difflib.get_close_matches(key, valid, n=1)
