@@ -30,8 +30,10 @@ SCHEMAS = {
     "report": "anchorctx.report.config:ReportConfig",
 }
 """Each command's configuration, imported when the command runs."""
-MOVED = {"parallel.activation_checkpointing": "memory.checkpoint_every"}
-"""Keys of versions before, and where they went."""
+
+
+MOVED = {"parallel.activation_checkpointing": "memory.checkpoint_every=1"}
+"""Keys of earlier versions, and what to write now."""
 
 
 def conf_dir() -> Path:
@@ -150,7 +152,7 @@ def _unknown_choice(path: str, choices: list[str]) -> str:
 def _unknown_key(full_key: str, command: str, owner: Any) -> str:
     """Names the valid keys of its `owner`, a dataclass, the nearest first."""
     if full_key in MOVED:
-        return f"{full_key} is now {MOVED[full_key]}: anchorctx {command} --help says what it takes"
+        return f"{full_key} moved: write {MOVED[full_key]}"
     parent, _, key = full_key.rpartition(".")
     valid = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
     near = difflib.get_close_matches(key, valid, n=1)

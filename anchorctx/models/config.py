@@ -105,8 +105,7 @@ class MemoryConfig:
     """What is recomputed, cut into tiles or moved away so that longer rows fit; loss and gradients stay the same."""
 
     checkpoint_every: int = 0
-    """Recompute every n-th layer in the backward pass: 1 is all of them, 2 every other one, 0 leaves it to
-    parallel.activation_checkpointing (all or none)."""
+    """Recompute every n-th layer in the backward pass: 1 is all of them, 2 every other one, 0 none."""
     mlp_tile: int = 0
     """Tokens that go through an MLP at once; 0 is the whole row. The hidden size is a good choice."""
     offload_activations: ActivationStore = ActivationStore.device
@@ -134,17 +133,8 @@ class MemoryConfig:
                 f"memory.offload_activations={self.offload_activations.value} does not go with {given}: give "
                 "offload_activations=folder and an offload_folder, or neither"
             )
-
-    def recomputed(self, all_layers: bool) -> int:
-        """Recompute every n-th layer, 0 for none; UserError for an offload that nothing feeds.
-
-        Args:
-            all_layers: `parallel.activation_checkpointing`, for a `checkpoint_every` of 0.
-        """
-        every = self.checkpoint_every or int(all_layers)
-        if not every and self.offload_activations is not ActivationStore.device:
+        if self.offload_activations is not ActivationStore.device and not self.checkpoint_every:
             raise UserError(
                 f"memory.offload_activations={self.offload_activations.value} moves the inputs of recomputed layers, "
                 "but none is recomputed: set memory.checkpoint_every=1"
             )
-        return every

@@ -29,8 +29,6 @@ class ParallelConfig:
     """Keep the optimizer's states in CPU memory."""
     offload_parameters: bool = False
     """Keep the parameters in CPU memory between uses; needs zero_stage=3."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
     timeout_s: float = 1800.0
     """Longest time, in seconds, that a process waits for another before the job ends."""
 

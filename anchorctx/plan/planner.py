@@ -90,8 +90,7 @@ class Planner:
         groups = gpus // parallel.sequence_parallel
         unit = groups * self.config.micro_rows
         rows = self._rows_per_step(unit)
-        every = memory.recomputed(parallel.activation_checkpointing)
-        return Job(gpus, rows, self.config.micro_rows, parallel, every, bool(memory.mlp_tile))
+        return Job(gpus, rows, self.config.micro_rows, parallel, memory.checkpoint_every, bool(memory.mlp_tile))
 
     def cost(self, job: Job) -> Cost:
         """Operations, communication and time of a step."""
@@ -108,8 +107,7 @@ class Planner:
 
         A layer that is not recomputed keeps eight times as much as its input (q, k, v, o, two norms, the MLP's).
         """
-        every = memory.recomputed(parallel.activation_checkpointing)
-        again = 1 / every if every else 0.0
+        again = 1 / memory.checkpoint_every if memory.checkpoint_every else 0.0
         held = again if memory.offload_activations is ActivationStore.device else 0.0
         kept = self.inputs(parallel) * (held + (1 - again) * 8)
         nothing = Traced(kept, 0.0, kept, kept, kept)
@@ -121,9 +119,7 @@ class Planner:
     def traced(self, parallel: ParallelConfig, memory: MemoryConfig) -> Traced:
         """The trace of one micro-batch."""
         fields = {name: getattr(memory, name) for name in memory.__dataclass_fields__ if name != "sharded_loading"}
-        return self._trace(
-            memory.recomputed(parallel.activation_checkpointing), parallel.sequence_parallel, tuple(fields.items())
-        )
+        return self._trace(memory.checkpoint_every, parallel.sequence_parallel, tuple(fields.items()))
 
     def _traced(self, every: int, sequence: int, fields: tuple[tuple[str, object], ...]) -> Traced:
         config = self.config

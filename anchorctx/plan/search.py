@@ -54,7 +54,6 @@ def _candidates(planner: Planner) -> Iterator[tuple[tuple[float, int], ParallelC
             config.parallel,
             zero_stage=stage,
             sequence_parallel=size,
-            activation_checkpointing=False,
             offload_optimizer=offloaded,
             offload_parameters=False,
         )

@@ -36,7 +36,7 @@ def build_model(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> PreTrain
 def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, row_length: int) -> CausalLMLoss:
     """The model with its memory switches and attention, and the loss around it."""
     memory = config.memory
-    if every := memory.recomputed(config.parallel.activation_checkpointing):
+    if every := memory.checkpoint_every:
         checkpoint_activations(model, every=every)
         tokens = config.micro_rows * -(-row_length // mesh.sequence)
         check_offload(memory, model, tokens, every, mesh.ranks.world)

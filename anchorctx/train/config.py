@@ -153,7 +153,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """ZeRO stage, sequence parallelism, offloading, activation checkpointing."""
+    """ZeRO stage, sequence parallelism, offloading of states."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Recomputation, tiles and offloading of activations."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -173,7 +173,6 @@ class TrainConfig:
             )
         for part in (self.optim, self.parallel, self.memory, self.checkpoint):
             part.validate()
-        self.memory.recomputed(self.parallel.activation_checkpointing)
 
     def rows_per_step(self, row_length: int, world: int) -> int:
         """Rows of one global step; UserError when the batch does not divide."""

@@ -75,7 +75,7 @@ def plain_validation_loss(folder, validation):
 
 
 def test_activation_checkpointing_and_accumulation_change_nothing(launcher, alone):
-    run = launcher.run("recomputed", 1, "parallel.activation_checkpointing=true", "micro_rows=4")
+    run = launcher.run("recomputed", 1, "memory.checkpoint_every=1", "micro_rows=4")
     np.testing.assert_allclose(curve(run, *NAMES), curve(alone, *NAMES), rtol=1e-5)
 
 

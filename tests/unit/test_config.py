@@ -91,6 +91,13 @@ def test_gpu_recipes_have_the_papers_settings(recipe: Path) -> None:
     assert optim.schedule is Schedule.constant
 
 
+@pytest.mark.parametrize("preset", ["ulysses8", "zero3_offload"])
+def test_the_presets_for_long_rows_recompute_layers_unless_told_otherwise(preset: str) -> None:
+    given = ["out_dir=x", "data.train=y", f"parallel={preset}"]
+    assert resolve("train", given).memory.checkpoint_every == 1
+    assert resolve("train", [*given, "memory.checkpoint_every=0"]).memory.checkpoint_every == 0
+
+
 @pytest.mark.parametrize("command", SCHEMAS)
 def test_every_command_has_its_file_and_every_choice_composes(command: str) -> None:
     assert (conf_dir() / f"{command}.yaml").is_file()
@@ -117,6 +124,11 @@ def test_every_choice_of_a_group_composes(path: Path) -> None:
         ("train", ["steps=many"], "steps.*many"),
         ("train", ["pattern=anker"], "pattern.*anker.*anchor, anchor_reset"),
         ("train", ["parallel=zero4"], "zero4"),
+        (
+            "train",
+            ["parallel.activation_checkpointing=true"],
+            "^parallel.activation_checkpointing moved: write memory.checkpoint_every=1$",
+        ),
         ("train", ["model.dtype=float8"], "model.dtype.*float8.*float32, bfloat16"),
         ("train", [], "anchorctx train needs data.train and out_dir: add data.train=... out_dir=..."),
         ("train", ["out_dir"], "out_dir"),
