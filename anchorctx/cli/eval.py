@@ -13,20 +13,6 @@ anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
 anchorctx eval 'model=[base,exported]' out_dir=results 'evals=[ruler]' 'ruler.lengths=[8192,32768]' ruler.limit=50
 torchrun --nproc_per_node 8 -m anchorctx eval model=exported out_dir=results \\
     'evals=[lm_eval]' 'lm_eval.tasks=[mmlu,hellaswag]' lm_eval.batch_size=8"""
-HIDDEN = (
-    "model",
-    "tokens",
-    "loss_nats",
-    "documents",
-    "facts",
-    "rows",
-    "bos",
-    "style",
-    "distractors",
-    "checkpoints",
-    "asked",
-)
-"""What of a row's context says how a number came about rather than which it is."""
 
 
 def run(arguments: Arguments) -> None:
@@ -45,10 +31,10 @@ def run(arguments: Arguments) -> None:
 
 def table(rows: Sequence[Result]) -> Iterator[str]:
     """A line for every number, a column for every model; each with half its 95 % interval."""
-    models = list(dict.fromkeys(str(row.context["model"]) for row in rows))
+    models = list(dict.fromkeys(row.model for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        cells.setdefault(_what(row), {})[str(row.context["model"])] = _cell(row)
+        cells.setdefault(_what(row), {})[row.model] = _cell(row)
     first = max(map(len, cells), default=0)
     widths = [max([len(model), *(len(line.get(model, "")) for line in cells.values())]) for model in models]
     yield "  ".join([" " * first, *(f"{model:>{width}}" for model, width in zip(models, widths, strict=True))])
@@ -57,8 +43,7 @@ def table(rows: Sequence[Result]) -> Iterator[str]:
 
 
 def _what(row: Result) -> str:
-    where = [str(value) for key, value in row.context.items() if key not in HIDDEN]
-    return " ".join([row.metric, *where]) + ("" if row.unit == "1" else f" ({row.unit})")
+    return " ".join([row.metric, *map(str, row.where.values())]) + ("" if row.unit == "1" else f" ({row.unit})")
 
 
 def _cell(row: Result) -> str:

@@ -9,9 +9,6 @@ from anchorctx.evals.config import EvaluatedModel
 from anchorctx.evals.journal import Journal
 from anchorctx.records.results import Result, mean_interval
 
-KEYS = ("length", "depth", "context_length", "start", "stop", "task", "measure")
-"""What of a row's context tells the numbers of one model apart; the rest describes how they came about."""
-
 
 def average(rows: Sequence[Result], models: Sequence[EvaluatedModel], journal: Journal) -> list[Result]:
     """A row for every number that all checkpoints of a group have, appended to `journal` unless it is there.
@@ -22,7 +19,7 @@ def average(rows: Sequence[Result], models: Sequence[EvaluatedModel], journal: J
     found: list[Result] = []
     for word in dict.fromkeys(model.average for model in models if model.average):
         labels = [str(model.label) for model in models if model.average == word]
-        for same in _series([row for row in rows if row.context["model"] in labels]).values():
+        for same in _series([row for row in rows if row.model in labels]).values():
             if len(same) == len(labels):
                 found += _average(word, labels, same, journal)
     return found
@@ -32,7 +29,7 @@ def _series(rows: Sequence[Result]) -> dict[Any, list[Result]]:
     """Rows of different models that say the same thing."""
     series: dict[Any, list[Result]] = {}
     for row in rows:
-        key = (row.metric, row.unit, *(row.context.get(name) for name in KEYS))
+        key = (row.metric, row.unit, frozenset(row.where.items()))
         series.setdefault(key, []).append(row)
     return series
 
@@ -40,7 +37,7 @@ def _series(rows: Sequence[Result]) -> dict[Any, list[Result]]:
 def _average(word: str, labels: list[str], rows: list[Result], journal: Journal) -> list[Result]:
     identity = {"evaluation": "average", "label": word, "of": [row.manifest for row in rows]}
     manifest = journal.open(identity, {"checkpoints": labels})
-    unit = {name: rows[0].context[name] for name in KEYS if name in rows[0].context}
+    unit = rows[0].where
     known = [row for row in journal.find(manifest, word, unit) if row.metric == rows[0].metric]
     if known:
         return known

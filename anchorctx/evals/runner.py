@@ -111,7 +111,8 @@ def _evaluate(config: EvalConfig, facts: dict[str, Any]) -> list[Result]:
             write_manifest(Path(config.out_dir), facts)
         _measure(config, wanted, pending, rows, journal, facts)
         found = [row for task in tasks for row in _all_rows(task, wanted, rows, journal)]
-        return found if journal is None else found + average(found, models, journal)
+        plain = [row for row in found if not row.metric.startswith(tuple(STUDIES.values()))]
+        return found if journal is None else found + average(plain, models, journal)
 
 
 def _refuse_mixtures(tasks: Sequence[Task], journal: Journal) -> None:

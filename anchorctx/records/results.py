@@ -13,6 +13,13 @@ from typing import Any
 from anchorctx.errors import UserError
 
 FILE = "results.jsonl"
+ABOUT = frozenset(
+    ("loss_nats", "documents", "facts", "bos", "style", "distractors", "checkpoints", "asked")
+    + ("values", "problems", "by_construction", "device", "head_dim", "theta", "sentence", "recommendation")
+)
+"""Names in a row's context that say how its number came about."""
+COUNTS = ("tokens", "rows")
+"""Names that do so where they are a number; a word there, such as `rows: intra_doc`, says which number it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +41,35 @@ class Result:
     manifest: str = ""
     """Hash of the manifest of the run that measured it."""
     context: dict[str, Any] = field(default_factory=dict)
-    """Whatever tells rows apart: model, length in tokens, split."""
+    """Whatever tells rows apart, and how the number came about: model, length in tokens, documents read."""
+
+    @property
+    def model(self) -> str:
+        """Label of the model; empty where the row has none."""
+        return str(self.context.get("model", ""))
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """Which number of its model and metric it is: equal for the rows of two models that can be compared."""
+        return {key: value for key, value in self.context.items() if key != "model" and not _is_about(key, value)}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """How the number came about."""
+        return {key: value for key, value in self.context.items() if _is_about(key, value)}
+
+
+class Rows(list[Result]):
+    """Result rows that can be looked up."""
+
+    def find(self, metric: str, /, **context: Any) -> Result | None:
+        """The first row of `metric` whose context has all of `context`; None where there is none."""
+        wanted = context.items()
+        return next((r for r in self if r.metric == metric and wanted <= r.context.items()), None)
+
+
+def _is_about(key: str, value: Any) -> bool:
+    return key in ABOUT or (key in COUNTS and not isinstance(value, str))
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:

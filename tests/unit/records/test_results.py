@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from anchorctx.errors import UserError
-from anchorctx.records.results import Result, append_results, read_results, wilson_interval
+from anchorctx.records.results import Result, Rows, append_results, read_results, wilson_interval
 
 
 def test_rows_come_back_as_written_and_are_appended(tmp_path: Path):
@@ -40,3 +40,16 @@ def test_wilson_interval_solves_its_equation(hits: int, n: int, low: float, high
     for p in ends:
         assert (p - hits / n) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-9)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_a_row_says_which_number_it_is_and_how_it_came_about():
+    context = {"model": "a", "length": 512, "facts": 3, "rows": 8, "values": [1.0]}
+    row = Result(metric="m", value=1.0, unit="1", n=8, context=context)
+    assert row.model == "a" and row.where == {"length": 512}
+    assert row.about == {"facts": 3, "rows": 8, "values": [1.0]}
+    words = Result(metric="m", value=2.0, unit="1", n=8, context={"rows": "shift", "tokens": "all", "layer": 0})
+    assert words.model == "" and words.where == words.context and not words.about
+    later = Result(metric="m", value=3.0, unit="1", n=8, context=context)
+    assert Rows([row, words, later]).find("m", model="a", length=512) is row
+    assert Rows([row, words]).find("m", layer=0) is words
+    assert Rows([row]).find("m", layer=0) is None and Rows([row]).find("n") is None

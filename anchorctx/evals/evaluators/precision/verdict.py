@@ -10,7 +10,7 @@ from typing import Any
 
 from anchorctx.evals.evaluators.precision.config import Arithmetic
 from anchorctx.evals.evaluators.precision.rows import ALL, interval_half
-from anchorctx.records.results import Result
+from anchorctx.records.results import Result, Rows
 
 MOST = 0.5
 """The first token carries the error when hiding it removes at least this share of the change ..."""
@@ -52,12 +52,7 @@ def verdict(rows: Sequence[Result], question: Question) -> Result | None:
 
 def find(rows: Sequence[Result], metric: str, /, **context: Any) -> Result | None:
     """The row of `metric` whose context has all of `context`, or None."""
-    wanted = context.items()
-    return next((row for row in rows if row.metric == metric and wanted <= _plain(row.context).items()), None)
-
-
-def _plain(context: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in context.items() if not isinstance(value, list | dict)}
+    return Rows(rows).find(metric, **context)
 
 
 def _removed(before: Result, after: Result) -> tuple[float, float | None]:

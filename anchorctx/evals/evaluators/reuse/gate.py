@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import GateConfig
-from anchorctx.records.results import Result
+from anchorctx.records.results import Result, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,4 +48,6 @@ def judge(rows: Sequence[Result], gate: GateConfig) -> Verdict | None:
 
 
 def _value(rows: Sequence[Result], metric: str, where: dict[str, str]) -> float:
-    return next(r.value for r in rows if r.metric == metric and where.items() <= r.context.items())
+    row = Rows(rows).find(metric, **where)
+    assert row is not None
+    return row.value
