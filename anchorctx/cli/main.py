@@ -152,7 +152,7 @@ def parse(argv: list[str]) -> Arguments:
         elif word.split("=")[0] == "--recipe":
             recipe = word.partition("=")[2] or (rest.pop(0) if rest else None)
             if recipe is None:
-                raise UserError("--recipe needs a file: --recipe recipes/NAME/recipe_train.yaml")
+                raise UserError("--recipe needs a file: --recipe recipes/gpu/NAME.yaml")
         elif word.startswith("-"):
             raise UserError(f"unknown option '{word}': options are --help, --recipe FILE, --show and --dry-run")
         else:

@@ -12,7 +12,7 @@ from anchorctx.plan.config import PlanConfig
 from anchorctx.records.manifest import build_manifest, write_json
 
 EXAMPLE = """\
-anchorctx plan --recipe recipes/llama3_8b_128k/recipe_train.yaml gpu=H100 gpus=8
+anchorctx plan --recipe recipes/gpu/llama3_8b_128k.yaml gpu=H100 gpus=8
 anchorctx plan model.path=meta-llama/Meta-Llama-3-8B model.dtype=bfloat16 row_length=524288 gpus=8 search=true"""
 
 

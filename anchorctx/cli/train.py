@@ -10,7 +10,7 @@ from anchorctx.evals.config import LiveConfig
 from anchorctx.train.config import TrainConfig
 
 EXAMPLE = """\
-torchrun --nproc_per_node 8 -m anchorctx train --recipe recipes/llama3_8b_128k/recipe_train.yaml \\
+torchrun --nproc_per_node 8 -m anchorctx train --recipe recipes/gpu/llama3_8b_128k.yaml \\
     out_dir=runs/mine data.train=packed logging=wandb"""
 
 

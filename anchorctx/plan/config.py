@@ -54,7 +54,7 @@ class Assumptions:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """A run before it is run; `anchorctx plan --recipe RECIPE/recipe_train.yaml` takes the run's settings from it."""
+    """A run before it is run; `anchorctx plan --recipe recipes/gpu/NAME.yaml` takes the run's settings from it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model: `path` may also be a name that the planner knows."""
