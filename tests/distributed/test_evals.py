@@ -124,3 +124,40 @@ def test_two_processes_with_lm_eval_write_the_very_rows_of_one(folder: Path, tmp
     two = evaluated(tmp_path / "two", torchrun(2), *overrides)
     assert two == evaluated(tmp_path / "one", [sys.executable], *overrides)
     assert "lm_eval" in {row.metric for row in two}
+
+
+REUSE = (
+    *("copy={problems: 2, question: 40, prefix: 20, output: 6}", "tasks=[copy,gsm8k]", "compare_tokens=4"),
+    *("arms=[rotate,kvcomm,random,naive]", "variation={documents: 3, tokens: 16, prefix: 8}"),
+)
+
+
+def test_two_processes_share_the_arms_of_kvcomm_and_write_the_rows_of_one(folder: Path, tmp_path: Path):
+    problems = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(2)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    gsm8k = f"gsm8k={{path: {tmp_path / 'gsm8k.jsonl'}, problems: 2, max_new_tokens: 5}}"
+
+    def rows(launcher: list[str], out: Path) -> list[Any]:
+        command = [*launcher, "-m", "anchorctx", "kvcomm", f"model={folder}", f"out_dir={out}", gsm8k, *REUSE]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0 and done.stdout.count("**copy**") == 1, done.stderr[-3000:]
+        found = list(read_results(out / "results.jsonl"))
+        return [(r.metric, r.n, r.manifest, r.value, r.context) if r.unit != "s" else r.metric for r in found]
+
+    two = rows(torchrun(2), tmp_path / "two")
+    assert two == rows([sys.executable], tmp_path / "one")
+    assert rows(torchrun(2), tmp_path / "two") == two
+
+
+def test_two_processes_share_the_texts_of_a_precision_study(folder: Path, tmp_path: Path):
+    words = ("lengths=[32,64]", "shifts=[16]", "texts=3", "queries=8", "cost=false", "control=false")
+
+    def rows(launcher: list[str], out: Path) -> list[Result]:
+        command = [*launcher, "-m", "anchorctx", "precision", f"model={folder}", f"out_dir={out}", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0 and done.stdout.count("drawn:") == 1, done.stderr[-3000:]
+        return list(read_results(out / "results.jsonl"))
+
+    assert rows(torchrun(2), tmp_path / "two") == rows([sys.executable], tmp_path / "one")
