@@ -39,6 +39,7 @@ from anchorctx.evals.evaluators.reuse.evaluator import Reuse
 from anchorctx.evals.evaluators.ruler import Ruler
 from anchorctx.evals.journal import Journal, code_fingerprint, run_facts
 from anchorctx.evals.subject import check_reach, device_of, identity, load, models_of, read_config, read_tokenizer
+from anchorctx.models.load import check_weights
 from anchorctx.parallel import dist
 from anchorctx.records.manifest import write_manifest
 from anchorctx.records.results import Result
@@ -152,6 +153,7 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Task]:
     tasks = []
     for model in models:
         hf_config, tokenizer = read_config(model), read_tokenizer(model)
+        check_weights(model.path, hf_config)
         who = identity(model, hf_config)
         candidate = Candidate(str(model.label), model.path, hf_config, tokenizer, model.config)
         for name in dict.fromkeys(config.evals):

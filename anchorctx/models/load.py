@@ -7,6 +7,7 @@ would draw missing weights, and those of another shape, at random.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -149,13 +150,14 @@ def _judge(path: str, kind: str, info: Mapping[str, Any]) -> None:
             "export it again"
         )
     if unknown:
-        logger.warning(
-            "model %s has %d weights that %s does not know (first: %s): they are left out",
-            path,
-            len(unknown),
-            kind,
-            unknown[0],
-        )
+        _report_unknown(path, kind, len(unknown), unknown[0])
+
+
+@functools.cache  # once, though a command may look at the headers first and read the weights later
+def _report_unknown(path: str, kind: str, count: int, first: str) -> None:
+    logger.warning(
+        "model %s has %d weights that %s does not know (first: %s): they are left out", path, count, kind, first
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -167,10 +167,10 @@ def test_overrides_win_over_the_recipe() -> None:
 
 def test_a_key_that_moved_is_named_with_the_new_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(MOVED, "optim.learning_rate", "optim.lr")
-    with pytest.raises(UserError, match="optim.learning_rate is now optim.lr"):
+    with pytest.raises(UserError, match="optim.learning_rate moved: write optim.lr"):
         resolve("train", ["optim.learning_rate=1"])
     (tmp_path / "recipe_train.yaml").write_text("defaults: [train, _self_]\noptim: {learning_rate: 1}\n")
-    with pytest.raises(UserError, match="optim.learning_rate is now optim.lr"):
+    with pytest.raises(UserError, match="optim.learning_rate moved: write optim.lr"):
         resolve("train", [], str(tmp_path / "recipe_train.yaml"))
 
 
