@@ -23,8 +23,7 @@ def run(arguments: Arguments) -> None:
         return
     from anchorctx.plan import table
     from anchorctx.plan.planner import Planner
-    from anchorctx.plan.search import search
-    from anchorctx.plan.simulate import simulate
+    from anchorctx.plan.search import search, simulate
 
     planner = Planner(config)
     plan = search(planner) if config.search else planner.plan(config.parallel, config.memory)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from anchorctx.errors import UserError
+from anchorctx.flops import Machine, machine
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
 from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
-from anchorctx.plan.machines import Machine, machine
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from anchorctx.report.figures.charts import Line, line_chart
 
 
 def scaling_figure(points: Sequence[Mapping[str, float]], title: str, path: Path) -> Path:
-    """Draw `plan.simulate`'s points: bytes sent by a GPU in a step, and efficiency, against GPUs; returns `path`."""
+    """Draw `plan.search.simulate`'s points: bytes that a GPU sends in a step, and efficiency; returns `path`."""
     sent, share = [], []
     for number, sequence in enumerate(sorted({point["sequence"] for point in points})):
         mine = [point for point in points if point["sequence"] == sequence]
