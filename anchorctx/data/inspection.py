@@ -18,7 +18,7 @@ from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.pieces import Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows
-from anchorctx.data.prepare import Preparation, length_histogram, skipped
+from anchorctx.data.prepare import Preparation
 from anchorctx.records.files import in_use
 from anchorctx.records.table import text_table
 
@@ -112,12 +112,12 @@ def _sources(corpus: Corpus) -> list[str]:
         totals += [documents, tokens]
     if len(corpus.names) > 1:
         rows.append(("  all", *totals))
-    rows += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(skipped(corpus).items())]
+    rows += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(corpus.skipped().items())]
     return text_table(rows, "<>")
 
 
 def _histogram(corpus: Corpus, capacity: int) -> list[str]:
-    counts = length_histogram(corpus)
+    counts = corpus.length_histogram()
     used = np.flatnonzero(counts)
     rows: list[Sequence[object]] = [("tokens in a document", "documents")]
     for power in range(used[0], used[-1] + 1) if len(used) else ():

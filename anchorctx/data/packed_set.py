@@ -15,7 +15,6 @@ It is written into a hidden folder beside and renamed when whole (`records.files
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import numpy as np
 from anchorctx.data.packing.shard import Row, Shard
 from anchorctx.data.tokens.store import token_dtype
 from anchorctx.errors import UserError
-from anchorctx.records.files import StagedFolder
+from anchorctx.records.files import StagedFolder, file_sha256
 from anchorctx.records.manifest import FILE, read_manifest, write_json
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ class PackedSet:
             file = folder / name
             if not file.is_file() or file.stat().st_size != expected["bytes"]:
                 raise UserError(f"{file} is missing or cut short: remove {folder} and prepare it again")
-            if verify and _sha256(file) != expected["sha256"]:
+            if verify and file_sha256(file) != expected["sha256"]:
                 raise UserError(f"{file} was changed after it was written: remove {folder} and prepare it again")
         return cls(folder, manifest)
 
@@ -234,9 +233,4 @@ def _map(file: Path) -> np.ndarray:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

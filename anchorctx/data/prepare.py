@@ -30,11 +30,11 @@ from anchorctx.data.packing.config import Policy
 from anchorctx.data.packing.mixture import MixtureBy, check_names
 from anchorctx.data.packing.pieces import Rows, Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows, shards_of
-from anchorctx.data.sources.documents import Document, OnBadRow, Part, Reading
+from anchorctx.data.sources.documents import Document, Reading
 from anchorctx.data.sources.facts import FactTokens
 from anchorctx.data.sources.source import open_sources
 from anchorctx.data.tokens.encode import Encoder, tokenize
-from anchorctx.data.tokens.ingest import Ingest, Progress, ReadingBar
+from anchorctx.data.tokens.ingest import Ingest, PartOf, ReadingBar, run_part
 from anchorctx.data.tokens.store import TokenPart
 from anchorctx.data.tokens.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
@@ -148,7 +148,7 @@ class Preparation:
         finally:
             remove_unused(self.tokens_folder, finished)
         print(accounting.table(config.row_length))
-        for reason, count in sorted(skipped(corpus).items()):
+        for reason, count in sorted(corpus.skipped().items()):
             print(f"skipped rows: {count:,} ({reason})")
         print(f"packed set: {self.folder}, {accounting.rows:,} rows, in {time.perf_counter() - began:.1f} s")
         return PackedSet.open(self.folder, verify=False)
@@ -222,7 +222,7 @@ class Preparation:
             raise RuntimeError(f"{trained} trained tokens were packed, {writer.trained} written")
 
     def _manifest(self, corpus: Corpus, plan: DocumentPlan, accounting: Accounting) -> dict[str, Any]:
-        histogram = length_histogram(corpus)
+        histogram = corpus.length_histogram()
         return build_manifest(
             "prepare",
             dataclasses.asdict(self.config),
@@ -239,22 +239,8 @@ class Preparation:
             accounting=accounting.to_dict(),
             mixture=plan.report(accounting.content),
             document_lengths={str(2**i): int(histogram[i]) for i in np.flatnonzero(histogram).tolist()},
-            skipped_rows=dict(skipped(corpus)),
+            skipped_rows=dict(corpus.skipped()),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class PartOf:
-    """A part to tokenise."""
-
-    source: int
-    on_bad_row: OnBadRow
-    part: Part
-
-
-def run_part(ingest: Ingest, item: PartOf, progress: Progress | None = None) -> list[Path]:
-    """The first stage of one part."""
-    return ingest.run(item.part, item.on_bad_row, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,18 +269,3 @@ def write_rows(making: Making, item: tuple[int, Rows]) -> tuple[ShardFiles, Acco
         first = number * making.rows_per_shard
         shard = assemble(rows, making.shape, making.tags, texts, counted, first, _workspace)
     return write_shard(making.folder, number, shard), counted
-
-
-def length_histogram(corpus: Corpus) -> np.ndarray:
-    """(64,) documents of 2**i to 2**(i+1) - 1 tokens, an appended EOS not counted."""
-    counts = np.zeros(64, np.int64)
-    for part in corpus.parts:
-        documents = part.documents
-        lengths = documents["length"] - documents["eos"]
-        counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
-    return counts
-
-
-def skipped(corpus: Corpus) -> Counter[str]:
-    """Rows of all sources that were left out, by reason."""
-    return sum((part.skipped for part in corpus.parts), Counter())

@@ -25,6 +25,8 @@ WENT = {
 anchor) comes before them in the row, and tokens without one because their loss weight is 0."""
 CELLS = {"anchor": "+ anchors", "tags": "+ BOS and domain tags", "padding": "+ padding"}
 """What is in rows and of no source."""
+SHORT, TRUNCATED, TOO_LONG = "shorter than min_length", "truncated", "longer than a row"
+"""Reasons why tokens of documents are in no row; the mixture has two more."""
 
 
 class Accounting:

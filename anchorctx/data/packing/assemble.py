@@ -9,64 +9,17 @@ tokens a document that is as fast as copying memory (benchmarks/packing.md).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from anchorctx.data.packing.accounting import Accounting
-from anchorctx.data.packing.interleave import scatter_rows
 from anchorctx.data.packing.pieces import Rows, Tags, Text
-from anchorctx.data.packing.shard import Shard
-
-
-@dataclass(frozen=True, slots=True)
-class RowShape:
-    """What all rows share."""
-
-    row_length: int
-    """Tokens in a row, `T`."""
-    anchor_len: int
-    """Anchor tokens at its start, at least 1."""
-    anchor_id: int
-    """Token id of the anchor."""
-    pad_id: int
-    """Token id of the padding."""
-    chunks: int = 1
-    """Chunks into which each document is scattered; 1 leaves it whole."""
-    seed: int = 0
-    """Seed of the scattering."""
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row has for documents."""
-        return self.row_length - self.anchor_len
-
+from anchorctx.data.packing.shard import RowShape, Shard, Workspace
 
 Run = tuple[int, int, int, int]
 """A copy: part, first token there, first token in the rows, tokens."""
-
-
-class Workspace(threading.local):
-    """Memory that is used for one shard after the other: getting it anew costs a quarter of the time.
-
-    A shard made in it is gone when the next one is. Each thread has its own.
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[str, np.ndarray] = {}
-
-    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
-        """Another process begins with an empty one."""
-        return type(self), ()
-
-    def array(self, name: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        """An array with whatever was there before."""
-        size = shape[0] * shape[1] * dtype.itemsize
-        if name not in self._memory or len(self._memory[name]) < size:
-            self._memory[name] = np.empty(size, np.uint8)
-        return self._memory[name][:size].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,3 +171,51 @@ def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray
     last = scattered & (padded > 0)
     doc_ids[(id_begin + id_sizes - 1)[last]] = (rows.counts + 1)[last]
     return offsets, doc_ids, np.pad(np.cumsum([sizes, id_sizes], axis=1), ((0, 0), (1, 0))).T
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Contiguous runs of pieces, in the order of the row: S segments."""
+
+    piece: np.ndarray
+    """(S,) index of each segment's piece."""
+    start: np.ndarray
+    """(S,) where it starts inside the piece, tag included."""
+    length: np.ndarray
+    """(S,) tokens, at least 1."""
+
+
+def scatter(lengths: np.ndarray, chunks: int, rng: np.random.Generator) -> Segments:
+    """Cut each piece into `chunks` nearly equal chunks (fewer if it is shorter) and shuffle them over the row.
+
+    A piece's chunks keep their order; those that come to lie side by side are one segment.
+    """
+    if chunks == 1 or len(lengths) == 1:
+        return Segments(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
+    # lengths = [4, 2] in 2 chunks each, shuffled: owner = [0, 1, 1, 0], by_owner = [0, 3, 1, 2], rank = [0, 0, 1, 1],
+    # start = [0, 0, 1, 2], length = [2, 1, 1, 2]; the two chunks of piece 1 touch, so segments have 2, 2, 2 tokens
+    counts = np.minimum(lengths, chunks)
+    owner = rng.permutation(np.repeat(np.arange(len(lengths)), counts))
+    by_owner = np.argsort(owner, kind="stable")
+    rank = np.empty_like(owner)  # how many chunks of the same piece come before
+    rank[by_owner] = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = rank * lengths[owner] // counts[owner]
+    length = (rank + 1) * lengths[owner] // counts[owner] - start
+    first = np.flatnonzero(np.append(True, owner[1:] != owner[:-1]))
+    return Segments(owner[first], start[first], np.add.reduceat(length, first))
+
+
+def scatter_rows(sizes: np.ndarray, counts: np.ndarray, chunks: int, seed: int, first_row: int) -> Segments:
+    """The segments of many rows, row after row; `counts` (R,) of the `sizes` (P,) belong to each.
+
+    Each row has a random state of its own, of (`seed`, its number in the set): it does not matter who makes the row.
+    """
+    if chunks == 1:
+        return Segments(np.arange(len(sizes)), np.zeros_like(sizes), sizes)
+    parts, begin = [], 0
+    for row, count in enumerate(counts.tolist()):
+        rng = np.random.default_rng([seed, first_row + row])
+        found = scatter(sizes[begin : begin + count], chunks, rng)
+        parts.append((found.piece + begin, found.start, found.length))
+        begin += count
+    return Segments(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from anchorctx.data.packing.accounting import Accounting
-from anchorctx.data.packing.limits import SHORT
+from anchorctx.data.packing.accounting import SHORT, Accounting
 from anchorctx.data.packing.pieces import PIECE, Rows, cut_pieces
 
 

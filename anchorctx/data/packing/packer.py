@@ -7,12 +7,11 @@ from typing import Protocol
 
 import numpy as np
 
-from anchorctx.data.packing.accounting import Accounting
+from anchorctx.data.packing.accounting import SHORT, TOO_LONG, TRUNCATED, Accounting
 from anchorctx.data.packing.best_fit import BestFit
 from anchorctx.data.packing.concat_split import ConcatSplit
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
-from anchorctx.data.packing.limits import drop_short, fit_long
-from anchorctx.data.packing.pieces import Rows
+from anchorctx.data.packing.pieces import Rows, cut_pieces
 from anchorctx.errors import UserError
 
 
@@ -75,3 +74,40 @@ def _placement(config: PackConfig, capacity: int, accounting: Accounting) -> Pla
     if config.policy is Policy.concat_split:
         return ConcatSplit(capacity, config.min_length, accounting)
     return BestFit(capacity, config.buffer_tokens)
+
+
+def drop_short(pieces: np.ndarray, min_length: int, accounting: Accounting) -> np.ndarray:
+    """The pieces (P,) PIECE of at least `min_length` tokens."""
+    if min_length == 1:
+        return pieces
+    short = pieces["length"] < min_length
+    accounting.drop(SHORT, pieces["source"][short], pieces["length"][short])
+    return pieces[~short]
+
+
+def fit_long(pieces: np.ndarray, capacity: int, policy: LongDocuments, accounting: Accounting) -> np.ndarray:
+    """Pieces (Q,) PIECE of at most `capacity` tokens, tags included, made of `pieces` (P,)."""
+    long = pieces["size"] > capacity
+    if not long.any():
+        return pieces
+    if policy is LongDocuments.split:
+        return split(pieces, capacity)
+    if policy is LongDocuments.drop:
+        accounting.drop(TOO_LONG, pieces["source"][long], pieces["length"][long])
+        return pieces[~long]
+    excess = np.maximum(pieces["size"] - capacity, 0)
+    accounting.drop(TRUNCATED, pieces["source"], excess)
+    return cut_pieces(pieces, pieces["length"] - excess)
+
+
+def split(pieces: np.ndarray, capacity: int) -> np.ndarray:
+    """Each piece cut into as many as it needs: all but the last fill a row, each has the tag again."""
+    # capacity 8, a piece of 20 tokens without a tag: room = [8], counts = [3], rank = [0, 1, 2], skip = [0, 8, 16],
+    # lengths = [8, 8, 4]
+    room = capacity - (pieces["size"] - pieces["length"])
+    counts = -(-pieces["length"] // room)
+    owner = np.repeat(np.arange(len(pieces)), counts)
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    skip = rank * room[owner]
+    lengths = np.minimum(pieces["length"][owner] - skip, room[owner])
+    return cut_pieces(pieces[owner], lengths, skip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,20 @@ class Corpus:
     def domains(self) -> list[str]:
         """All domains, in order of appearance."""
         return list(dict.fromkeys(domain for part in self.parts for domain in part.domains))
+
+    def skipped(self) -> Counter[str]:
+        """Rows of all sources that were left out, by reason."""
+        return sum((part.skipped for part in self.parts), Counter())
+
+    def length_histogram(self) -> np.ndarray:
+        """(64,) int64: entry i counts the documents of 2**i to 2**(i+1) - 1 tokens, an appended EOS left out."""
+        counts = np.zeros(64, np.int64)
+        for part in self.parts:
+            documents = part.documents
+            lengths = documents["length"] - documents["eos"]
+            # frexp gives x = m * 2**e with m in [0.5, 1): e - 1 is 3 for 8 and for 15, and 4 for 16
+            counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
+        return counts
 
 
 class DocumentPlan:

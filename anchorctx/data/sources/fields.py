@@ -11,13 +11,14 @@ Nothing of a row is left out: tokens after the last boundary are a document too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from anchorctx.data.sources.documents import BadRow, Document, Tokens, check_text, shown, wrong_type
+from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens, check_text, shown, wrong_type
+from anchorctx.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,27 @@ class Fields:
         boundaries = self._get(row, self.boundaries, "boundaries_field", where)
         return cut_ids(ids, boundaries, where, self.boundaries, domain)
 
+    def read(
+        self, rows: Iterable[Any], where: str, reading: Reading, *, size: int, count: int, before: int = 0
+    ) -> Iterator[Document | Tokens]:
+        """Yield the documents of `rows`; a bad row is an error or counted, as `reading` has it.
+
+        Args:
+            rows: as `documents` takes them.
+            where: what the rows are of; messages append each row's number, from `before` + 1 on.
+            reading: its `bytes_read` grows by `size`, evenly over `count` rows.
+            before: rows that come before these.
+        """
+        begin = reading.bytes_read
+        for number, row in enumerate(rows, start=1):
+            reading.bytes_read = begin + size * number // max(count, 1)
+            try:
+                yield from self.documents(row, f"{where}:{before + number}")
+            except BadRow as bad:
+                reading.bad(bad)
+
     def columns(self, names: Any, where: str) -> list[str]:
-        """The columns among `names` that are read; raises BadRow when one is missing."""
+        """The columns among `names` that are read; UserError when one is missing: skipping rows would not help."""
         wanted = (
             ("text_field", self.text if self.tokens is None else None),
             ("domain_field", self.domain),
@@ -65,7 +85,7 @@ class Fields:
             if name is not None:
                 column = name if name in names else name.split(".")[0]
                 if column not in names:
-                    raise _missing(name, option, names, where)
+                    raise UserError(_missing(name, option, names, where).sentence)
                 found.append(column)
         return list(dict.fromkeys(found))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import logging
 import os
 import zlib
@@ -18,6 +17,7 @@ from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.fields import Fields
 from anchorctx.data.sources.readers import COMPRESSIONS, READERS
 from anchorctx.errors import UserError
+from anchorctx.records.files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -118,19 +118,18 @@ def read_files(
     files: Sequence[Path], kind: str | None, fields: Fields, reading: Reading
 ) -> Iterator[Document | Tokens]:
     """Yield the documents of all `files` in order; `kind` None goes by each file's ending."""
-    before = reading.bytes_read
     for file in files:
+        before = reading.bytes_read
         this = kind or kind_of(file)
         if this is None:
             raise UserError(f"{file} ends in none of {', '.join(KINDS)}: set format=jsonl, parquet or text")
         try:
-            yield from READERS[this](file, fields, reading, before)
+            yield from READERS[this](file, fields, reading)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{file} is corrupt or cut short ({error}): fetch it again, or leave it out") from error
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror or error}): mend it, or leave it out") from error
-        before += file.stat().st_size
-        reading.bytes_read = before
+        reading.bytes_read = before + file.stat().st_size
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -140,7 +139,6 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _sha256(file: Path) -> str:
     try:
-        with file.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return file_sha256(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): mend it, or leave it out") from error

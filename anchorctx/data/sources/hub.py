@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens
+from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.fields import Fields, arrow_rows
 from anchorctx.errors import UserError
 
@@ -110,18 +110,11 @@ def read_dataset(
     dataset: Any, name: DatasetName, fields: Fields, reading: Reading, start: int = 0
 ) -> Iterator[Document | Tokens]:
     """Yield the documents of a dataset in order; its first row is row `start` of the whole, for messages."""
-    if dataset.column_names is not None:
-        try:
-            dataset = dataset.select_columns(fields.columns(dataset.column_names, f"the dataset {name.path}"))
-        except BadRow as row:  # every row is without: no skipping will help
-            raise UserError(row.sentence) from row
-    before, size, rows = reading.bytes_read, dataset_bytes(dataset) or 0, 1 if name.streaming else max(len(dataset), 1)
-    for number, row in enumerate(_rows(dataset, name, fields), start=1):
-        reading.bytes_read = before + size * number // rows
-        try:
-            yield from fields.documents(row, f"{name.path}:{start + number}")
-        except BadRow as bad:
-            reading.bad(bad)
+    if dataset.column_names is not None:  # None for a stream that does not know them yet
+        dataset = dataset.select_columns(fields.columns(dataset.column_names, f"the dataset {name.path}"))
+    size, count = dataset_bytes(dataset) or 0, 1 if name.streaming else len(dataset)
+    rows = _rows(dataset, name, fields)
+    yield from fields.read(rows, name.path, reading, size=size, count=count, before=start)
 
 
 def _rows(dataset: Any, name: DatasetName, fields: Fields) -> Iterator[Any]:

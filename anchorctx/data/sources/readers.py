@@ -20,7 +20,8 @@ PARQUET_READING = {"page_checksum_verification": True, "pre_buffer": False, "buf
 """Read as a stream: by default pyarrow holds all of a file that it has read, until the last row is through."""
 
 
-def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
+def _read_jsonl(file: Path, fields: Fields, reading: Reading) -> Iterator[Document | Tokens]:
+    before = reading.bytes_read
     with file.open("rb") as raw:
         for number, line in enumerate(_lines(file, raw), start=1):
             reading.bytes_read = before + raw.tell()
@@ -50,7 +51,7 @@ def _parse(line: bytes, where: str) -> Any:
         raise BadRow("malformed JSON", f"{where} has a number too long to read: mend the line") from error
 
 
-def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document]:
+def _read_text(file: Path, fields: Fields, reading: Reading) -> Iterator[Document]:
     with file.open("rb") as raw:
         content = _whole(file, raw)
     try:
@@ -66,31 +67,23 @@ def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Ite
         reading.bad(row)
 
 
-def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
+def _read_parquet(file: Path, fields: Fields, reading: Reading) -> Iterator[Document | Tokens]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file, **PARQUET_READING) as parquet:
-            try:
-                columns = fields.columns(parquet.schema_arrow.names, str(file))
-            except BadRow as row:  # every row is without: no skipping will help
-                raise UserError(row.sentence) from row
-            size, rows, number = file.stat().st_size, max(parquet.metadata.num_rows, 1), 0
-            for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
-                for row in arrow_rows(batch, fields.tokens):
-                    number += 1
-                    reading.bytes_read = before + size * number // rows
-                    try:
-                        yield from fields.documents(row, f"{file}:{number}")
-                    except BadRow as bad:
-                        reading.bad(bad)
+            columns = fields.columns(parquet.schema_arrow.names, str(file))
+            batches = parquet.iter_batches(PARQUET_ROWS, columns=columns)
+            rows = (row for batch in batches for row in arrow_rows(batch, fields.tokens))
+            size, count = file.stat().st_size, parquet.metadata.num_rows
+            yield from fields.read(rows, str(file), reading, size=size, count=count)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is no whole parquet file ({reason}): fetch it again, or leave it out") from error
 
 
-READERS: dict[str, Callable[[Path, Fields, Reading, int], Iterator[Document | Tokens]]] = {
+READERS: dict[str, Callable[[Path, Fields, Reading], Iterator[Document | Tokens]]] = {
     "jsonl": _read_jsonl,
     "text": _read_text,
     "parquet": _read_parquet,

@@ -155,6 +155,20 @@ class Ingest:
         return self.facts.loss_weights(ids if self.eos is None else np.append(ids, self.eos))
 
 
+@dataclass(frozen=True, slots=True)
+class PartOf:
+    """A part to tokenise."""
+
+    source: int
+    on_bad_row: OnBadRow
+    part: Part
+
+
+def run_part(ingest: Ingest, item: PartOf, progress: Progress | None = None) -> list[Path]:
+    """The first stage of one part."""
+    return ingest.run(item.part, item.on_bad_row, progress)
+
+
 class ReadingBar:
     """Bytes read where this process reads, else parts done; a context manager."""
 
