@@ -1,8 +1,8 @@
 """`prepare`: documents -> tokens -> packed rows on disk, with a fingerprint, progress and an account of every token.
 
-Three stages, each a pure function of what the one before left on disk: `ingest` tokenises the parts of the sources,
-`plan` decides from the lengths which documents share a row, and `write_rows` copies tokens into shards. The first and
-the last run on an `engine`; an interrupted preparation finds the parts that were whole.
+Three stages, each a pure function of what the one before left on disk: `run_part` tokenises the parts of the sources,
+`plan_rows` decides from the lengths which documents share a row, and `write_rows` copies tokens into shards. The first
+and the last run on an `engine`. After an interruption the parts that were whole are used again.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from anchorctx.records.files import in_use, remove_unused, sole_writer
 from anchorctx.records.manifest import FILE, build_manifest, fingerprint
 
 CODE_VERSION = 2
-"""Raised whenever the same inputs would give other rows, so that old packed sets are not taken for new ones."""
+"""To be raised when the same inputs would give other rows, so that old packed sets are not taken for new ones."""
 TOKENS = ".tokens"
 """Folder of the token stores, in `out_dir`."""
 
 
 def prepare(config: PrepareConfig) -> PackedSet:
-    """Make the packed set that the configuration describes, or open it where it exists already.
+    """Make the packed set that the configuration describes, or open it if it exists already.
 
-    Whatever goes wrong, nothing half-written is left behind; mistakes in the input are UserErrors. The parts of the
-    sources that were tokenised by then are kept, and not tokenised again.
+    Mistakes in the input are UserErrors. Whatever goes wrong, nothing half-written is left behind; the parts of the
+    sources that were tokenised by then are kept, so that the next attempt does not tokenise them again.
     """
     preparation = Preparation(config)
     folder = preparation.folder
     if packed := _existing(folder):
         return packed
-    with sole_writer(folder):
+    with sole_writer(folder):  # another process may have made it while we waited
         return _existing(folder) or preparation.run()
 
 
@@ -70,9 +70,10 @@ def _existing(folder: Path) -> PackedSet | None:
 
 
 class Preparation:
-    """One run through the corpus: everything that is known before the first document is read."""
+    """One run through the corpus, with everything that can be checked before the first document is read."""
 
     def __init__(self, config: PrepareConfig) -> None:
+        """UserError for settings, a tokenizer or sources that cannot be used."""
         config.validate()
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer)
@@ -104,7 +105,9 @@ class Preparation:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides what the rows hold, as JSON; what it does not hold cannot change a row."""
+        """Everything that decides what the rows hold, as JSON; nothing else can change a row."""
+        # settings that change nothing are left out, so that the set that exists is found: the buffer without best_fit,
+        # the seed without interleaving, the mixture when every document is taken once
         config = self.config
         pack, mixture = dataclasses.asdict(config.pack), dataclasses.asdict(config.mixture)
         if config.pack.policy is not Policy.best_fit:
@@ -127,13 +130,13 @@ class Preparation:
 
     @property
     def folder(self) -> Path:
-        """Where the packed set is, or will be."""
+        """Where the packed set is, or will be: named by its fingerprint."""
         return Path(self.config.out_dir) / fingerprint(self.identity)
 
     def run(self) -> PackedSet:
         """Write the packed set and print the account."""
         began, config = time.perf_counter(), self.config
-        finished: list[str] = []
+        finished: list[str] = []  # folders of tokens that are not needed any more
         try:
             with in_use(self.tokens_folder), open_engine(config.engine, config.workers) as engine:
                 corpus = self.corpus(engine)
@@ -158,6 +161,7 @@ class Preparation:
         items = [
             PartOf(index, source.on_bad_row, part) for index, source in enumerate(self.sources) for part in source.parts
         ]
+        # Ray's workers tokenise parts side by side, so that none of them needs processes of its own
         ingest = self.ingest if engine.is_local else dataclasses.replace(self.ingest, workers=1)
         with ReadingBar(self.sources, len(items)) as bar:
             done = engine.map(bar.running(run_part) if engine.is_local else run_part, ingest, items)
@@ -170,14 +174,17 @@ class Preparation:
             reading.skipped = sum((part.skipped for part in own), Counter())
             try:
                 source.check_not_empty(reading)
-            except UserError:
+            except UserError:  # their tokens are of no use: the source has to be changed
                 for part in own:
                     shutil.rmtree(part.folder)
                 raise
         return Corpus(parts, owners, [source.name for source in self.sources])
 
     def tags(self, corpus: Corpus) -> tuple[Tags, list[np.ndarray]]:
-        """What is put in front of documents, and for each part the (number of domains,) tags of its domains."""
+        """What is put in front of documents, and for each part the (number of domains,) tags of its domains.
+
+        UserError for BOS without a BOS token, and for domain tags where a document has no domain.
+        """
         pack, tags, numbers = self.config.pack, Tags(), {}
         bos = [self.tokenizer.bos_token_id] if pack.prepend_bos else []
         if bos == [None]:
@@ -245,25 +252,29 @@ class Preparation:
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """What all shards of a set share; can be sent to another process."""
+    """What writing any shard of a set needs; can be sent to another process."""
 
     folder: Path
+    """Where shards are written."""
     shape: RowShape
     tags: Tags
     parts: Sequence[TokenPart]
+    """The tokenised documents."""
     rows_per_shard: int
     names: tuple[str, ...]
+    """The sources (or domains) that tokens are counted under."""
 
 
 _workspace = Workspace()
-"""This process's, from shard to shard."""
+"""Memory of this process that is used for one shard after the other."""
 
 
 def write_rows(making: Making, item: tuple[int, Rows]) -> tuple[ShardFiles, Accounting]:
-    """The third stage of one shard: its number and planned rows, to files and what is in them."""
+    """The third stage: a shard's number and planned rows to its files, and an account of the tokens in them."""
     number, rows = item
     counted = Accounting(making.names)
     with ExitStack() as files:
+        # files are opened for this shard only: a corpus may have more parts than a process may hold open
         parts = np.unique(rows.pieces["part"]).tolist()
         texts = {part: files.enter_context(making.parts[part].text()) for part in parts}
         first = number * making.rows_per_shard

@@ -1,10 +1,13 @@
-"""Rows of pieces to rows of tokens, many at once: anchor, documents (in chunks where interleaved), padding; and labels.
+"""Makes rows of tokens from rows of pieces, a shard at a time: anchor, documents, padding, and loss weights.
 
 A token is trained where its loss weight is not 0, it is content, and the token before it in the row is the same
-document's. So neither the anchor nor a document's first token is, nor the first token of a later chunk.
+document's. So the anchor is never trained, nor is the first token of a document or of a later chunk of one.
 
 There is no loop over tokens: one copy for each run of tokens that lie together in the corpus and in the rows. At 1,000
 tokens a document that is as fast as copying memory (benchmarks/packing.md).
+
+With `interleave` a document is cut into chunks that are scattered over its row, in order; for the attention it is still
+one document. The paper tries it and finds that it hurts; it is there so that a user can see this for himself.
 """
 
 from __future__ import annotations
@@ -19,29 +22,32 @@ from anchorctx.data.packing.pieces import Rows, Tags, Text
 from anchorctx.data.packing.shard import RowShape, Shard, Workspace
 
 Run = tuple[int, int, int, int]
-"""A copy: part, first token there, first token in the rows, tokens."""
+"""A copy: token store (`part`), first token there, first token in the rows, number of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """S segments in R rows; all arrays are (S,) int64 unless they say otherwise."""
+    """Where S segments lie in R rows; all arrays are (S,) int64 unless they say otherwise.
+
+    A segment is a run of tokens of one piece: the whole piece (its tag, then its content), or a chunk of it.
+    """
 
     row: np.ndarray
-    """The row of each."""
+    """Index of its row."""
     piece: np.ndarray
-    """Its piece."""
+    """Index of its piece."""
     at: np.ndarray
-    """Where it begins, in tokens since the first row's start."""
+    """Where it begins, in tokens from the first row's start."""
     length: np.ndarray
-    """Its tokens."""
+    """Its tokens, those of a tag included."""
     tag_skip: np.ndarray
-    """Where its first token of a tag is in that tag."""
+    """Where in the piece's tag it begins; meaningless where `tag` is 0."""
     tag: np.ndarray
-    """How many tokens of a tag it begins with."""
+    """Tokens of the tag that it begins with."""
     content_skip: np.ndarray
-    """Where its first token of content is in the piece's."""
+    """Where in the piece's content its own begins."""
     used: np.ndarray
-    """(R,) tokens of each row that are of pieces."""
+    """(R,) tokens of each row that pieces take."""
 
 
 def assemble(
@@ -53,23 +59,30 @@ def assemble(
     first_row: int = 0,
     workspace: Workspace | None = None,
 ) -> Shard:
-    """The rows, their tokens added to `accounting`.
+    """Make a shard of the rows.
 
-    `texts` has the tokens of every part that the pieces refer to, `first_row` is the first row's number in its set; the
-    shard is made in `workspace`, or in memory of its own.
+    Args:
+        rows: which pieces share a row.
+        shape: length of the rows, their anchor and padding.
+        tags: what is put in front of pieces.
+        texts: the tokens of every part (token store) that the pieces refer to.
+        accounting: counts the tokens that are in the rows.
+        first_row: number of the first row in its set, which seeds the interleaving.
+        workspace: memory for the shard, which the next one made in it overwrites; None allocates.
     """
     placed = _place(rows, shape, tags, first_row)
     uniform = not any(text.has_weights for text in texts.values())
     workspace, size = workspace or Workspace(), (len(rows), shape.row_length)
     tokens = workspace.array("tokens", size, next(iter(texts.values())).dtype)
     weights = workspace.array("weights", size, np.dtype(np.uint8 if uniform else np.float16))
-    weights.fill(uniform)
+    weights.fill(uniform)  # 1 everywhere, or 0 until the loss weights are read
     flat_tokens, flat_weights = tokens.reshape(-1), weights.reshape(-1)
     for part, source, target, length in _runs(rows.pieces, placed):
         text = texts[part]
         text.read_tokens(source, flat_tokens[target : target + length])
         if not uniform:
             text.read_weights(source, flat_weights[target : target + length])
+    # what is not content: anchors, padding, tags
     tokens[:, : shape.anchor_len], weights[:, : shape.anchor_len] = shape.anchor_id, 0
     for row in np.flatnonzero(placed.used < shape.capacity).tolist():
         end = shape.anchor_len + int(placed.used[row])
@@ -79,12 +92,13 @@ def assemble(
         tag = tags.ids[rows.pieces["tag"][placed.piece[index]]]
         flat_tokens[at : at + length] = tag[skip : skip + length]
         flat_weights[at : at + length] = 0
-    flat_weights[placed.at] = 0
+    flat_weights[placed.at] = 0  # the first token of each segment follows another document's, or the anchor
     _account(rows, shape, placed, weights, accounting)
     return Shard(tokens, _narrow(weights), *_boundaries(rows, shape, placed), rows.counts)
 
 
 def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
+    """Segments and where they lie, from lengths alone."""
     # two rows of 9 tokens, anchor of 1: pieces of 3 and 5 in the first, one of 4 in the second
     # row = [0, 0, 1], ends = [3, 8, 12], used = [8, 4], before = [0, 8], at = [1, 4, 10]
     pieces, counts = rows.pieces, rows.counts
@@ -106,11 +120,11 @@ def _place(rows: Rows, shape: RowShape, tags: Tags, first_row: int) -> Placed:
 
 
 def _runs(pieces: np.ndarray, placed: Placed) -> Iterator[Run]:
-    """Every copy; what lies together is one."""
+    """The copies that are needed; segments that follow each other both in the token store and in the rows are one."""
     # pieces of 3 and 5 tokens that follow each other both in the token store (from 100) and in the row (from 1) are one
     # copy: source = [100, 103], target = [1, 4], new = [True, False] -> (part, 100, 1, 8)
     length = placed.length - placed.tag
-    has = length > 0
+    has = length > 0  # a chunk may hold tokens of the tag alone
     piece = pieces[placed.piece[has]]
     part, length = piece["part"], length[has]
     source, target = piece["start"] + placed.content_skip[has], (placed.at + placed.tag)[has]
@@ -122,7 +136,7 @@ def _runs(pieces: np.ndarray, placed: Placed) -> Iterator[Run]:
 
 
 def _narrow(weights: np.ndarray) -> np.ndarray:
-    """The weights as uint8 where that loses nothing."""
+    """The weights as uint8 where all are 0 or 1, which takes half the space of float16."""
     is_plain = weights.dtype == np.uint8 or not ((weights != 0) & (weights != 1)).any()
     return weights.astype(np.uint8, copy=False) if is_plain else weights
 
@@ -130,6 +144,7 @@ def _narrow(weights: np.ndarray) -> np.ndarray:
 def _account(rows: Rows, shape: RowShape, placed: Placed, weights: np.ndarray, accounting: Accounting) -> None:
     source = rows.pieces["source"][placed.piece]
     content = placed.length - placed.tag
+    # a segment's first token is not trained, by whatever it is: where it is a tag's, no token of content is lost
     first = ((content > 0) & (placed.tag == 0)).astype(np.int64)
     trained = content - first  # the written weights are counted too, and compared, when the set is whole
     if weights.dtype != np.uint8:
@@ -188,7 +203,12 @@ class Segments:
 def scatter(lengths: np.ndarray, chunks: int, rng: np.random.Generator) -> Segments:
     """Cut each piece into `chunks` nearly equal chunks (fewer if it is shorter) and shuffle them over the row.
 
-    A piece's chunks keep their order; those that come to lie side by side are one segment.
+    A piece's chunks keep their order; neighbouring chunks of one piece become one segment.
+
+    Args:
+        lengths: (P,) tokens of the pieces of one row, tags included.
+        chunks: 1 leaves the pieces whole and in order.
+        rng: source of all randomness.
     """
     if chunks == 1 or len(lengths) == 1:
         return Segments(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
@@ -208,7 +228,7 @@ def scatter(lengths: np.ndarray, chunks: int, rng: np.random.Generator) -> Segme
 def scatter_rows(sizes: np.ndarray, counts: np.ndarray, chunks: int, seed: int, first_row: int) -> Segments:
     """The segments of many rows, row after row; `counts` (R,) of the `sizes` (P,) belong to each.
 
-    Each row has a random state of its own, of (`seed`, its number in the set): it does not matter who makes the row.
+    Each row is seeded by (`seed`, its number in the set), so that it does not matter which process makes the row.
     """
     if chunks == 1:
         return Segments(np.arange(len(sizes)), np.zeros_like(sizes), sizes)

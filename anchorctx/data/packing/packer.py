@@ -1,4 +1,8 @@
-"""Documents in, rows of pieces out, planned from lengths alone; every token that is in no row is counted."""
+"""Documents in, rows of pieces out, planned from lengths alone; every token that gets into no row is counted.
+
+`min_length` drops what is too short, `long_documents` cuts, truncates or drops what is too long for a row, and a policy
+(a `Placement`) decides which pieces share a row.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ class Packer:
     """Takes documents in order and gives rows back as they fill up; deterministic, however calls divide the corpus."""
 
     def __init__(self, config: PackConfig, capacity: int, longest_tag: int, accounting: Accounting) -> None:
-        """`capacity` is a row's tokens without the anchor; the tokens that are dropped go to `accounting`."""
+        """`capacity` is a row's tokens without the anchor; dropped tokens are counted in `accounting`."""
         config.validate(capacity)
         if longest_tag + config.min_length > capacity:
             raise UserError(
@@ -57,6 +61,8 @@ class Packer:
     def add(self, documents: np.ndarray) -> Iterator[Rows]:
         """Take (D,) PIECE, each a whole document, and yield the rows that are complete."""
         config = self._config
+        # concat_split cuts at the rows' ends by itself; the other policies get no piece longer than a row. Cutting and
+        # truncating leave remainders, which may be short again
         pieces = drop_short(documents, config.min_length, self._accounting)
         if config.policy is not Policy.concat_split or config.long_documents is not LongDocuments.split:
             pieces = fit_long(pieces, self._capacity, config.long_documents, self._accounting)
@@ -95,13 +101,14 @@ def fit_long(pieces: np.ndarray, capacity: int, policy: LongDocuments, accountin
     if policy is LongDocuments.drop:
         accounting.drop(TOO_LONG, pieces["source"][long], pieces["length"][long])
         return pieces[~long]
+    # capacity 8, sizes = [5, 11]: excess = [0, 3], and the second piece keeps its first tokens
     excess = np.maximum(pieces["size"] - capacity, 0)
     accounting.drop(TRUNCATED, pieces["source"], excess)
     return cut_pieces(pieces, pieces["length"] - excess)
 
 
 def split(pieces: np.ndarray, capacity: int) -> np.ndarray:
-    """Each piece cut into as many as it needs: all but the last fill a row, each has the tag again."""
+    """Each piece (P,) cut into as many (Q,) as it needs: all but the last fill a row; each repeats the tag."""
     # capacity 8, a piece of 20 tokens without a tag: room = [8], counts = [3], rank = [0, 1, 2], skip = [0, 8, 16],
     # lengths = [8, 8, 4]
     room = capacity - (pieces["size"] - pieces["length"])

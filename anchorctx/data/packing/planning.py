@@ -1,4 +1,4 @@
-"""The second stage: which documents, in which order, in which rows; from lengths alone, no token is read."""
+"""The second stage: which documents, in which order, in which rows. It goes by lengths alone and reads no token."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ class Corpus:
 
 
 class DocumentPlan:
-    """How often each document is taken, and to whom its tokens are accounted."""
+    """How often each document is taken, and under which source (or domain) its tokens are counted."""
 
     def __init__(self, corpus: Corpus, config: MixtureConfig) -> None:
         self._corpus, self._config = corpus, config
         by_domain = config.by is MixtureBy.domain
         self.names: list[str] = corpus.domains() if by_domain else list(corpus.names)
-        """The sources (or domains) that tokens are accounted to."""
+        """The sources (or domains) that tokens are counted under."""
+        # for each part (D,): how often its documents are taken, and which repeat an earlier one; None takes all once
         self._copies: list[np.ndarray] | None = None
         self._duplicate: list[np.ndarray] | None = None
         if config.weights or config.deduplicate:
@@ -72,6 +73,7 @@ class DocumentPlan:
             accounting.add("eos_tokens", group, documents["eos"])
             if self._copies is None or self._duplicate is None:
                 continue
+            # a document of 50 tokens: taken 3 times, 100 are repeated; taken 0 times, 50 are dropped
             copies, duplicate = self._copies[index], self._duplicate[index]
             accounting.add("repeated", group, np.maximum(copies - 1, 0) * lengths)
             accounting.drop("duplicate", group, lengths * duplicate)
@@ -81,8 +83,11 @@ class DocumentPlan:
     def documents(self, tags: Sequence[np.ndarray], tag_lengths: np.ndarray) -> Iterator[np.ndarray]:
         """Yield all documents as (n,) PIECE: every one once, then the copies, pass by pass.
 
-        `tags` has, for each part, the (number of domains,) tags of its domains.
+        Args:
+            tags: for each part, the (number of domains,) tags of its domains.
+            tag_lengths: (number of tags,) tokens of each tag.
         """
+        # copies = [2, 0, 3, 1]: the first pass has documents 0, 2, 3, the second 0 and 2, the third 2
         number = 0
         for turn in range(self._passes()):
             for index, part in enumerate(self._corpus.parts):
@@ -106,7 +111,7 @@ class DocumentPlan:
         """The mixture for the manifest: wanted and realised shares; `content` (names,) is what the rows hold."""
         asked, whole = self._config.weights, sum(self._config.weights.values())
         taken, long = np.zeros((2, len(self.names)))
-        own = np.zeros(len(self.names))
+        own = np.zeros(len(self.names))  # tokens of each source, every document once; `taken` has its copies too
         for index, part in enumerate(self._corpus.parts):
             lengths, group = part.documents["length"], self._group(index)
             tokens = lengths if self._copies is None else lengths * self._copies[index]
@@ -137,11 +142,12 @@ class DocumentPlan:
         self._copies, self._duplicate = np.split(copies, ends), np.split(duplicate, ends)
 
     def _group(self, index: int) -> np.ndarray:
-        """(D,) to whom the documents of a part are accounted."""
+        """(D,) the source (or domain) of each document of a part, as an index into `names`."""
         part = self._corpus.parts[index]
         documents = part.documents
         if self._config.by is MixtureBy.source:
             return np.full(len(documents), self._corpus.sources[index])
+        # a part numbers the domains in the order in which it meets them: its [books, web] may be [3, 0] of all
         numbers = np.array([self.names.index(domain) for domain in part.domains], np.int64)
         return numbers[documents["domain"]]
 
@@ -180,6 +186,7 @@ def shards_of(several: Iterator[Rows], rows_per_shard: int) -> Iterator[Rows]:
         waiting.append(rows)
         count += len(rows)
         if count >= rows_per_shard:
+            # 3 rows a shard, 8 rows waiting: two shards of rows 0..3 and 3..6, rows 6 and 7 wait on
             joined = Rows.joined(waiting)
             whole = count - count % rows_per_shard
             for start in range(0, whole, rows_per_shard):

@@ -1,12 +1,12 @@
-"""Which fields of a row make its documents: a text, or token ids and the boundaries of the documents among them.
+"""Which fields of a row make its documents: a text, or token ids and where documents end among them.
 
-Rows that were tokenised before come in two layouts, and each row's boundaries say which it is:
+Rows of token ids come in two layouts, which are told apart by the boundaries of each row:
 
 - `source: [{"end": 812, ...}, ...]` beside `input_ids`, of Long-Context-Data-Engineering (Fu et al., arXiv 2402.10171);
-  where the entries name a `source`, that is the documents' domain;
+  if the entries name a `source`, it is the document's domain;
 - cumulative boundaries `indices: [0, 812, ...]`, or `[[0, 812], [812, 4096]]`, of ProLong (arXiv 2410.02660).
 
-Nothing of a row is left out: tokens after the last boundary are a document too.
+No token of a row is left out: those after the last boundary are a document too.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Fields:
         found = []
         for option, name in wanted:
             if name is not None:
+                # `meta.url` is a column of that name, else a field of the objects in column `meta`
                 column = name if name in names else name.split(".")[0]
                 if column not in names:
                     raise UserError(_missing(name, option, names, where).sentence)
@@ -90,6 +91,7 @@ class Fields:
         return list(dict.fromkeys(found))
 
     def _get(self, row: Mapping[str, Any], name: str, option: str, where: str) -> Any:
+        """The value of field `name`, `a.b` being looked up step by step; `option` is what a user set it with."""
         if name in row:
             return row[name]
         value: Any = row
@@ -125,6 +127,7 @@ def cut_ids(ids: np.ndarray, boundaries: Any, where: str, name: str, domain: str
         name: the boundaries' field, for messages.
         domain: the documents' domain, unless their boundary says another.
     """
+    # 10 ids, boundaries [0, 4, 7]: ends = [4, 7], then [4, 7, 10] with the rest: ids[0:4], ids[4:7], ids[7:10]
     ends, domains = _ends(boundaries, where, name, domain)
     before = 0
     for end in ends:
@@ -144,7 +147,8 @@ def cut_ids(ids: np.ndarray, boundaries: Any, where: str, name: str, domain: str
 
 
 def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int], list[str]]:
-    """Where documents end, and their domains; a leading 0 is taken off."""
+    """Where documents end, and their domains; a leading 0 is left out."""
+    # [{"end": 4}, {"end": 7}], [[0, 4], [4, 7]], [0, 4, 7] and [4, 7] are all [4, 7]
     entries = boundaries.tolist() if isinstance(boundaries, np.ndarray) else boundaries
     if not isinstance(entries, list | tuple):
         wrong_type("bad boundaries", where, boundaries, name, "a list")
@@ -161,7 +165,7 @@ def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int
                 "mend the row",
             )
         entries = list(ends)
-    if any(not isinstance(end, int) or isinstance(end, bool) for end in entries):
+    if any(not isinstance(end, int) or isinstance(end, bool) for end in entries):  # True is an int in Python
         raise BadRow(
             "bad boundaries",
             f'{where} has {shown(boundaries)} as field {name}, neither ends, [start, end] nor {{"end": ...}}: '
@@ -171,6 +175,7 @@ def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int
 
 
 def _integers(value: Any) -> np.ndarray | None:
+    """(n,) of an integer type; None when the value is anything but a flat list of integers."""
     if not isinstance(value, list | tuple | np.ndarray):
         return None
     if not len(value):
@@ -187,14 +192,16 @@ def arrow_rows(batch: Any, tokens: str | None) -> Iterator[dict[str, Any]]:
     if tokens is None or tokens not in batch.schema.names:
         yield from batch.to_pylist()
         return
+    # to_pylist would make a Python integer of every id, at several times the memory and time
     others = batch.drop_columns([tokens]).to_pylist()
-    if not others:
+    if not others:  # there is no other column
         others = [{} for _ in range(batch.num_rows)]
     for row, ids in zip(others, _arrays(batch.column(tokens)), strict=True):
         yield row | {tokens: ids}
 
 
 def _arrays(column: Any) -> Iterator[Any]:
+    """The lists of a column as arrays without a copy; as Python lists where it holds nulls or something else."""
     import pyarrow
 
     for array in getattr(column, "chunks", [column]):
@@ -202,6 +209,7 @@ def _arrays(column: Any) -> Iterator[Any]:
         if not is_list or array.null_count or array.values.null_count:
             yield from array.to_pylist()
             continue
+        # [[5, 6], [], [7]] is offsets [0, 2, 2, 3] into values [5, 6, 7]
         offsets = array.offsets.to_numpy()
         values = array.values.to_numpy(zero_copy_only=False)
         for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):

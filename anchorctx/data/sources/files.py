@@ -38,7 +38,7 @@ PART_BYTES = 2**26
 
 @dataclass(frozen=True, slots=True)
 class FilesPart:
-    """Some files."""
+    """Some files of a source."""
 
     files: tuple[Path, ...]
     kind: str | None
@@ -63,6 +63,8 @@ def find_files(path: str, kind: str | None) -> list[Path]:
             "or set format=datasets if it is the name of a Hugging Face dataset"
         )
     found = [file for root in roots for file in (_in_folder(root) if root.is_dir() else [root])]
+    # A file that is named by itself is read whatever its ending. Of a folder or glob: without a kind, files of known
+    # endings; with one, those of its endings and of unknown ones; with text, all
     is_single = len(roots) == 1 and roots[0].is_file()
     files = [file for file in found if is_single or kind in (None, "text") or kind_of(file) in (kind, None)]
     if kind is None and not is_single:
@@ -74,19 +76,20 @@ def find_files(path: str, kind: str | None) -> list[Path]:
             f"path={path} holds no {kind or 'readable'} file: name one that has files ending in "
             f"{', '.join(KINDS)} (.jsonl also .gz or .zst), or set format"
         )
-    return list(dict.fromkeys(files))
+    return list(dict.fromkeys(files))  # a glob may name a folder and a file in it
 
 
 def kind_of(file: Path) -> str | None:
     """`jsonl`, `parquet` or `text` by the file's ending; None for others."""
-    suffixes = [s.lower() for s in file.suffixes]
+    suffixes = [s.lower() for s in file.suffixes]  # of web.jsonl.gz: [.jsonl, .gz]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def content_identity(files: list[Path]) -> list[dict[str, Any]]:
-    """Name (relative to what the files share), size and sha256 of each file: what was read, wherever it lies."""
+    """Name, size and sha256 of each file; names are relative to the folder that all share, so that a corpus that was
+    moved is the same corpus."""
     base = os.path.commonpath([file.parent.resolve() for file in files])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_sha256, files))
@@ -103,7 +106,8 @@ def content_identity(files: list[Path]) -> list[dict[str, Any]]:
 def file_parts(
     files: list[Path], contents: list[dict[str, Any]], kind: str | None, fields: Fields, facts: dict[str, Any]
 ) -> list[FilesPart]:
-    """The files in parts of some PART_BYTES, in order; `contents` identifies each, `facts` belong to every identity."""
+    """The files in parts of about PART_BYTES, in order; `contents` identifies each, `facts` is in every identity."""
+    # files of 40, 40, 10 MiB and PART_BYTES of 64 MiB: the first two are a part, the third is the last one
     parts, begin, size = [], 0, 0
     for index, content in enumerate(contents):
         size += content["bytes"]

@@ -1,4 +1,4 @@
-"""Documents from any dataset of the `datasets` library: by name, or saved in a local folder."""
+"""Documents from any dataset of the `datasets` library: a name on the hub, or a folder saved by `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def open_dataset(name: DatasetName) -> Any:
 
 
 def dataset_identity(dataset: Any, name: DatasetName) -> dict[str, Any]:
-    """What names the content: the library's own fingerprint; of a stream only its name, split and revision."""
+    """What identifies the content: the library's fingerprint; of a stream only its name, split and revision."""
     identity = {"subset": name.subset, "split": name.split}
     if name.streaming:
         return identity | {"path": name.path, "revision": name.revision}
@@ -100,6 +100,7 @@ def dataset_parts(dataset: Any, name: DatasetName, fields: Fields, facts: dict[s
     if name.streaming:
         return [DatasetPart(name, 0, None, fields, identity, size)]
     rows = len(dataset)
+    # only the rows' range is known of a part, not its bytes
     return [
         DatasetPart(name, start, stop := min(start + PART_ROWS, rows), fields, identity | {"rows": [start, stop]}, None)
         for start in range(0, rows, PART_ROWS)

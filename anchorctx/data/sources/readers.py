@@ -15,9 +15,9 @@ from anchorctx.errors import UserError
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 2**18
 PARQUET_ROWS = 128
-"""Rows decoded at once: bounds the memory when rows are whole books."""
+"""Rows decoded at once; few, since a row may be a whole book."""
 PARQUET_READING = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**18}
-"""Read as a stream: by default pyarrow holds all of a file that it has read, until the last row is through."""
+"""Read as a stream: by default pyarrow keeps all that it has read of a file until the last row is through."""
 
 
 def _read_jsonl(file: Path, fields: Fields, reading: Reading) -> Iterator[Document | Tokens]:
@@ -29,7 +29,7 @@ def _read_jsonl(file: Path, fields: Fields, reading: Reading) -> Iterator[Docume
             try:
                 if line is None:
                     raise BadRow("too long", too_long(where, "a line"))
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
                 if line.strip():
                     yield from fields.documents(_parse(line, where), where)
             except BadRow as row:
@@ -38,7 +38,8 @@ def _read_jsonl(file: Path, fields: Fields, reading: Reading) -> Iterator[Docume
 
 def _parse(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8").rstrip("\r\n"))  # else errors are in the next line, column 1
+        # without the line's end, behind which json would report what is missing: in line 2, column 1
+        return json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         sentence = f"{where} is not valid UTF-8 (byte {error.start}): convert the file"
         raise BadRow("invalid UTF-8", sentence) from error
@@ -100,7 +101,8 @@ def _chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _lines(file: Path, raw: IO[bytes]) -> Iterator[bytes | None]:
-    """The lines, ends kept; None for one longer than a document may be, whose bytes are passed over."""
+    """The lines with their ends; None for one longer than a document may be, which is skipped without being held."""
+    # bytes, not text: str.splitlines and universal newlines would also cut at \r, \x0b or \u2028 inside a string
     pending: list[bytes] = []
     size = 0
     for chunk in _chunks(file, raw):
@@ -149,6 +151,7 @@ def _zst_chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
     try:
         while chunk := raw.read(CHUNK_BYTES):
             while chunk:
+                # a file may be several frames end to end, as parallel compressors write it
                 frame = frame or decompressor.decompressobj()
                 yield frame.decompress(chunk)
                 chunk = frame.unused_data if frame.eof else b""
