@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.layout import PackedLayout
 
 RUN = 128
@@ -54,22 +54,15 @@ class CpuKernel:
         return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        tile: Tile,
-        score: Score,
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`."""
         if tile.cu_seqlens is not None:
-            mask = _document_mask(tile.cu_seqlens, score.window, q.dtype)
-            return _backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=score.scale)
+            mask = _document_mask(tile.cu_seqlens, score.window, do.dtype)
+            return _backward(do, *attended, 0.0, False, attn_mask=mask, scale=score.scale)
         if score.window is None or tile.max_seqlen <= score.window:
-            return _backward(do, q, k, v, o, lse, 0.0, True, scale=score.scale)
+            return _backward(do, *attended, 0.0, True, scale=score.scale)
+        q, k, v, o, lse = attended
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys, mask in _bands(tile.max_seqlen, score.window, q.dtype):
             tensors = do[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[:, :, rows]

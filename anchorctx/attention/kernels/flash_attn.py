@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.attention.kernels.torch_varlen import missing_cuda
 from anchorctx.attention.kernels.varlen import Packed, VarlenKernel, pack, unpack
 from anchorctx.errors import BackendUnavailableError
@@ -109,15 +109,16 @@ class FlashAttnKernel(VarlenKernel):
         return o, lse
 
     def varlen_backward(
-        self, do: torch.Tensor, packed: Packed, o: torch.Tensor, lse: torch.Tensor, tile: Tile, score: Score
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `VarlenKernel.varlen_backward`."""
+        packed = Packed(*attended[:3])
         release, module = _choose(self.release, packed.q, score)
         function = getattr(module, release.backward)
         arguments = _arguments(release, function, tile, score) | {
             "dout": do,
-            "out": o,
-            ("lse" if release.name == "FA4" else "softmax_lse"): lse,
+            "out": attended.o,
+            ("lse" if release.name == "FA4" else "softmax_lse"): attended.lse,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         if release.name == "FA4":
