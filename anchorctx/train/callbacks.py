@@ -7,7 +7,6 @@ so far, as the x axis of all.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
+from anchorctx.records.files import write_bytes
 from anchorctx.train.config import LoggingConfig
 
 METRICS = "metrics.jsonl"
@@ -58,9 +58,7 @@ class JsonlMetrics:
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         path = out_dir / METRICS
         kept = [line for line in _lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(kept))
-        os.replace(beside, path)
+        write_bytes(path, "".join(kept).encode())
         self._file = path.open("a")
 
     def log(self, row: dict[str, float]) -> None:
@@ -135,7 +133,7 @@ def _run_id(out_dir: Path, generate: Any) -> str:
     """The W&B run's id, kept in the run's folder for the next start."""
     path = out_dir / "wandb_run_id"
     if not path.exists():
-        path.write_text(generate())
+        write_bytes(path, generate().encode())
     return path.read_text().strip()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
 from anchorctx.models.load import fill, read_config, read_tokenizer
+from anchorctx.records.files import StagedFolder
 from anchorctx.train import checkpoint
 from anchorctx.train.config import ExportConfig
 from anchorctx.train.loop import MODEL
@@ -33,18 +33,16 @@ def export(config: ExportConfig) -> Path:
     if out.exists():
         raise UserError(f"out_dir={out} exists already: remove it, or choose another")
     folder = _checkpoint(run, config.step)
-    disable_progress_bar()  # ours are enough
+    disable_progress_bar()  # avoid a second progress bar
     model = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    staged = StagedFolder(out, marker="config.json")
     try:
-        model.save_pretrained(partial)
-        read_tokenizer(str(run / MODEL)).save_pretrained(partial)
-        verify_export(model, partial)
-        partial.rename(out)
+        model.save_pretrained(staged.folder)
+        read_tokenizer(str(run / MODEL)).save_pretrained(staged.folder)
+        verify_export(model, staged.folder)
+        return staged.publish()
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+        staged.discard()
 
 
 def verify_export(model: PreTrainedModel, folder: Path, tokens: int = 64) -> None:
