@@ -115,6 +115,7 @@ def check_weights(path: str, config: PretrainedConfig) -> None:
             weights |= load_state_dict(file, map_location="meta")
         if not weights:
             return
+        # On the meta device: names and shapes are compared, and no weight takes memory.
         _, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
     _judge(path, kind.__name__, info)
 
@@ -126,6 +127,7 @@ def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: st
         UserError: as `load_weights`, naming `source`.
     """
     needed = model.state_dict()
+    # an embedding that is also the head is stored once, under either name
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     shapes = {(n, w.shape, needed[n].shape) for n, w in weights.items() if n in needed and w.shape != needed[n].shape}
     info = {

@@ -57,6 +57,7 @@ class JsonlMetrics:
 
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         path = out_dir / METRICS
+        # A run killed after step 7, whose checkpoint is of step 5, computes 6 and 7 again: their rows go.
         kept = [line for line in _lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
         write_bytes(path, "".join(kept).encode())
         self._file = path.open("a")
@@ -79,6 +80,7 @@ class ProgressBar:
 
     def log(self, row: dict[str, float]) -> None:
         """Move to the row's step."""
+        # rows may come every n-th step only
         self._bar.update(int(row["step"]) - self._bar.n)
         shown = {"loss": row.get("train/loss"), "val": row.get("val/loss"), "tok/s": row.get("perf/tokens_per_second")}
         known = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}

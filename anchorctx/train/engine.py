@@ -72,6 +72,7 @@ def build_engine(
 def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices with decay, vectors without. Empty groups are left out."""
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    # under ZeRO 3 a parameter in its share is flat: ask for the shape of the whole
     matrices = [parameter for parameter in trainable if len(whole_shape(parameter)) > 1]
     vectors = [parameter for parameter in trainable if len(whole_shape(parameter)) <= 1]
     groups = [

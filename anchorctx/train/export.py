@@ -35,6 +35,7 @@ def export(config: ExportConfig) -> Path:
     folder = _checkpoint(run, config.step)
     disable_progress_bar()  # avoid a second progress bar
     model = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
+    # Another export into the same folder writes beside it too, and the first to finish wins.
     staged = StagedFolder(out, marker="config.json")
     try:
         model.save_pretrained(staged.folder)
@@ -52,6 +53,7 @@ def verify_export(model: PreTrainedModel, folder: Path, tokens: int = 64) -> Non
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
     with torch.no_grad():
         expected, found = model.eval()(ids).logits, loaded(ids).logits
+    # Same dtype, same code, same machine: equal to the last bit, or something was lost on the way.
     if not torch.equal(expected, found):
         worst = (expected - found).abs().max().item()
         raise UserError(

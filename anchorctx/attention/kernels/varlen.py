@@ -102,6 +102,7 @@ def uncached_under_fake(cached: _Cached) -> _Cached:
 def _tiles(layouts: tuple[PackedLayout, ...], device: torch.device, limit: int) -> tuple[Tile, ...]:
     if sum(len(layout.doc_offsets) - 1 for layout in layouts) <= limit:
         length = layouts[0].length
+        # two rows of 5 tokens with documents of 2, 3 and of 5: [0, 2, 5, 10] over the batch laid end to end
         ends = (row * length + end for row, layout in enumerate(layouts) for end in layout.doc_offsets[1:])
         return (_tile(slice(0, len(layouts)), slice(0, length), [0, *ends], device),)
     return tuple(
@@ -113,6 +114,7 @@ def _tiles(layouts: tuple[PackedLayout, ...], device: torch.device, limit: int) 
 
 def _chunks(offsets: Sequence[int], limit: int) -> Iterator[Sequence[int]]:
     """Boundaries of at most `limit` documents at a time; neighbours share one boundary."""
+    # limit 2, offsets [0, 3, 5, 9] -> [0, 3, 5], [5, 9]
     for first in range(0, len(offsets) - 1, limit):
         yield offsets[first : first + limit + 1]
 
