@@ -106,8 +106,7 @@ def _sources(corpus: Corpus) -> list[str]:
     rows: list[Sequence[object]] = [("source", "documents", "tokens", "longest")]
     totals = np.zeros(2, np.int64)
     for index, name in enumerate(corpus.names):
-        parts = [part for part, source in zip(corpus.parts, corpus.sources, strict=True) if source == index]
-        lengths = [part.documents["length"] for part in parts]
+        lengths = [part.documents["length"] for part in corpus.parts_of(index)]
         documents, tokens = sum(map(len, lengths)), sum(int(each.sum()) for each in lengths)
         longest = max((int(each.max()) for each in lengths if len(each)), default=0)
         rows.append((f"  {name}", documents, tokens, longest))

@@ -34,7 +34,7 @@ from anchorctx.data.sources.documents import Document, Reading
 from anchorctx.data.sources.facts import FactTokens
 from anchorctx.data.sources.source import open_sources
 from anchorctx.data.tokens.encode import Encoder, tokenize
-from anchorctx.data.tokens.ingest import Ingest, PartOf, ReadingBar, run_part
+from anchorctx.data.tokens.ingest import Ingest, ReadingBar, SourcePart, run_part
 from anchorctx.data.tokens.store import TokenPart
 from anchorctx.data.tokens.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
@@ -85,22 +85,22 @@ class Preparation:
         self.vocab_size = vocab_size(self.tokenizer)
         self.tokens_folder = Path(config.out_dir) / TOKENS
         self.ingest = Ingest(
-            self.tokens_folder,
-            Encoder.of(self.tokenizer),
-            tokenizer_fingerprint(self.tokenizer),
-            self.vocab_size,
-            self.special.eos if config.append_eos else None,
-            config.pack.domain_tags,
-            facts,
-            config.workers,
+            root=self.tokens_folder,
+            encoder=Encoder.of(self.tokenizer),
+            tokenizer=tokenizer_fingerprint(self.tokenizer),
+            vocab_size=self.vocab_size,
+            eos=self.special.eos if config.append_eos else None,
+            needs_domain=config.pack.domain_tags,
+            facts=facts,
+            workers=config.workers,
         )
         self.shape = RowShape(
-            config.row_length,
-            config.anchor_len,
-            self.special.anchor,
-            self.special.pad,
-            config.pack.interleave,
-            config.seed,
+            row_length=config.row_length,
+            anchor_len=config.anchor_len,
+            anchor_id=self.special.anchor,
+            pad_id=self.special.pad,
+            chunks=config.pack.interleave,
+            seed=config.seed,
         )
 
     @cached_property
@@ -159,26 +159,31 @@ class Preparation:
     def corpus(self, engine: Engine) -> Corpus:
         """The first stage: every source tokenised; UserError for a source without documents."""
         items = [
-            PartOf(index, source.on_bad_row, part) for index, source in enumerate(self.sources) for part in source.parts
+            SourcePart(index, source.on_bad_row, part)
+            for index, source in enumerate(self.sources)
+            for part in source.parts
         ]
         # Ray's workers tokenise parts side by side, so that none of them needs processes of its own
         ingest = self.ingest if engine.is_local else dataclasses.replace(self.ingest, workers=1)
         with ReadingBar(self.sources, len(items)) as bar:
             done = engine.map(bar.running(run_part) if engine.is_local else run_part, ingest, items)
             stretches = [(item.source, folder) for item, folders in bar.counting(done) for folder in folders]
-        owners = [source for source, _ in stretches]
-        parts = [TokenPart.open(folder) for _, folder in stretches]
+        corpus = Corpus(
+            parts=[TokenPart.open(folder) for _, folder in stretches],
+            sources=[source for source, _ in stretches],
+            names=[source.name for source in self.sources],
+        )
         for index, source in enumerate(self.sources):
-            own = [part for part, owner in zip(parts, owners, strict=True) if owner == index]
-            reading = Reading(documents=sum(part.facts["read"] for part in own))
-            reading.skipped = sum((part.skipped for part in own), Counter())
+            parts = corpus.parts_of(index)
+            reading = Reading(documents=sum(part.facts["read"] for part in parts))
+            reading.skipped = sum((part.skipped for part in parts), Counter())
             try:
                 source.check_not_empty(reading)
-            except UserError:  # their tokens are of no use: the source has to be changed
-                for part in own:
+            except UserError:  # these stores are of no use: the source has to be changed
+                for part in parts:
                     shutil.rmtree(part.folder)
                 raise
-        return Corpus(parts, owners, [source.name for source in self.sources])
+        return corpus
 
     def tags(self, corpus: Corpus) -> tuple[Tags, list[np.ndarray]]:
         """What is put in front of documents, and for each part the (number of domains,) tags of its domains.
@@ -207,7 +212,14 @@ class Preparation:
         tags, domain_tags = self.tags(corpus)
         accounting, rows = plan.accounting(), rows_per_shard(self.config.row_length)
         planned = plan_rows(plan, self.config.pack, self.shape.capacity, tags, domain_tags, accounting)
-        making = Making(writer.folder, self.shape, tags, corpus.parts, rows, tuple(plan.names))
+        making = Making(
+            folder=writer.folder,
+            shape=self.shape,
+            tags=tags,
+            parts=corpus.parts,
+            rows_per_shard=rows,
+            names=tuple(plan.names),
+        )
         shards = enumerate(shards_of(planned, rows))
         with tqdm(unit="tok", unit_scale=True, desc="pack", mininterval=0.5) as bar:
             for (_, shard), (files, counted) in engine.map(write_rows, making, shards):

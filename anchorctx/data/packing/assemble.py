@@ -144,7 +144,7 @@ def _narrow(weights: np.ndarray) -> np.ndarray:
 def _account(rows: Rows, shape: RowShape, placed: Placed, weights: np.ndarray, accounting: Accounting) -> None:
     source = rows.pieces["source"][placed.piece]
     content = placed.length - placed.tag
-    # a segment's first token is not trained, by whatever it is: where it is a tag's, no token of content is lost
+    # the first token of a segment is never trained; it is a token of content only where no tag begins the segment
     first = ((content > 0) & (placed.tag == 0)).astype(np.int64)
     trained = content - first  # the written weights are counted too, and compared, when the set is whole
     if weights.dtype != np.uint8:
@@ -179,10 +179,10 @@ def _boundaries(rows: Rows, shape: RowShape, placed: Placed) -> tuple[np.ndarray
     id_sizes = np.where(scattered, segments + 1 + padded, 0)
     id_begin = np.cumsum(id_sizes) - id_sizes
     doc_ids = np.empty(id_sizes.sum(), np.int32)
-    own = scattered[placed.row]
+    segment = scattered[placed.row]  # (S,) bool: segments of such rows
     first_piece = (rows.ends - rows.counts)[placed.row]
     doc_ids[id_begin[scattered]] = 0
-    doc_ids[(id_begin[placed.row] + 1 + rank)[own]] = (placed.piece - first_piece + 1)[own]
+    doc_ids[(id_begin[placed.row] + 1 + rank)[segment]] = (placed.piece - first_piece + 1)[segment]
     last = scattered & (padded > 0)
     doc_ids[(id_begin + id_sizes - 1)[last]] = (rows.counts + 1)[last]
     return offsets, doc_ids, np.pad(np.cumsum([sizes, id_sizes], axis=1), ((0, 0), (1, 0))).T

@@ -158,16 +158,16 @@ def _strata(
     long = lengths >= (config.long_from or 0)
     strata = []
     for index, name in enumerate(names):
-        own, share = usable & (group == index), config.weights[name] / whole
+        members, share = usable & (group == index), config.weights[name] / whole
         long_share = config.long_share.get(name, config.long_share.get(OTHERS))
         if config.long_from is None or long_share is None:
-            strata.append(_stratum(name, index, share, own, lengths))
+            strata.append(_stratum(name, index, share, members, lengths))
             continue
         kinds = ((f"documents of {config.long_from:,} tokens or more", long, long_share),)
         kinds += ((f"documents of less than {config.long_from:,} tokens", ~long, 1 - long_share),)
         for kind, chosen, part in kinds:
             if part:
-                strata.append(_stratum(f"{name} ({kind})", index, share * part, own & chosen, lengths))
+                strata.append(_stratum(f"{name} ({kind})", index, share * part, members & chosen, lengths))
     return strata
 
 

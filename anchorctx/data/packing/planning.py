@@ -26,13 +26,17 @@ class Corpus:
 
     parts: Sequence[TokenPart]
     sources: Sequence[int]
-    """The source of each part."""
+    """The source of each part, as an index into `names`."""
     names: Sequence[str]
     """The sources' names."""
 
     def domains(self) -> list[str]:
         """All domains, in order of appearance."""
         return list(dict.fromkeys(domain for part in self.parts for domain in part.domains))
+
+    def parts_of(self, source: int) -> list[TokenPart]:
+        """The parts of the source with this index."""
+        return [part for part, index in zip(self.parts, self.sources, strict=True) if index == source]
 
     def skipped(self) -> Counter[str]:
         """Rows of all sources that were left out, by reason."""
@@ -110,18 +114,19 @@ class DocumentPlan:
     def report(self, content: np.ndarray) -> dict[str, Any]:
         """The mixture for the manifest: wanted and realised shares; `content` (names,) is what the rows hold."""
         asked, whole = self._config.weights, sum(self._config.weights.values())
-        taken, long = np.zeros((2, len(self.names)))
-        own = np.zeros(len(self.names))  # tokens of each source, every document once; `taken` has its copies too
+        # tokens of each source: every document once, as often as it is taken, and of the latter those of long ones
+        count = len(self.names)
+        available, taken, taken_long = np.zeros((3, count))
         for index, part in enumerate(self._corpus.parts):
             lengths, group = part.documents["length"], self._group(index)
             tokens = lengths if self._copies is None else lengths * self._copies[index]
-            own += np.bincount(group, lengths, len(own))
-            taken += np.bincount(group, tokens, len(own))
-            long += np.bincount(group, tokens * (lengths >= (self._config.long_from or 0)), len(own))
+            available += np.bincount(group, lengths, count)
+            taken += np.bincount(group, tokens, count)
+            taken_long += np.bincount(group, tokens * (lengths >= (self._config.long_from or 0)), count)
         realised = {
             name: {"tokens": int(content[i]), "share": content[i] / max(content.sum(), 1)}
-            | {"passes": taken[i] / max(own[i], 1)}
-            | ({"long_share": long[i] / max(taken[i], 1)} if self._config.long_from else {})
+            | {"passes": taken[i] / max(available[i], 1)}
+            | ({"long_share": taken_long[i] / max(taken[i], 1)} if self._config.long_from else {})
             for i, name in enumerate(self.names)
         }
         wanted = {name: weight / whole for name, weight in asked.items()}

@@ -133,8 +133,8 @@ def attention_costs(offsets: np.ndarray, doc_ids: np.ndarray, pointers: np.ndarr
     costs = np.empty(len(pointers) - 1)
     lengths = np.diff(offsets, prepend=0).astype(np.float64)  # wrong where a row begins, which is not used
     for row, ((a, c), (b, d)) in enumerate(pairwise(pointers.tolist())):
-        own = lengths[a + 1 : b]
-        if d > c:
-            own = np.bincount(doc_ids[c:d], own)
-        costs[row] = own @ own
+        documents = lengths[a + 1 : b]
+        if d > c:  # interleaved: the segments of a document count together
+            documents = np.bincount(doc_ids[c:d], documents)
+        costs[row] = documents @ documents
     return costs

@@ -143,7 +143,8 @@ def cut_ids(ids: np.ndarray, boundaries: Any, where: str, name: str, domain: str
         )
     if before < len(ids):
         ends, domains = [*ends, len(ids)], [*domains, domain]
-    return [Tokens(ids[start:end], where, own) for start, end, own in zip([0, *ends[:-1]], ends, domains, strict=True)]
+    starts = [0, *ends[:-1]]
+    return [Tokens(ids[start:end], where, of) for start, end, of in zip(starts, ends, domains, strict=True)]
 
 
 def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int], list[str]]:

@@ -84,18 +84,18 @@ class Ingest:
         reading, is_last = Reading(on_bad_row, documents=sum(stretch.facts["read"] for stretch in done)), False
         with closing(self._tokens(part, reading)) as documents:
             while not is_last:
-                own, folder = Reading(on_bad_row), self.folder(part, len(folders))
+                counted, folder = Reading(on_bad_row), self.folder(part, len(folders))
                 with TokenWriter(folder, self.vocab_size, self.eos, self.facts is not None) as writer:
-                    for _ in self._fill(writer, documents, own):
+                    for _ in self._fill(writer, documents, counted):
                         if progress is not None:
                             progress(reading, tokens + writer.tokens)
                     # the documents ran out; if they did just at a full stretch, an empty one follows, as the last
                     is_last = writer.tokens < STRETCH_TOKENS
-                    is_clean = not own.skipped and not reading.skipped
-                    # `own` has the rows that this stretch rejected. Those that the reader rejected are counted with
-                    # the last one: the reader is ahead, so that nobody knows to which stretch they belong
-                    own.skipped += reading.skipped if is_last else Counter()
-                    folders.append(writer.close(own, is_last, is_clean))
+                    is_clean = not counted.skipped and not reading.skipped
+                    # `counted` has the rows that this stretch rejected. Those that the reader rejected are counted with
+                    # the last stretch: the reader is ahead, so that nobody knows to which one they belong
+                    counted.skipped += reading.skipped if is_last else Counter()
+                    folders.append(writer.close(counted, is_last, is_clean))
                 tokens += writer.tokens
         return folders
 
@@ -112,11 +112,11 @@ class Ingest:
             found.append(stretch)
         return found
 
-    def _fill(self, writer: TokenWriter, documents: Iterator[Tokens], own: Reading) -> Iterator[None]:
+    def _fill(self, writer: TokenWriter, documents: Iterator[Tokens], counted: Reading) -> Iterator[None]:
         """Write documents, one at a time, until the stretch is full."""
         for document in documents:
-            own.documents += 1
-            if self._is_usable(document, own):
+            counted.documents += 1
+            if self._is_usable(document, counted):
                 writer.add(document.ids, document.domain, self._weights(document.ids))
             yield
             if writer.tokens >= STRETCH_TOKENS:
@@ -165,7 +165,7 @@ class Ingest:
 
 
 @dataclass(frozen=True, slots=True)
-class PartOf:
+class SourcePart:
     """A part to tokenise."""
 
     source: int
@@ -174,7 +174,7 @@ class PartOf:
     part: Part
 
 
-def run_part(ingest: Ingest, item: PartOf, progress: Progress | None = None) -> list[Path]:
+def run_part(ingest: Ingest, item: SourcePart, progress: Progress | None = None) -> list[Path]:
     """The first stage: tokenise one part; returns the folders of its stretches."""
     return ingest.run(item.part, item.on_bad_row, progress)
 
