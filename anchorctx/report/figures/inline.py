@@ -29,11 +29,14 @@ def tag(css: str, *titles: str) -> str:
 def inline_svg(figure: Any, description: str) -> Markup:
     """The figure as an SVG element; `description` is for readers who cannot see it."""
     file = io.StringIO()
+    # The page's cards are the background, in either theme.
     figure.patch.set_visible(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has other fonts
         figure.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
+    # matplotlib defines a marker's path once and refers to it by its id. Ids would have to differ between the page's
+    # figures, so each use becomes a circle.
     markers = {f"#{path.get('id')}": path.get("d", "") for path in root.iter(f"{SVG}path") if path.get("id")}
     body = Markup("").join(_inside(root, markers, iter(())))
     return Markup('<svg viewBox="{}" role="img" aria-label="{}">{}</svg>').format(
@@ -42,11 +45,13 @@ def inline_svg(figure: Any, description: str) -> Markup:
 
 
 def _inside(parent: ElementTree.Element, markers: dict[str, str], titles: Iterator[str]) -> Iterator[Markup]:
+    """The shapes and texts below an element; each shape takes the next of `titles`, in the order of drawing."""
     for element in parent:
         kind, name = element.tag.removeprefix(SVG), element.get("id", "")
+        # A gid that `tag` made begins with a bracket; matplotlib's own, such as `patch_1`, are dropped.
         if kind == "g" and name.startswith("["):
-            css, *own = json.loads(name)
-            inner = Markup("").join(_inside(element, markers, iter(own)))
+            css, *inner_titles = json.loads(name)
+            inner = Markup("").join(_inside(element, markers, iter(inner_titles)))
             yield Markup('<g class="{}">{}</g>').format(css, inner) if css else inner
         elif kind == "g":
             yield from _inside(element, markers, titles)
