@@ -109,7 +109,7 @@ def collect(folders: Sequence[str]) -> Material:
     names = _short_names([Path(folder) for folder in folders])
     found: list[tuple[Result, Place]] = []
     for folder, name in zip(folders, names, strict=True):
-        before = len(material.runs) + len(found) + len(material.packed)
+        before = len(material.runs) + len(found) + len(material.packed)  # to see whether the folder adds anything
         # By time, so that the first model of a comparison is the one that was measured first.
         for place in sorted(_places(Path(folder), name), key=lambda place: str(place.manifest.get("created", ""))):
             found += _take(place, material)
@@ -156,6 +156,7 @@ def _take(place: Place, material: Material) -> list[tuple[Result, Place]]:
         material.packed.append(place)
     if (path := place.path / METRICS).is_file():
         material.runs.append(TrainRun(place, read_metrics(path)))
+    # A folder may be several things: a run's out_dir can hold its evaluation.
     if (path := place.path / RESULTS).is_file():
         return [(row, place) for row in read_results(path)]
     return []
@@ -171,6 +172,7 @@ def _places(folder: Path, argument: str) -> Iterator[Place]:
             here = Path(path)
             inside = here.relative_to(folder).as_posix()
             manifest = _json(here / MANIFEST) if MANIFEST in files else {}
+            # A result names the manifest under which it was first measured; a resumed evaluation has a newer one.
             files = sorted((here / MANIFESTS).glob("*.json"))
             more = {file.stem: _json(file).get("first_measured", {}) for file in files}
             yield Place(argument, argument if inside == "." else inside, here, manifest, more)
@@ -191,6 +193,8 @@ def _named(found: Sequence[tuple[Result, Place]]) -> list[Row]:
 
     Where several folders of the command line have the same metric of the same model, the folder's name is added.
     """
+    # Who measured what: {("perplexity", "after"): {"one", "two"}} needs the folders' names, but a model whose
+    # perplexity is in one folder and whose retrieval is in another is one model.
     users: dict[tuple[str, str], set[str]] = {}
     named = [(result, place, str(result.context.get("model", place.name))) for result, place in found]
     for result, place, model in named:

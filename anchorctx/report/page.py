@@ -59,6 +59,7 @@ def render_page(title: str, material: Material) -> str:
     """The HTML of a report; UserError when a section cannot be made from these rows."""
     import jinja2
 
+    # Names of models and folders are text, whatever they hold; an undefined name in the template is an error.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["numeric"] = lambda table, column: table.numeric(column)
     content: dict[str, Any] = {
@@ -111,6 +112,7 @@ def _perplexity(material: Material) -> list[Tile]:
     series = by_model(material.rows, "perplexity")
     if not series:
         return []
+    # A model has one such row, unless it was measured with several settings; then the last counts.
     values = [rows[-1].value for rows in series.values()]
     before = f"{values[0]:.3g} → " if len(values) > 1 else ""
     return [Tile(f"{before}{values[-1]:.3g}", f"held-out perplexity ({list(series)[-1]})")]

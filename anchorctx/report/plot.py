@@ -22,6 +22,7 @@ def plot(config: PlotConfig, layout: PackedLayout | None) -> list[Path]:
     if layout is None and config.run is None and not config.results:
         raise UserError("nothing to draw: give run=..., results=[...] or packed=...")
     out.mkdir(parents=True, exist_ok=True)
+    # A refusal further down leaves the pictures that were drawn before it.
     drawn = []
     if config.run is not None:
         path = Path(config.run) / METRICS

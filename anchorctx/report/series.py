@@ -30,16 +30,18 @@ def whole_evaluation(rows: Iterable[Row], prefix: str, name: str) -> Series:
 
 
 def _series(rows: Sequence[Row], what: str) -> Series:
+    # By the report's names of models, which differ from the rows' where two folders use one label.
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.model, []).append(row)
+    # Before `latest`, which would drop the older of two manifests' rows and hide that they were mixed.
     for model, mine in found.items():
         _check_one_manifest(mine, f"{what} {model}")
     return {model: Rows(row.result for row in mine).latest() for model, mine in found.items()}
 
 
 def _check_one_manifest(rows: Sequence[Row], name: str) -> None:
-    first: dict[str, Row] = {}
+    first: dict[str, Row] = {}  # of each manifest, a row to name its file by
     for row in rows:
         first.setdefault(row.result.manifest, row)
     if len(first) > 1:

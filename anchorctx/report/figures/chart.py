@@ -50,6 +50,7 @@ class Axis:
         axes.set(**{f"{name}scale": "log" if self.log else "linear", f"{name}lim": (low, high)})
         axis, ticks = getattr(axes, f"{name}axis"), self._ticks(low, high)
         axis.set_ticks(ticks, [number(tick, self.percent) for tick in ticks])
+        # Logarithmic scales would bring their own marks between ours.
         axis.set_minor_locator(load_matplotlib().ticker.NullLocator())
 
     def ends(self, values: Sequence[float]) -> tuple[float, float]:
@@ -86,13 +87,14 @@ def _thinned(ticks: list[float]) -> list[float]:
 
 def label(axes: Any, x: str, y: str, left: float) -> None:
     """Name the directions: x below the middle, y above the left end of a chart whose axes begin `left` points in."""
+    # In points from a corner of the axes, not as shares of them: charts have different heights.
     place = {"textcoords": "offset points", "xycoords": "axes fraction", "color": INK}
     axes.annotate(x, (0.5, 0), (0, -36), ha="center", **place)
     axes.annotate(y, (0, 1), (2 - left, 14), ha="left", **place)
 
 
 @dataclass(frozen=True)
-class Chart:
+class Chart:  # without slots, which would leave `cached_property` no place for the SVG
     """How to draw a chart on matplotlib's axes, and its legend."""
 
     description: str
@@ -103,6 +105,7 @@ class Chart:
     margins: tuple[float, float, float, float] = (LEFT, RIGHT, TOP, BOTTOM)
     """Left, right, top and bottom."""
 
+    # Drawn once: tests and the template ask several times. Names are data, where $ begins no formula.
     @functools.cached_property
     @functools.partial(styled, math=False)
     def svg(self) -> Markup:
@@ -146,6 +149,7 @@ def save_charts(charts: Sequence[tuple[str, Chart]], path: Path, heading: str = 
             where = {"loc": "upper center", "bbox_to_anchor": (middle / width, 1 - below / height), "ncols": ncols}
             figure.legend(handles=[_handle(*entry) for entry in entries], **where)
         top += tall
+    # Above the figure's upper edge: `save` cuts the picture to what is drawn, so that this makes it grow.
     if heading:
         figure.text(2 / width, 1, heading, color=MUTED)
     return save(figure, path)

@@ -69,6 +69,7 @@ def line_chart(
 
     def draw(axes: Any) -> None:
         x.apply(axes, "x", [v for line in lines for v in line.x] + ([mark[0]] if mark else []))
+        # The axis holds the bands too.
         values = (value for line in lines for part in (line.y, line.low, line.high) for value in part)
         y.apply(axes, "y", [value for value in values if value is not None])
         axes.grid(axis="y", color=RULE, linewidth=1)
@@ -95,6 +96,7 @@ def _mark(axes: Any, at: float, name: str) -> None:
 
 def _line(axes: Any, line: Line) -> None:
     color, points = SERIES[line.color % len(SERIES)], _thinned(line)
+    # An interval is known at some points or none; `line.x` stands in where there is nothing to go through.
     ends = {x: (a, b) for x, a, b in zip(line.x, line.low or line.x, line.high or line.x, strict=True)
             if line.low and a is not None and b is not None}  # fmt: skip
     if len(ends) > 1:
@@ -120,6 +122,7 @@ def _words(name: str, x: float, y: float, ends: tuple[float, float] | None) -> s
 def _thinned(line: Line) -> list[tuple[float, float]]:
     """At most MOST_POINTS points, evenly chosen; the last always."""
     points = list(zip(line.x, line.y, strict=True))
+    # 1000 points: every third, counted from the end, 999, 996, ..., 0.
     every = max(math.ceil(len(points) / MOST_POINTS), 1)
     return points[::-every][::-1]
 
@@ -206,7 +209,7 @@ def bar_chart(rows: Sequence[str], series: Sequence[Bars], x: Axis, description:
     several = len(series) > 1
     left, right = _room_for(rows), 20 if several else 7 * CHARACTER
     values = [value for bars in series for value in bars.values if value is not None]
-    start = x.low or 0.0 if x.log else 0.0
+    start = x.low or 0.0 if x.log else 0.0  # where every bar begins
     if not x.log and min(values, default=0.0) >= 0:
         x = dataclasses.replace(x, low=0.0)
 

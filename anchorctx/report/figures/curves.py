@@ -100,6 +100,7 @@ def retrieval_chart(lines: Sequence[Line], pretraining_length: int | None) -> Ch
 
 def scaling_figure(points: Sequence[Mapping[str, float]], title: str, path: Path) -> Path:
     """Draw `plan.simulate`'s points: bytes sent by a GPU in a step, and efficiency, against GPUs; returns `path`."""
+    # SP is how many GPUs share a row; each such number is a line over the whole range of GPUs.
     sent, computing = [], []
     for number, sequence in enumerate(sorted({point["sequence"] for point in points})):
         mine = [point for point in points if point["sequence"] == sequence]
@@ -124,6 +125,7 @@ def memory_figure(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     lines = []
     for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
         mine = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["tokens"])
+        # In the same colour, so that a look at one arm compares the two.
         for name, key in ((arm, "measured"), (f"{arm}, planned", "predicted")):
             values = [row[key] / 2**30 for row in mine]
             lines.append(Line(name, [r["tokens"] for r in mine], values, color=number, dashed=key == "predicted"))

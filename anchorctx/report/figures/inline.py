@@ -67,7 +67,8 @@ def _shape(element: ElementTree.Element, markers: dict[str, str], title: str) ->
     if (marker := element.get(LINK)) is None:
         path = re.sub(r"\s*([MLCQz])\s*", r"\1", _rounded(element.get("d", "").strip()))
         return Markup('<path d="{}"{}>{}</path>').format(path, _style(element), words)
-    radius = _rounded(markers[marker].split()[2])  # every marker is a circle: M 0 3.5 C ...
+    # Every marker is a circle whose path begins at its lowest point, M 0 3.5 C ...: the third word is the radius.
+    radius = _rounded(markers[marker].split()[2])
     place = _rounded(element.get("x", "")), _rounded(element.get("y", ""))
     return Markup('<circle cx="{}" cy="{}" r="{}"{}>{}</circle>').format(*place, radius, _style(element), words)
 

@@ -54,6 +54,7 @@ def whole_chart(layout: PackedLayout) -> Chart:
             for other, a, b in spans[:i]:
                 if other == doc:
                     _area(axes, [(a, start), (b, start), (b, stop), (a, stop)], color, words)
+        # Last, over the documents: true to scale, one token of 128k could not be seen.
         if layout.anchor_len:
             width = band_width(layout)
             _area(axes, [(0, 0), (width, width), (width, tokens), (0, tokens)], ORANGE, "the anchor, seen by all")
@@ -104,7 +105,7 @@ def _area(axes: Any, corners: Sequence[tuple[float, float]], color: str, words: 
 
 def cell_colors(layout: PackedLayout, queries: np.ndarray, keys: np.ndarray) -> list[list[str | None]]:
     """Colour of every (query, key) pair, [queries, keys]; None for keys that are still to come."""
-    docs = layout.token_docs()
+    docs = layout.token_docs()  # the document of each token, [length]
     order = _ranks(layout, docs.tolist())
 
     def color(query: int, key: int) -> str | None:
@@ -124,6 +125,7 @@ def band_width(layout: PackedLayout) -> float:
 
 def first_boundary(layout: PackedLayout) -> int:
     """Where the first document ends and another follows; the middle of the row when there is but one."""
+    # The end of the anchor is no boundary between documents.
     inner = [offset for offset in layout.doc_offsets[1:-1] if offset > layout.anchor_len]
     return inner[0] if inner else layout.length // 2
 

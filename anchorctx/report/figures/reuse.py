@@ -93,6 +93,7 @@ def draw_reuse(rows: Sequence[Result], folder: Path) -> list[Path]:
 
 def reuse_charts(task: TaskRows) -> Iterator[tuple[str, Chart, str]]:
     """Title, chart and caption of each figure with a bar for every arm; nothing of what was not measured."""
+    # A task with one kind of problem has rows of `all` alone.
     kinds = [kind for kind in task.rows.distinct("kind") if kind != "all"] or ["all"]
     share = {"low": 0.0, "high": 1.02, "percent": True}
     figures = (
@@ -126,6 +127,7 @@ def reuse_charts(task: TaskRows) -> Iterator[tuple[str, Chart, str]]:
 def error_charts(task: TaskRows) -> dict[str, Chart]:
     """The error of each arm's keys and of its values by layer, for one model and task; empty where all are 0."""
     found = {}
+    # An arm has the same colour in both figures, also where only its values are wrong.
     measured = [arm for arm in ERROR_ARMS if task.rows.find("kvcomm_kv_error", arm=arm)]
     for part in ("key", "value"):
         lines = []

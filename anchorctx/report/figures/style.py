@@ -20,6 +20,7 @@ ON_PART, IN_LOW, IN_HIGH = "#fffffe", "#010101", "#fffffd"
 """Text on a bar and on light and dark cells of a heat map; each its own colour, to be told apart in an SVG."""
 HEAT_STEPS = 10
 HEAT_ENDS = ((238, 244, 250), (6, 58, 99))
+# Steps rather than a smooth scale: each is a colour that can be found in an SVG and replaced by a mixture.
 HEAT = [
     "#" + "".join(f"{round(low + (high - low) * step / HEAT_STEPS):02x}" for low, high in zip(*HEAT_ENDS, strict=True))
     for step in range(HEAT_STEPS + 1)
@@ -87,6 +88,7 @@ def save(figure: Any, path: Path) -> Path:
 
 def load_matplotlib() -> Any:
     """The matplotlib package with the parts that are used."""
+    # Sub-modules are not there by themselves; importing them here is what makes `mpl.patches` work.
     import matplotlib
     import matplotlib.backends.backend_agg
     import matplotlib.colors

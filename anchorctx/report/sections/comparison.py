@@ -49,6 +49,7 @@ def build(material: Material) -> Section | None:
     compared = list(itertools.chain.from_iterable(map(_lines, families)))
     if not compared:
         return None
+    # Over all lines of the table, whatever they measure: a reader looks at all of them.
     adjusted = holm([line.found.p for line in compared])
     rows = [_row(line, p) for line, p in zip(compared, adjusted, strict=True)]
     head = ["measure", "model", baseline, "this model", "difference (95 %)", "p", "p, all lines", "test"]
@@ -90,6 +91,7 @@ def _lines(series: Series) -> Iterator[Compared]:
         if not pairs:
             continue
         metric = pairs[0][1].metric
+        # A RULER grid of 13 tasks and 6 lengths would be 78 lines, and Holm's correction would hide most of them.
         if len(pairs) <= FEW:
             for a, b in pairs:
                 if (found := difference(a, b)) is not None:

@@ -94,6 +94,7 @@ def build_needle(material: Material) -> Section | None:
 def _needle_grid(rows: Rows) -> Grid:
     lengths, depths = sorted(rows.distinct("length")), sorted(rows.distinct("depth"))
     cells = {(percent(row.context["depth"]), number(row.context["length"])): row.value for row in rows}
+    # The names of rows and columns in the order of their numbers; cells are found by both.
     names = [percent(depth) for depth in depths], [number(length) for length in lengths]
     return Grid(cells, *names, row_label="depth of the needle", column_label="context (tokens)")
 

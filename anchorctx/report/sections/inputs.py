@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,7 @@ def build_data(material: Material) -> Section | None:
 
 def _packed_sets(material: Material) -> list[PackedFacts]:
     """The packed sets in the folders, then those that are only in a training run's manifest."""
+    # By fingerprint: a set in the folders and the same set in a run's manifest are one.
     known = {place.manifest.get("fingerprint"): (_set_name(place), place.manifest) for place in material.packed}
     for run in material.runs:
         manifest = run.place.manifest.get("data")
@@ -61,9 +63,12 @@ def _set_name(place: Place) -> str:
 
 
 def _shares(manifest: dict[str, Any], used: Sequence[str]) -> list[tuple[str, float]]:
-    account = manifest["accounting"]
-    cells = account["rows"] * manifest["row_length"]
-    return [(CELLS[name], account.get(name, 0) / max(cells, 1)) for name in used]
+    return [(CELLS[name], manifest["accounting"].get(name, 0) / _cells(manifest)) for name in used]
+
+
+def _cells(manifest: dict[str, Any]) -> int:
+    """Positions of all rows; at least 1, as a divisor for sets that have no rows."""
+    return max(manifest["accounting"]["rows"] * manifest["row_length"], 1)
 
 
 def _lengths(name: str, manifest: dict[str, Any]) -> Figure:
@@ -84,7 +89,9 @@ def _account(sets: Sequence[PackedFacts]) -> Table:
         counts = (manifest.get("documents", 0), came, dropped, account["rows"], manifest["row_length"])
         counts += (account["trained"], account["padding"])
         rows.append([text_cell(name), *(formatted(count, "{:,}") for count in counts)])
-    reasons = {reason: n for _, m in sets for reason, n in m["accounting"].get("dropped", {}).items()}
+    reasons: Counter[str] = Counter()  # over all sets: one caption stands below all of their lines
+    for _, manifest in sets:
+        reasons.update(manifest["accounting"].get("dropped", {}))
     words = "; ".join(f"{reason}: {n:,} tokens" for reason, n in sorted(reasons.items()))
     return Table("Account", head, rows, f"Dropped, by reason: {words}." if words else "Nothing was dropped.")
 
@@ -113,8 +120,7 @@ def _mixture(name: str, manifest: dict[str, Any]) -> Table | None:
 
 
 def _lead(name: str, manifest: dict[str, Any]) -> str:
-    account = manifest["accounting"]
-    cells = account["rows"] * manifest["row_length"]
+    account, cells = manifest["accounting"], _cells(manifest)
     return (
         f"{name}: {account['rows']:,} rows of {manifest['row_length']:,} tokens, "
         f"{percent(account['trained'] / cells, 1)} of their cells trained, "

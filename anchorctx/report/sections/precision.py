@@ -57,6 +57,7 @@ def _table(study: Study) -> Table:
             rows.find("precision_first_share", first=None, **whole),
             rows.find("precision_first_attention", first=None, **whole),
         )
+        # Of the whole model rather than of layers; and, last, of a training row, where the main shift has no meaning.
         spoken = rows.find("precision_logprob_change", rows="shift", **arm, **at)
         packed = rows.find(CHANGE, rows="intra_doc", layer="all", first="kept", **arm)
         body.append([text_cell(name), *map(_share, shares), _nats(spoken), _share(packed)])

@@ -80,6 +80,7 @@ def _lead(run: TrainRun) -> str:
     words = f"{run.label}: {steps:,} steps, {number(trained)} trained tokens"
     if pattern := run.place.manifest.get("config", {}).get("pattern"):
         words += f", pattern {pattern}"
+    # Before training and at its end; a single value would say nothing about what training did.
     if len(tokens) > 1:
         words += f"; held-out loss {held_out[0]:.3f} to {held_out[-1]:.3f}"
     return words + "."

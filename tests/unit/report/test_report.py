@@ -145,6 +145,13 @@ def test_data_shows_the_account_and_the_mixture(project: Path):
     assert [cell.text for cell in mixture.rows[1]] == ["books", "74", "25.0 %", "20.0 %", "2.10"]  # type: ignore[union-attr]
 
 
+def test_tokens_dropped_for_one_reason_are_those_of_all_sets(tmp_path: Path):
+    for name in ("one", "two"):
+        make_packed(tmp_path / name / f"{name}123")
+    section = inputs.build_data(collect([str(tmp_path)]))
+    assert section is not None and "too short: 72 tokens" in section.blocks[2].caption  # type: ignore[union-attr]
+
+
 def test_the_data_of_a_run_without_its_packed_set(tmp_path: Path):
     make_packed(tmp_path / "packed" / "abc")
     manifest = json.loads((tmp_path / "packed" / "abc" / "manifest.json").read_text())
