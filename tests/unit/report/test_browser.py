@@ -52,6 +52,14 @@ def test_the_page_fits_and_is_legible(chromium: Browser, page: Path, tmp_path: P
         return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
     }).map(t => t.textContent)"""
     assert chromium.run(outside) == []
+    overlapping = """return [...document.querySelectorAll('svg')].flatMap(svg => {
+        const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+        return texts.flatMap(([one, a], i) => texts.slice(0, i).filter(([, b]) =>
+            Math.min(a.right, b.right) - Math.max(a.left, b.left) > 0.5 &&
+            Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2
+        ).map(([other]) => [svg.getAttribute('aria-label'), one, other]));
+    })"""
+    assert chromium.run(overlapping) == []
     small = """return Math.min(...[...document.querySelectorAll('svg text')].map(t => {
         const svg = t.closest('svg');
         return parseFloat(getComputedStyle(t).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
