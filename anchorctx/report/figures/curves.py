@@ -99,7 +99,7 @@ def retrieval_chart(lines: Sequence[Line], pretraining_length: int | None) -> Ch
 
 
 def scaling_figure(points: Sequence[Mapping[str, float]], title: str, path: Path) -> Path:
-    """Draw `plan.simulate`'s points: bytes sent by a GPU in a step, and efficiency, against GPUs; returns `path`."""
+    """Draw a simulated plan's points against GPUs: bytes that a GPU sends in a step, and efficiency; returns `path`."""
     # SP is how many GPUs share a row; each such number is a line over the whole range of GPUs.
     sent, computing = [], []
     for number, sequence in enumerate(sorted({point["sequence"] for point in points})):
