@@ -10,10 +10,9 @@ import shutil
 from anchorctx.cli.main import Arguments
 from anchorctx.errors import UserError
 
-REQUIRED = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "safetensors", "numpy")
+REQUIRED = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "safetensors", "numpy", "matplotlib")
 OPTIONAL = {
     "zstandard": ("reads .jsonl.zst", "anchorctx[zstd]"),
-    "matplotlib": ("draws pictures", "anchorctx[plots]"),
     "wandb": ("logs to Weights & Biases", "anchorctx[wandb]"),
     "flash-attn": ("the flash_attn backend on CUDA", "anchorctx[flash]"),
     "lm-eval": ("RULER and other tasks", "anchorctx[eval]"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import logging
 import os
 import sys
@@ -106,7 +105,9 @@ def _guarded(command: str, argv: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
-        code = importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
+        from anchorctx.cli.commands import run
+
+        code = run(command, parse(argv))
         sys.stdout.flush()
     except UserError as error:
         if _rank() > 0:
@@ -120,15 +121,15 @@ def _guarded(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"anchorctx {command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads our output, `head` say, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is anything to be said at the exit
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint about stdout at the exit either
         return 141  # 128 + SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
-    return code or 0
+    return code
 
 
 def _set_up_logging() -> None:

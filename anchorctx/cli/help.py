@@ -11,16 +11,39 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from anchorctx.cli.main import COMMANDS, Arguments
 from anchorctx.config import compose_config, conf_dir, resolve, schema
-from anchorctx.errors import UserError
 from anchorctx.settings import default_of, shown
 
+EXAMPLES = {
+    "prepare": """\
+anchorctx prepare out_dir=packed tokenizer=MODEL row_length=65536 'sources=[{path: corpus.jsonl.zst}]'
+anchorctx prepare --dry-run ...     what there is, and what each policy would make of it""",
+    "plan": """\
+anchorctx plan --recipe recipes/gpu/llama3_8b_128k.yaml gpu=H100 gpus=8
+anchorctx plan model.path=meta-llama/Meta-Llama-3-8B model.dtype=bfloat16 row_length=524288 gpus=8 search=true""",
+    "train": """\
+torchrun --nproc_per_node 8 -m anchorctx train --recipe recipes/gpu/llama3_8b_128k.yaml \\
+    out_dir=runs/mine data.train=packed logging=wandb""",
+    "export": "anchorctx export run=runs/mine out_dir=exported dtype=bfloat16",
+    "eval": """\
+anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
+anchorctx eval 'model=[base,exported]' out_dir=results 'evals=[ruler]' 'ruler.lengths=[8192,32768]' ruler.limit=50
+torchrun --nproc_per_node 8 -m anchorctx eval model=exported out_dir=results \\
+    'evals=[lm_eval]' 'lm_eval.tasks=[mmlu,hellaswag]' lm_eval.batch_size=8""",
+    "precision": "anchorctx precision model=exported out_dir=precision 'lengths=[1024, 4096, 16384]'",
+    "kvcomm": """\
+anchorctx kvcomm model=exported out_dir=reuse
+anchorctx kvcomm model=exported out_dir=gate 'tasks=[retrieval]' 'arms=[rotate_glue]' gate.arm=rotate_glue""",
+    "plot": (
+        "anchorctx plot out_dir=plots run=runs/mine packed=packed 'results=[before/results.jsonl, after/results.jsonl]'"
+    ),
+    "report": "anchorctx report runs/mine results/after out=report.html",
+}
 
-def configuration(command: str, arguments: Arguments, example: str) -> Any | None:
+
+def configuration(command: str, arguments: Arguments) -> Any | None:
     """The command's configuration, or None after printing what `--help` or `--show` asked for."""
-    if arguments.dry_run and command != "prepare":
-        raise UserError(f"--dry-run is an option of anchorctx prepare, not of {command}: leave it out, or use --show")
     if arguments.help:
-        print(help_text(command, example))
+        print(help_text(command))
         return None
     if arguments.show:
         from omegaconf import OmegaConf
@@ -30,9 +53,10 @@ def configuration(command: str, arguments: Arguments, example: str) -> Any | Non
     return resolve(command, arguments.overrides, arguments.recipe)
 
 
-def help_text(command: str, example: str) -> str:
+def help_text(command: str) -> str:
     """Every key with its default and its meaning, the groups of `conf/`, and an example."""
-    lines = [f"anchorctx {command}: {COMMANDS[command]}", "", "example:", textwrap.indent(example, "  "), "", "keys:"]
+    example = textwrap.indent(EXAMPLES[command], "  ")
+    lines = [f"anchorctx {command}: {COMMANDS[command]}", "", "example:", example, "", "keys:"]
     for key, default, meaning in _keys(schema(command)):
         lines.append(f"  {key}={default}")
         lines += textwrap.wrap(meaning, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
