@@ -71,7 +71,7 @@ def _backends() -> list[str]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lines = [f"attention backends on {device.type}, {str(dtype).removeprefix('torch.')}"]
     query = torch.randn(1, 4, 256, 64, device=device, dtype=dtype, requires_grad=True)
-    layout = PackedLayout((0, 1, 100, 256), anchor_len=1)
+    layout = PackedLayout((0, 1, 100, 256), anchor_len=1)  # the anchor, then documents of 99 and 156 tokens
     for name, backend in BACKENDS.items():
         refusal = backend.refusal(query, Score(0.125))
         if refusal is None:

@@ -64,14 +64,18 @@ def help_text(command: str) -> str:
     return "\n".join(lines)
 
 
-def _keys(owner: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def _keys(owner: type, prefix: str = "", defaults: Any = None) -> Iterator[tuple[str, str, str]]:
+    """(key, default, meaning). `defaults`: an instance, where the owner is a part whose defaults another one sets."""
     docs, hints = field_docs(owner), get_type_hints(owner)
     for field in dataclasses.fields(owner):
         kind = hints[field.name]
+        default = default_of(field) if defaults is None else getattr(defaults, field.name)
         if dataclasses.is_dataclass(kind):
-            yield from _keys(kind, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            # live.perplexity.documents is 16 in LiveConfig, though PerplexityConfig alone has 200
+            yield from _keys(kind, f"{prefix}{field.name}.", default)  # type: ignore[arg-type]
             continue
-        yield prefix + field.name, _default(field), docs.get(field.name, "")
+        yield prefix + field.name, "???" if default is dataclasses.MISSING else shown(default), docs.get(field.name, "")
+        # sources: list[SourceConfig] has the keys sources[].path, sources[].format, ...
         for element in get_args(kind) if get_origin(kind) is list else ():
             if dataclasses.is_dataclass(element):
                 yield from _keys(element, f"{prefix}{field.name}[].")  # type: ignore[arg-type]
@@ -80,13 +84,15 @@ def _keys(owner: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
 def field_docs(owner: type) -> dict[str, str]:
     """The docstring line under each field of a dataclass and of those it derives from, from their sources."""
     docs: dict[str, str] = {}
-    for part in reversed(owner.__mro__):
+    for part in reversed(owner.__mro__):  # bases first: a field's text in a derived class replaces theirs
         if dataclasses.is_dataclass(part):
             docs |= _own_field_docs(part)
     return docs
 
 
 def _own_field_docs(owner: type) -> dict[str, str]:
+    # Python keeps no string that stands below a field. pydantic would read it as well, when the class is made, but its
+    # import alone takes as long as the whole help
     tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     docs = {}
@@ -94,11 +100,6 @@ def _own_field_docs(owner: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
             docs[ast.unparse(field.target)] = " ".join(str(doc.value.value).split())
     return docs
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    value = default_of(field)
-    return "???" if value is dataclasses.MISSING else shown(value)
 
 
 def _groups(command: str) -> list[str]:

@@ -81,7 +81,7 @@ def leave(code: int) -> NoReturn:
     """
     if "deepspeed" not in sys.modules:
         sys.exit(code)
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # W&B uploads its last rows there
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -100,7 +100,7 @@ def former_entry(command: str) -> NoReturn:
 
 
 def _guarded(command: str, argv: list[str]) -> int:
-    """Run a command, turning what the user can mend into one sentence on stderr."""
+    """Run a command; a user's mistake becomes one sentence on stderr."""
     _set_up_logging()
     try:
         if command not in COMMANDS:
@@ -126,13 +126,14 @@ def _guarded(command: str, argv: list[str]) -> int:
         return 141  # 128 + SIGPIPE
     except OSError as error:
         if error.filename is None:
-            raise
+            raise  # not about a file that the user named: a traceback tells more
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
     return code
 
 
 def _set_up_logging() -> None:
+    # eight processes would say everything eight times
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
     for noisy in ("httpx", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

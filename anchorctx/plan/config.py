@@ -1,4 +1,4 @@
-"""What a plan is asked: a run's own settings, the machine, the corpus, and what to assume of both."""
+"""What `anchorctx plan` can be told: a run's settings, the machine, the corpus, and assumptions about both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rate = Annotated[float, Gt(0), Le(1)]
 
 @dataclass(kw_only=True, slots=True)
 class CorpusConfig:
-    """Lengths of documents: a packed set's own, a list, or a log-normal law."""
+    """Lengths of documents: those of a packed set, a list, or a log-normal law."""
 
     packed: str | None = None
     """Folder of a packed set: its rows are taken as they are."""
@@ -100,7 +100,7 @@ class PlanConfig:
         if self.simulate and self.out_dir is None:
             raise UserError("simulate=true draws a picture: give out_dir=..., the folder for it")
         machine(self.gpu)
-        if not self.search:
+        if not self.search:  # a search replaces both
             self.parallel.validate()
             self.memory.validate()
 

@@ -49,6 +49,13 @@ def test_the_help_has_the_keys_of_what_is_in_lists() -> None:
     assert all(f"  sources[].{name}=" in text for name in (*keys_of(SourceConfig)[:-1], "stdlib.split"))
 
 
+def test_the_help_has_the_defaults_that_a_run_takes() -> None:
+    text = help_text("train")
+    for line in ("live.perplexity.documents=16", "live.corpus.stdlib.split=validation", "live.evals=[perplexity]"):
+        assert f"  {line}\n" in text
+    assert "  humaneval.max_new_tokens=384\n" in help_text("kvcomm")
+
+
 def test_a_reader_that_has_enough_is_no_error() -> None:
     command = f"{sys.executable} -m anchorctx prepare --help | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
