@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
 from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.config import ContextConfig
 from anchorctx.evals.evaluators.perplexity import (
@@ -27,6 +27,7 @@ from anchorctx.evals.evaluators.perplexity import (
     score_pieces,
 )
 from anchorctx.records.results import Result
+from anchorctx.settings import check_ranges
 
 
 class ContextPerplexity:
@@ -38,7 +39,7 @@ class ContextPerplexity:
     def __init__(self, config: ContextConfig, texts: Sequence[str]) -> None:
         self.config, self._texts = config, texts
         self._starts: tuple[PreTrainedTokenizerBase, list[np.ndarray]] | None = None
-        check_least("context", config, targets=1, documents=0, batch_tokens=1)
+        check_ranges(config, "context")
         if min(config.lengths, default=0) < config.targets + 2:
             raise UserError(
                 f"context.lengths={config.lengths} must each be at least context.targets={config.targets} + 2: the "

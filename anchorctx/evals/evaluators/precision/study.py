@@ -29,6 +29,7 @@ from anchorctx.evals.evaluators.precision.texts import Texts
 from anchorctx.evals.evaluators.precision.units import Setting, dropped_unit, packed_unit, shift_unit
 from anchorctx.evals.evaluators.precision.verdict import Question, verdict
 from anchorctx.records.results import Result
+from anchorctx.settings import check_ranges
 
 LONGEST = 32_768
 """Tokens: the longest row unless `lengths` says otherwise."""
@@ -147,6 +148,7 @@ class Precision:
 
 def check(config: StudyConfig, subject: arms.Subject, label: str | None = None) -> Setting:
     """What is measured, with defaults filled in; UserError for what the model cannot do."""
+    check_ranges(config)
     lengths = sorted(set(config.lengths)) or [min(subject.reach, LONGEST) // part for part in (8, 4, 2, 1)]
     if lengths[0] < SHORTEST:
         raise UserError(f"lengths={lengths} must each be at least {SHORTEST} tokens: raise {lengths[0]}")
@@ -160,11 +162,6 @@ def check(config: StudyConfig, subject: arms.Subject, label: str | None = None) 
     if outside:
         raise UserError(f"layers={layers} has {outside[0]}, but the model's layers are 0 to {subject.layers - 1}")
     shifts = sorted({*config.shifts, config.shift})
-    if shifts[0] < 1:
-        raise UserError(f"shifts={config.shifts} and shift={config.shift} must be at least 1 token: leave 0 out")
-    for name in ("texts", "queries", "rows_per_pass"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1: leave it out for the default")
     if not config.arithmetics:
         raise UserError("arithmetics=[] leaves nothing to study: name bfloat16, float32_rotation or float32")
     return Setting(
