@@ -111,11 +111,11 @@ def _metadata(owner: type, place: Sequence[int | str]) -> tuple[Any, ...]:
 
 
 def _limits(metadata: Sequence[Any]) -> str:
-    """`at least 1`, `0 to 1`, `above 0 and at most 1`."""
+    """`at least 1`, `between 0 and 1`, `above 0 and at most 1`."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = {name: getattr(item, name) for item in metadata for name in words if hasattr(item, name)}
     if limits.keys() == {"ge", "le"}:
-        return f"{limits['ge']} to {limits['le']}"
+        return f"between {limits['ge']} and {limits['le']}"
     return " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.facts import NUM_KEYS, SPECIAL_TOKENS, lines_of, plant
 from anchorctx.errors import UserError
+from anchorctx.settings import NonNegativeFloat, Positive, Seed, Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -48,21 +49,21 @@ class StdlibConfig:
 
     split: Split = Split.train
     """train, validation or all."""
-    held_out: float = 0.08
+    held_out: Share = 0.08
     """Share of the files that are held out for validation, 0 to 1, chosen by a hash of their names."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the cuts and the facts."""
     facts: bool = False
     """Cut files into shorter documents and plant facts in them; false yields whole files."""
-    median_chars: int = 2500
+    median_chars: Positive = 2500
     """Median length of a cut document, in characters (a 1,024-token BPE makes about 2.8 of them a token)."""
-    sigma: float = 0.8
+    sigma: NonNegativeFloat = 0.8
     """Spread of the documents' log lengths."""
-    max_chars: int = 9000
+    max_chars: Positive = 9000
     """Longest cut document, in characters: what still fits a row."""
-    chars_per_fact: int = 250
+    chars_per_fact: Positive = 250
     """Characters of text for each planted fact; a document has between 1 and 64 of them."""
-    mentions: int = 2
+    mentions: Positive = 2
     """Times a fact appears in its document: stated once, then asked for."""
 
 

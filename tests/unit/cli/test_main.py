@@ -130,7 +130,7 @@ def test_doctor_calls_every_backend_that_it_says_works(capsys: pytest.CaptureFix
     assert "cpu           works" in text and "reference     works" in text
     assert "flash_attn    no: it runs on cuda" in text or "flash_attn    works" in text
     assert "pip install 'anchorctx[flash]'" in text or "flash-attn  " in text
-    assert "matplotlib   3" in text and "anchorctx[plots]" not in text
+    assert "matplotlib    3" in text and "anchorctx[plots]" not in text
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

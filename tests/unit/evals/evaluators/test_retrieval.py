@@ -193,7 +193,7 @@ def test_a_sentence_is_right_when_greedy_decoding_writes_it(subject: Subject):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (NeedleConfig(depths=[1.5]), r"needle.depths\[0\]=1.5 must be 0 to 1"),
+        (NeedleConfig(depths=[1.5]), r"needle.depths\[0\]=1.5 must be between 0 and 1"),
         (NeedleConfig(lengths=[]), "must not be empty"),
         (NeedleConfig(rows=0), "needle.rows=0 must be at least 1"),
         (NeedleConfig(distractors=99), "needle.distractors=99 must be 0 to"),

@@ -293,7 +293,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
         ("model=[TINY,TINY/none]", "TINY/none does not exist"),
         ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
-        ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 must be 0 to 1"),
+        ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 must be between 0 and 1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(

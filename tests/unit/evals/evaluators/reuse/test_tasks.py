@@ -229,7 +229,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         Mmlu(QuestionTaskConfig(path=path), 2, "chain").teams()
     with pytest.raises(UserError, match="copy with agents=0 has nobody"):
         CopyTask(CopyTaskConfig(), 0, "full", 96, 0)
-    with pytest.raises(UserError, match="confidence=5 must be 0 to 1"):
+    with pytest.raises(UserError, match="confidence=5 must be between 0 and 1"):
         retrieval(confidence=5)
     with pytest.raises(UserError, match="agents=1 must be at least 2"):
         panel(1, "full", "", "", roles=("r",), tokens=1, final_tokens=1)
