@@ -38,7 +38,7 @@ OUT_OF_RANGE = {
         "mixture.long_share={web: 1.5}": "mixture.long_share.web=1.5 must be between 0 and 1",
         "mixture.max_repeats=inf": "mixture.max_repeats=inf must be a finite number: 1 repeats nothing",
         "mixture.long_from=1": "mixture.long_from=1 must be at least 2: raise it, or use null",
-        "sources=[{path: z},{stdlib: {sigma: nan}}]": "sources[1].stdlib.sigma=nan must be a finite number",
+        "sources=[{path: z},{stdlib: {sigma: nan}}]": "sources[1].stdlib.sigma=nan must be at least 0",
     },
     "plan": {
         "gpus=0": "gpus=0 must be at least 1; the default is 8",
@@ -75,7 +75,7 @@ OUT_OF_RANGE = {
         "models=[{path: a, rope: {factor: nan}}]": "models[0].rope.factor=nan must be at least 1: leave it out",
         "perplexity.max_length=2": "perplexity.max_length=2 must be at least 3; the default is 4096",
         "needle.depths=[0,nan]": "needle.depths[1]=nan must be between 0 and 1; the default is [0.0, 0.25, 0.5, 0.75, 1.0]",
-        "retrieval.facts=65": "retrieval.facts=65 must be 1 to 64; the default is 8",
+        "retrieval.facts=65": "retrieval.facts=65 must be between 1 and 64; the default is 8",
         "retrieval.mentions=1": "retrieval.mentions=1 must be at least 2: a fact is stated once, then asked for",
         "ruler.limit=0": "ruler.limit=0 must be at least 1; the default is null",
         "lm_eval.num_fewshot=-1": "lm_eval.num_fewshot=-1 must be at least 0; the default is null",
