@@ -17,7 +17,7 @@ def run(arguments: Arguments) -> None:
         return
     from anchorctx.evals.commands import evaluate_precision
     from anchorctx.evals.distribute import is_first
-    from anchorctx.evals.evaluators.precision.table import table
+    from anchorctx.evals.evaluators.precision.verdict import table
     from anchorctx.report.figures.precision import precision_figure
     from anchorctx.report.precision_series import Study
 

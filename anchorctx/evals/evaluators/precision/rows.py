@@ -16,7 +16,7 @@ from anchorctx.evals.evaluators.precision.probe import Change
 from anchorctx.records.results import Result, mean_interval
 
 SINGLE_KEYS = 8
-"""Keys that have a row of their own; the others share rows that double in width."""
+"""The first keys have a row each; the others share rows, each twice as wide as the one before."""
 ALL = "all"
 """The `layer` of a mean over layers."""
 
@@ -36,7 +36,7 @@ def interval_half(values: Sequence[float]) -> float | None:
 
 
 def layer_rows(texts: Sequence[dict[int, Change]], context: dict[str, Any], layers: bool) -> Iterator[Result]:
-    """The rows of one shift at one length: the mean over layers, and each layer where `layers` asks for them.
+    """The rows of one shift at one length: the mean over layers, and each layer if `layers`.
 
     `texts` are the changes of each text, by layer.
     """
@@ -72,6 +72,7 @@ def key_rows(texts: Sequence[dict[int, Change]], context: dict[str, Any]) -> Ite
 
 def key_bins(length: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of the key ranges that rows are made for."""
+    # length 100: 0-1, 1-2, ..., 7-8, 8-16, 16-32, 32-64, 64-100.
     start = 0
     while start < length:
         stop = min(start + 1 if start < SINGLE_KEYS else 2 * start, length)
@@ -85,5 +86,7 @@ def _mean(tensors: Sequence[torch.Tensor]) -> float:
 
 def _first_share(changes: Sequence[Change]) -> float | None:
     """The first token's part of the sum of absolute changes, 0 to 0.5; None where nothing changed."""
+    # `attention` is half the sum of absolute changes; the other half is what other tokens gain. One token moves at most
+    # as much as all others together, hence 0.5 at most.
     total = sum(float(2 * change.attention.sum()) for change in changes)
     return sum(float(change.first.sum()) for change in changes) / total if total else None

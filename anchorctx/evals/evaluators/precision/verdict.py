@@ -1,4 +1,4 @@
-"""One sentence with numbers, and a recommendation, from a study's rows."""
+"""What a study says, from its rows: one sentence with numbers, a recommendation, and the table that is printed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ MOST = 0.5
 """The first token carries the error when hiding it removes at least this share of the change ..."""
 SOME = 0.1
 """... and a part of it from this share on."""
+COLUMNS = ("shift", "bfloat16", "float32_rotation", "float32")
+TITLES = ("shift (tokens)", "bfloat16", "float32 rotation", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
     attention = find(rows, "precision_first_attention", arithmetic="bfloat16", **at)
     if kept is None or hidden is None or share is None or attention is None:
         return "the first token's part is not known"
+    # Hiding the first token takes its score out of every softmax; what no longer moves then was its doing.
     gone = 1 - hidden.value / kept.value
     carries = (
         "carries most of the change" if gone >= MOST else "carries a part of the change" if gone >= SOME else
@@ -162,3 +165,34 @@ def percent(share: float) -> str:
 
 def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def table(rows: Sequence[Result]) -> str:
+    """The change of attention by shift at the longest length, for the checkpoint and the control, and the verdict."""
+    lines: list[str] = []
+    changes = [
+        row
+        for row in rows
+        if row.metric == "precision_attention_change"
+        and row.context["rows"] == "shift"
+        and row.context["layer"] == ALL
+        and row.context["first"] == "kept"
+    ]
+    longest = max((row.context["length"] for row in changes), default=0)
+    for weights, title in (("trained", "the checkpoint"), ("control", "the same with weights drawn anew")):
+        mine = [row for row in changes if row.context["weights"] == weights and row.context["length"] == longest]
+        if mine:
+            lines += ["", f"attention that moves, {title}, {longest:,} tokens", *_grid(mine)]
+    for row in rows:
+        if row.metric == "precision_verdict":
+            lines += ["", row.context["sentence"], *filter(None, [row.context["recommendation"]])]
+    return "\n".join(lines)
+
+
+def _grid(rows: Sequence[Result]) -> list[str]:
+    value = {(row.context["shift"], row.context["arithmetic"]): row.value for row in rows}
+    lines = ["".join(f"{title:>18}" for title in TITLES)]
+    for shift in sorted({shift for shift, _ in value}):
+        cells = (value.get((shift, name)) for name in COLUMNS[1:])
+        lines.append(f"{shift:>18,}" + "".join(" " * 18 if x is None else f"{100 * x:>16.4f} %" for x in cells))
+    return lines
