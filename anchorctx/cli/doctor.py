@@ -6,9 +6,11 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 
 from anchorctx.cli.main import Arguments
 from anchorctx.errors import UserError
+from anchorctx.records.table import text_table
 
 REQUIRED = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "safetensors", "numpy")
 OPTIONAL = {
@@ -33,34 +35,32 @@ def run(arguments: Arguments) -> None:
 
 def report() -> str:
     """The whole report as text."""
-    return "\n".join([*_machine(), "", *_packages(), "", *_backends()])
+    return "\n".join(text_table([*_machine(), "", *_packages(), "", *_backends()], indent=2))
 
 
-def _machine() -> list[str]:
+def _machine() -> Iterator[str | tuple[str, str]]:
+    """A heading, then names and what there is; so are the other two sections."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     compiler = shutil.which("g++") or "not found: DeepSpeed needs it for CPU collectives and optimizer offload"
-    return [
-        "machine",
-        f"  python       {platform.python_version()} on {platform.platform()}",
-        f"  cpu          {os.cpu_count()} cores, {memory:.0f} GiB",
-        f"  gpu          {', '.join(gpus) or 'none: training runs on the CPU, in float32'}",
-        f"  g++          {compiler}",
-    ]
+    yield "machine"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    yield "cpu", f"{os.cpu_count()} cores, {memory:.0f} GiB"
+    yield "gpu", ", ".join(gpus) or "none: training runs on the CPU, in float32"
+    yield "g++", compiler
 
 
-def _packages() -> list[str]:
-    lines = ["packages"]
+def _packages() -> Iterator[str | tuple[str, str]]:
+    yield "packages"
     for name in REQUIRED:
-        lines.append(f"  {name:<12} {_version(name) or 'MISSING: pip install anchorctx'}")
+        yield name, _version(name) or "MISSING: pip install anchorctx"
     for name, (purpose, extra) in OPTIONAL.items():
-        lines.append(f"  {name:<12} {_version(name) or f'not installed ({purpose}): pip install {extra!r}'}")
-    return lines
+        yield name, _version(name) or f"not installed ({purpose}): pip install {extra!r}"
 
 
-def _backends() -> list[str]:
+def _backends() -> Iterator[str | tuple[str, str]]:
     """Each backend is really called, forward and backward, on this machine's device."""
     import torch
 
@@ -70,15 +70,14 @@ def _backends() -> list[str]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lines = [f"attention backends on {device.type}, {str(dtype).removeprefix('torch.')}"]
+    yield f"attention backends on {device.type}, {str(dtype).removeprefix('torch.')}"
     query = torch.randn(1, 4, 256, 64, device=device, dtype=dtype, requires_grad=True)
     layout = PackedLayout((0, 1, 100, 256), anchor_len=1)
     for name, backend in BACKENDS.items():
         refusal = backend.refusal(query, Score(0.125))
         if refusal is None:
             attend(query, query, query, [layout], backend=name).sum().backward()
-        lines.append(f"  {name:<12} {f'no: it {refusal}' if refusal else f'works: {backend.summary}'}")
-    return lines
+        yield name, f"no: it {refusal}" if refusal else f"works: {backend.summary}"
 
 
 def _version(package: str) -> str | None:

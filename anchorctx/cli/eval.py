@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from anchorctx.cli.configured import configuration
 from anchorctx.cli.main import Arguments, former_entry
 from anchorctx.records.results import Result
+from anchorctx.records.table import text_table
 
 EXAMPLE = """\
 anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
@@ -29,17 +30,14 @@ def run(arguments: Arguments) -> None:
         print(f"\nwritten to {config.out_dir}/results.jsonl")
 
 
-def table(rows: Sequence[Result]) -> Iterator[str]:
+def table(rows: Sequence[Result]) -> list[str]:
     """A line for every number, a column for every model; each with half its 95 % interval."""
     models = list(dict.fromkeys(row.model for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         cells.setdefault(_what(row), {})[row.model] = _cell(row)
-    first = max(map(len, cells), default=0)
-    widths = [max([len(model), *(len(line.get(model, "")) for line in cells.values())]) for model in models]
-    yield "  ".join([" " * first, *(f"{model:>{width}}" for model, width in zip(models, widths, strict=True))])
-    for what, line in cells.items():
-        yield "  ".join([f"{what:<{first}}", *(f"{line.get(m, ''):>{w}}" for m, w in zip(models, widths, strict=True))])
+    lines = ([what, *(line.get(model, "") for model in models)] for what, line in cells.items())
+    return text_table([["", *models], *lines], "<>")
 
 
 def _what(row: Result) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from anchorctx.errors import InterruptedRun, UserError
+from anchorctx.records.table import text_table
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: its own or 0, 2 for a user's mistake, 130, 141 or 143 when cut off."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())), end="")
+        print(USAGE.format(commands="\n".join(text_table(COMMANDS.items(), indent=2))), end="")
         return 0
     if argv[0] == "--version":
         from anchorctx import __version__

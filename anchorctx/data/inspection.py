@@ -7,6 +7,7 @@ estimate. What was tokenised for it is kept: the preparation that follows starts
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from anchorctx.data.packing.pieces import Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows
 from anchorctx.data.prepare import Preparation, length_histogram, skipped
 from anchorctx.records.files import in_use
+from anchorctx.records.table import text_table
 
 BAR_WIDTH = 40
 
@@ -88,38 +90,38 @@ def report(corpus: Corpus, accounting: Accounting, expected: list[Expected], con
 
 def policy_table(expected: list[Expected], config: PrepareConfig) -> list[str]:
     """A line for each policy; the configured one is marked."""
-    lines = [f"  {'policy':<26}{'rows':>12}{'padding':>10}{'cut documents':>15}  dropped tokens"]
+    rows: list[Sequence[object]] = [("  policy", "rows", "padding", "cut documents", "dropped tokens")]
     for one in expected:
         chosen = (one.policy, one.long_documents) == (config.pack.policy, config.pack.long_documents)
         name = f"{'>' if chosen else ' '} {one.policy.value}, {one.long_documents.value}"
         share = one.padding / max(one.rows * config.row_length, 1)
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(one.dropped.items())) or "none"
-        lines.append(f"{name:<28}{one.rows:>12,}{share:>10.2%}{one.cut_documents:>15,}  {dropped}")
-    return lines
+        rows.append((name, one.rows, f"{share:.2%}", one.cut_documents, dropped))
+    return text_table(rows, "<>>><")
 
 
 def _sources(corpus: Corpus) -> list[str]:
-    lines = [f"{'source':<34}{'documents':>14}{'tokens':>18}{'longest':>12}"]
+    rows: list[Sequence[object]] = [("source", "documents", "tokens", "longest")]
     totals = np.zeros(2, np.int64)
     for index, name in enumerate(corpus.names):
         own = [part for part, source in zip(corpus.parts, corpus.sources, strict=True) if source == index]
         lengths = [part.documents["length"] for part in own]
         documents, tokens = sum(map(len, lengths)), sum(int(each.sum()) for each in lengths)
         longest = max((int(each.max()) for each in lengths if len(each)), default=0)
-        lines.append(f"  {name:<32}{documents:>14,}{tokens:>18,}{longest:>12,}")
+        rows.append((f"  {name}", documents, tokens, longest))
         totals += [documents, tokens]
     if len(corpus.names) > 1:
-        lines.append(f"  {'all':<32}{totals[0]:>14,}{totals[1]:>18,}")
-    lines += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(skipped(corpus).items())]
-    return lines
+        rows.append(("  all", *totals))
+    rows += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(skipped(corpus).items())]
+    return text_table(rows, "<>")
 
 
 def _histogram(corpus: Corpus, capacity: int) -> list[str]:
     counts = length_histogram(corpus)
     used = np.flatnonzero(counts)
-    lines = [f"{'tokens in a document':<34}{'documents':>14}"]
+    rows: list[Sequence[object]] = [("tokens in a document", "documents")]
     for power in range(used[0], used[-1] + 1) if len(used) else ():
         bar = "#" * -(-BAR_WIDTH * int(counts[power]) // int(counts.max()))
-        span = f"{2**power:,} to {2 ** (power + 1) - 1:,}"
-        lines.append(f"  {span:<32}{counts[power]:>14,}  {bar}{'  longer than a row' if 2**power > capacity else ''}")
-    return lines
+        note = "  longer than a row" if 2**power > capacity else ""
+        rows.append((f"  {2**power:,} to {2 ** (power + 1) - 1:,}", counts[power], bar + note))
+    return text_table(rows, "<><")

@@ -7,6 +7,7 @@ from typing import Any
 
 from anchorctx.plan.machines import GIB
 from anchorctx.plan.planner import Plan, Planner
+from anchorctx.records.table import text_table
 
 PART_NOTES = {
     "parameters": "weights that stay on the GPU",
@@ -77,16 +78,15 @@ def _head(planner: Planner, plan: Plan) -> list[str]:
 def _bytes(planner: Planner, plan: Plan) -> list[str]:
     parts = plan.parts
     moment = parts.moment if parts.moment in ("loss", "update") else f"{parts.moment} pass"
-    lines = [f"memory of a GPU when it holds most, in the {moment}"]
-    for name, note in PART_NOTES.items():
-        lines.append(f"  {name:<12} {getattr(parts, name) / GIB:8.2f} GiB   {note}")
+    lines = [(name, getattr(parts, name), note) for name, note in PART_NOTES.items()]
     room = plan.usable - parts.total
     verdict = f"fits, {room / GIB:.1f} GiB to spare" if plan.fits else f"DOES NOT FIT, {-room / GIB:.1f} GiB too much"
-    lines.append(f"  {'total':<12} {parts.total / GIB:8.2f} GiB   of {plan.usable / GIB:.1f} usable: {verdict}")
+    lines.append(("total", parts.total, f"of {plan.usable / GIB:.1f} usable: {verdict}"))
     if parts.host:
-        lines.append(f"  {'host':<12} {parts.host / GIB:8.2f} GiB   in CPU memory (or files), for each GPU")
-    lines.append(f"  {'keys, values':<12} {_kv(planner, plan) / GIB:8.2f} GiB   of one layer, within the above")
-    return lines
+        lines.append(("host", parts.host, "in CPU memory (or files), for each GPU"))
+    lines.append(("keys, values", _kv(planner, plan), "of one layer, within the above"))
+    rows = ((name, f"{size / GIB:.2f} GiB", note) for name, size, note in lines)
+    return text_table([f"memory of a GPU when it holds most, in the {moment}", *rows], "<><", indent=2)
 
 
 def _kv(planner: Planner, plan: Plan) -> float:
@@ -98,15 +98,15 @@ def _kv(planner: Planner, plan: Plan) -> float:
 def _step(planner: Planner, plan: Plan) -> list[str]:
     cost, assume = plan.cost, planner.config.assume
     mfu = cost.utilisation(plan.job.gpus, planner.config.machine.peak)
-    return [
-        "a step",
-        f"  operations   {cost.linear / 1e15:,.1f} PFLOP in matrices, {cost.attention / 1e15:,.1f} in attention",
-        f"  attention    {cost.saved:.1%} of full attention's operations are left out for this corpus",
-        f"  sent         {cost.sequence_bytes / 1e9:,.1f} GB for sequence parallelism, {cost.zero_bytes / 1e9:,.1f} GB "
-        "for ZeRO, by each GPU",
-        f"  time         {cost.seconds:,.1f} s: {cost.compute_seconds:,.1f} computing, {cost.exchange_seconds:,.1f} in "
+    rows = {
+        "operations": f"{cost.linear / 1e15:,.1f} PFLOP in matrices, {cost.attention / 1e15:,.1f} in attention",
+        "attention": f"{cost.saved:.1%} of full attention's operations are left out for this corpus",
+        "sent": f"{cost.sequence_bytes / 1e9:,.1f} GB for sequence parallelism, {cost.zero_bytes / 1e9:,.1f} GB for "
+        "ZeRO, by each GPU",
+        "time": f"{cost.seconds:,.1f} s: {cost.compute_seconds:,.1f} computing, {cost.exchange_seconds:,.1f} in "
         f"exchanges, {cost.zero_seconds:,.1f} waiting for ZeRO",
-        f"  rate         {cost.tokens / cost.seconds:,.0f} tokens/s, MFU {mfu:.0%}",
-        f"  assumed      {assume.linear:.0%} of the peak in matrices, {assume.attention:.0%} in attention, "
+        "rate": f"{cost.tokens / cost.seconds:,.0f} tokens/s, MFU {mfu:.0%}",
+        "assumed": f"{assume.linear:.0%} of the peak in matrices, {assume.attention:.0%} in attention, "
         f"{assume.link:.0%} of links, {assume.overlap:.0%} of ZeRO hidden (assume.*)",
-    ]
+    }
+    return text_table(["a step", *rows.items()], indent=2)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from anchorctx.records.table import text_table
+
 CAME = {
     "document_tokens": "tokens of documents",
     "eos_tokens": "+ EOS",
@@ -98,14 +100,14 @@ class Accounting:
         cells, came = self.rows * row_length, sum(self.total(name) for name in CAME)
         names = {**CAME, **WENT}
         dropped = sorted(self.total_dropped.items())
-        lines = [
-            *(_line(names[name], self.total(name), came) for name in CAME if name != "repeated" or self.total(name)),
-            *(_line(f"- dropped: {reason}", n, came) for reason, n in dropped),
-            _line(f"= in {self.rows:,} rows of {row_length:,}", int(self.content.sum()), cells),
-            *(_line(names[name], self.total(name), cells) for name in WENT),
-            *(_line(text, self.cells[name], cells) for name, text in CELLS.items()),
+        rows = [
+            *(_row(names[name], self.total(name), came) for name in CAME if name != "repeated" or self.total(name)),
+            *(_row(f"- dropped: {reason}", n, came) for reason, n in dropped),
+            _row(f"= in {self.rows:,} rows of {row_length:,}", int(self.content.sum()), cells),
+            *(_row(names[name], self.total(name), cells) for name in WENT),
+            *(_row(text, self.cells[name], cells) for name, text in CELLS.items()),
         ]
-        return "\n".join(lines + (self._source_lines() if len(self.sources) > 1 else []))
+        return "\n".join(text_table(rows, "<>") + (self._source_table() if len(self.sources) > 1 else []))
 
     def _sum(self, counts: list[np.ndarray]) -> np.ndarray:
         return np.stack([np.zeros(len(self.sources), np.int64), *counts]).sum(axis=0)
@@ -114,16 +116,16 @@ class Accounting:
         counts = {name: int(tokens[index]) for name, tokens in self.counts.items()}
         return counts | {"dropped": {reason: int(n[index]) for reason, n in self.dropped.items() if n[index]}}
 
-    def _source_lines(self) -> list[str]:
-        """One line a source: tokens that came, dropped and in rows, and its share of the rows' content."""
-        lines = [f"{'by source':<34}{'came':>18}{'dropped':>18}{'in rows':>18}{'share':>11}"]
+    def _source_table(self) -> list[str]:
+        """One line for each source: tokens that came, were dropped and are in rows, and its share of the content."""
+        rows: list[Sequence[object]] = [("by source", "came", "dropped", "in rows", "share")]
         content = self.content
         for index, source in enumerate(self.sources):
             came = sum(int(self.counts[name][index]) for name in CAME)
             share = 100 * content[index] / max(content.sum(), 1)
             name = source if len(source) <= 32 else f"...{source[-29:]}"
-            lines.append(f"  {name:<32}{came:>18,}{came - content[index]:>18,}{content[index]:>18,}{share:>9.2f} %")
-        return lines
+            rows.append((f"  {name}", came, came - content[index], content[index], f"{share:.2f} %"))
+        return text_table(rows, "<>")
 
 
 def _by_source(sources: np.ndarray, tokens: np.ndarray, count: int) -> np.ndarray:
@@ -131,5 +133,5 @@ def _by_source(sources: np.ndarray, tokens: np.ndarray, count: int) -> np.ndarra
     return np.bincount(sources, tokens, count).astype(np.int64)
 
 
-def _line(name: str, count: int, of: int) -> str:
-    return f"{name:<34}{count:>18,}{100 * count / max(of, 1):>9.2f} %"
+def _row(name: str, count: int, of: int) -> tuple[str, int, str]:
+    return name, count, f"{100 * count / max(of, 1):.2f} %"

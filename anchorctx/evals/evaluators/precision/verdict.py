@@ -11,6 +11,7 @@ from typing import Any
 from anchorctx.evals.evaluators.precision.config import Arithmetic
 from anchorctx.evals.evaluators.precision.rows import ALL, interval_half
 from anchorctx.records.results import Result, Rows
+from anchorctx.records.table import text_table
 
 MOST = 0.5
 """The first token carries the error when hiding it removes at least this share of the change ..."""
@@ -191,8 +192,8 @@ def table(rows: Sequence[Result]) -> str:
 
 def _grid(rows: Sequence[Result]) -> list[str]:
     value = {(row.context["shift"], row.context["arithmetic"]): row.value for row in rows}
-    lines = ["".join(f"{title:>18}" for title in TITLES)]
+    lines: list[Sequence[object]] = [TITLES]
     for shift in sorted({shift for shift, _ in value}):
         cells = (value.get((shift, name)) for name in COLUMNS[1:])
-        lines.append(f"{shift:>18,}" + "".join(" " * 18 if x is None else f"{100 * x:>16.4f} %" for x in cells))
-    return lines
+        lines.append([shift, *("" if x is None else f"{100 * x:.4f} %" for x in cells)])
+    return text_table(lines, ">", indent=2)
