@@ -9,7 +9,7 @@ from typing import Any
 from anchorctx.errors import UserError
 from anchorctx.evals.config import EvalConfig, EvalName, KvcommConfig
 from anchorctx.evals.evaluators.precision.config import PrecisionConfig
-from anchorctx.evals.evaluators.reuse.gate import Verdict, judge
+from anchorctx.evals.evaluators.reuse.rows import Verdict, judge
 from anchorctx.evals.runner import evaluate
 from anchorctx.records.results import Result
 

@@ -17,9 +17,8 @@ from anchorctx.errors import UserError
 from anchorctx.evals.base import Evaluator, Subject
 from anchorctx.evals.config import LiveConfig, LiveName
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.evaluators.context import ContextPerplexity
 from anchorctx.evals.evaluators.needle import NeedleMap
-from anchorctx.evals.evaluators.perplexity import Perplexity
+from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity
 from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.models import reach
 from anchorctx.records.results import Result

@@ -23,22 +23,28 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
-from anchorctx.evals.attention import attention_name
-from anchorctx.evals.average import average
 from anchorctx.evals.base import Candidate, Concluding, Evaluator, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import is_first, place, same_everywhere
-from anchorctx.evals.evaluators.context import ContextPerplexity
 from anchorctx.evals.evaluators.lm_eval import LmEval, lm_eval_version
 from anchorctx.evals.evaluators.needle import NeedleMap
-from anchorctx.evals.evaluators.perplexity import Perplexity
+from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity
 from anchorctx.evals.evaluators.precision.study import Precision
 from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.evals.evaluators.reuse.evaluator import Reuse
 from anchorctx.evals.evaluators.ruler import Ruler
-from anchorctx.evals.journal import Journal, code_fingerprint, run_facts
-from anchorctx.evals.subject import check_reach, device_of, identity, load, models_of, read_config, read_tokenizer
+from anchorctx.evals.journal import Journal, average, code_fingerprint, run_facts
+from anchorctx.evals.subject import (
+    attention_name,
+    check_reach,
+    device_of,
+    identity,
+    load,
+    models_of,
+    read_config,
+    read_tokenizer,
+)
 from anchorctx.models.load import check_weights
 from anchorctx.parallel import dist
 from anchorctx.records.manifest import write_manifest

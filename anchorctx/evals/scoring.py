@@ -1,4 +1,4 @@
-"""How a model predicts chosen tokens: losses and guesses, without a row's logits ever existing in full.
+"""How a model predicts chosen tokens: losses and hits, without a row's logits ever existing in full.
 
 At 64K tokens and a vocabulary of 128,256 these would take 33.6 GB in float32; here the head sees one tile of the chosen
 tokens at a time. Rows are padded on the right, which causal attention needs no mask for: no token sees what follows it.
@@ -6,6 +6,7 @@ tokens at a time. Rows are padded on the right, which causal attention needs no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from anchorctx.data.sources.facts import FactTokens
 from anchorctx.evals.base import Subject
 from anchorctx.layout import PackedLayout
 from anchorctx.models.loss import LogitTransform, call_as, default_tile
@@ -27,6 +29,19 @@ class Scores:
     """(N,) float64: minus the log-likelihood of each, in nats."""
     hit: np.ndarray
     """(N,) bool: is it the most likely of the whole vocabulary?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One input: a document, or a window of it, behind the anchor."""
+
+    document: int
+    """Its number."""
+    ids: np.ndarray
+    """(T,) int64, the anchor first."""
+    first: int
+    """Index of the first token that is scored here: 2 at a document's start, whose first token is given, as in
+    training; later windows score what no earlier one did."""
 
 
 @torch.no_grad()  # not inference mode: parameters gathered under it could not be trained afterwards
@@ -45,6 +60,32 @@ def score(subject: Subject, ids: np.ndarray, chosen: np.ndarray) -> Scores:
     return Scores(loss.double().cpu().numpy(), hit.cpu().numpy())
 
 
+def score_pieces(
+    subject: Subject, pieces: Sequence[Piece], facts: FactTokens | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each piece, the positions (n,) of its scored tokens and their losses (n,) in nats; `facts` are left out."""
+    ids = pad([piece.ids for piece in pieces])
+    chosen = np.zeros(ids.shape, dtype=bool)
+    for row, piece in zip(chosen, pieces, strict=True):
+        row[piece.first : len(piece.ids)] = True
+        if facts is not None:
+            row[: len(piece.ids)] &= ~facts.is_fact(piece.ids)
+    loss = score(subject, ids, chosen).loss
+    # Losses come row by row: rows with 3, 0 and 2 scored tokens end at [3, 3, 5].
+    ends = np.cumsum(chosen.sum(1))
+    return [(np.flatnonzero(row), loss[end - row.sum() : end]) for row, end in zip(chosen, ends.tolist(), strict=True)]
+
+
+def batches(pieces: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
+    """Pieces of similar lengths together, so that little is padded."""
+    groups: list[list[Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: len(piece.ids)):
+        if not groups or len(piece.ids) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
+
+
 def pad(rows: list[np.ndarray], value: int = 0) -> np.ndarray:
     """Rows of different lengths as one array (B, longest), filled up on the right with `value`."""
     padded = np.full((len(rows), max(map(len, rows))), value, dtype=rows[0].dtype)
@@ -59,6 +100,7 @@ def _score(
     """(N,) losses in float32 (float64 for a float64 model), and (N,) hits."""
     body = model.base_model(input_ids=ids, use_cache=False, **_layouts(model, ids))
     hidden = body.last_hidden_state[:, :-1]  # (B, T-1, D), of several devices' last where the model is spread
+    # Token t is predicted from the hidden state at t - 1.
     chosen = chosen[:, 1:].to(hidden.device)
     hidden, targets = hidden[chosen], ids[:, 1:].to(hidden.device)[chosen]  # (N, D), (N,)
     head = model.get_output_embeddings()

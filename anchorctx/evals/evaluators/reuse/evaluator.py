@@ -24,13 +24,11 @@ from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import gather, is_first, place, same_everywhere, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
-from anchorctx.evals.evaluators.reuse.gate import check_gate
 from anchorctx.evals.evaluators.reuse.measures import context_error
-from anchorctx.evals.evaluators.reuse.rows import record_rows, variation_rows
+from anchorctx.evals.evaluators.reuse.rows import check_gate, record_rows, variation_rows
 from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
-from anchorctx.evals.evaluators.reuse.tasks.humaneval import HumanEval
-from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu
+from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
 from anchorctx.kvcomm.arms.basic import Arm, RotateGlue

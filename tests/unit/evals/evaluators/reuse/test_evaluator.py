@@ -15,12 +15,12 @@ from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import GateConfig, ReuseConfig
 from anchorctx.evals.evaluators.reuse.evaluator import arm_makers
-from anchorctx.evals.evaluators.reuse.gate import check_gate, judge
 from anchorctx.evals.evaluators.reuse.measures import (
     context_error,
     kv_error,
     paired_difference,
 )
+from anchorctx.evals.evaluators.reuse.rows import check_gate, judge
 from anchorctx.evals.evaluators.reuse.trial import Trial
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
