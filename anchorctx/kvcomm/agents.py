@@ -1,7 +1,8 @@
-"""Agents and their prompts: fixed text (glue) with placeholders for what others share.
+"""Agents, their prompts' templates, and the prompts in tokens.
 
-A prompt is tokenised piece by piece, so that a placeholder's tokens are the same in every prompt: BOS, then each glue
-and each placeholder's text on its own. Placeholders may touch each other, stand at either end, or be empty.
+A template is fixed text (glue) with placeholders for what others share. A prompt is tokenised piece by piece, so that a
+placeholder's tokens are the same in every prompt: BOS, then each glue and each placeholder's text on its own.
+Placeholders may touch each other, stand at either end, or be empty.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from string import Formatter
 
 from anchorctx.errors import UserError
+
+Ids = tuple[int, ...]
+Encode = Callable[[str], Ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Slot:
 class Template:
     """Glue and placeholders (Slot) in order. Glue is text, or a tuple of token ids where its length must be exact."""
 
-    parts: tuple[str | tuple[int, ...] | Slot, ...]
+    parts: tuple[str | Ids | Slot, ...]
 
     @classmethod
     def parse(cls, text: str) -> Template:
@@ -37,7 +41,7 @@ class Template:
                 f"the template {text[:60]!r} has a brace without its other half ({error}): close the placeholder, or "
                 "write {{ and }} for single braces"
             ) from error
-        parts: list[str | tuple[int, ...] | Slot] = []
+        parts: list[str | Ids | Slot] = []
         glue = ""
         for literal, name, spec, conversion in fields:
             glue += literal
@@ -133,3 +137,100 @@ def check_placeholders(agent: Agent, template: Template, texts: Collection[str],
                 f"agent {agent.name!r} has the placeholder {{{name}}}, but the request and the topology give it "
                 f"{known}: correct the name, or connect the agents"
             )
+
+
+# -- prompts in tokens ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of a prompt's tokens: one glue text, or one placeholder's content."""
+
+    name: str | None
+    """The placeholder's name; None for glue."""
+    ids: Ids
+    start: int
+    """Slot and position of its first token."""
+    number: int
+    """Its place among the prompt's segments."""
+    occurrence: int = 0
+    """How often its placeholder stood in the prompt before."""
+
+    @property
+    def length(self) -> int:
+        """Tokens; 0 for an empty answer."""
+        return len(self.ids)
+
+    @property
+    def stop(self) -> int:
+        """Slot behind its last token."""
+        return self.start + len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """All of one agent's segments; the first is glue that begins with BOS."""
+
+    agent: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def ids(self) -> Ids:
+        """All tokens."""
+        return tuple(i for segment in self.segments for i in segment.ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.segments[-1].stop
+
+    @property
+    def placeholders(self) -> tuple[Segment, ...]:
+        """The segments that come from others."""
+        return tuple(segment for segment in self.segments if segment.name is not None)
+
+    def glue_after(self, segment: Segment) -> Segment | None:
+        """The fixed text right behind a placeholder; None at the end or before another placeholder."""
+        follower = self.segments[segment.number + 1 : segment.number + 2]
+        return follower[0] if follower and follower[0].name is None else None
+
+
+class Frame:
+    """A tokenised template."""
+
+    def __init__(self, agent: str, template: Template, encode: Encode, bos: int) -> None:
+        self.agent, self._encode = agent, encode
+        self._parts: list[tuple[str | None, Ids]] = [(None, (bos,))]
+        for part in template.parts:
+            name, ids = (part.name, ()) if isinstance(part, Slot) else (None, _tokens(part, encode))
+            if name is None and self._parts[-1][0] is None:  # BOS and a first text are one segment
+                self._parts[-1] = (None, self._parts[-1][1] + ids)
+            else:
+                self._parts.append((name, ids))
+
+    def prompt(self, contents: Mapping[str, Ids]) -> Prompt:
+        """The prompt with these contents."""
+        segments: list[Segment] = []
+        seen: dict[str, int] = {}
+        start = 0
+        for number, (name, ids) in enumerate(self._parts):
+            occurrence = 0
+            if name is not None:
+                ids, occurrence = contents[name], seen.get(name, 0)
+                seen[name] = occurrence + 1
+            segments.append(Segment(name, ids, start, number, occurrence))
+            start += len(ids)
+        return Prompt(self.agent, tuple(segments))
+
+    def skeleton(self) -> Prompt:
+        """The prompt with each placeholder's own name in its place: what the base KV of the glue is taken from."""
+        return self.prompt({name: self._encode(name) for name, _ in self._parts if name is not None})
+
+
+def _tokens(glue: str | Ids, encode: Encode) -> Ids:
+    return encode(glue) if isinstance(glue, str) else glue
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that both have."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -18,8 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from anchorctx.errors import UserError
 from anchorctx.flops import layer_windows
 from anchorctx.kvcomm import grouped
-from anchorctx.kvcomm.cache import KV
-from anchorctx.kvcomm.rotary import Rope
+from anchorctx.kvcomm.cache import KV, Rope
 
 ATTENTION = ("sdpa", "eager", grouped.NAME)
 """Implementations that take the mask which scattered tokens need."""
@@ -158,12 +157,6 @@ class Decoder:
             buffer.keys[:, :, :, :ahead], buffer.values[:, :, :, :ahead] = behind.keys, behind.values
         self.forward(ids, buffer, range(ahead, buffer.capacity), shift=position - ahead, keep=0)
         return buffer.kv(ahead, buffer.capacity, position)
-
-    def to_cache(self, kv: KV) -> DynamicCache:
-        """A cache for the model's own forward or `generate`, from rotated entries that begin at position 0."""
-        if kv.rotated_at != 0:
-            raise ValueError(f"a prompt's cache begins at position 0, got rotated_at={kv.rotated_at}: place it first")
-        return DynamicCache(ddp_cache_data=list(zip(kv.keys.unbind(0), kv.values.unbind(0), strict=True)))
 
     def from_cache(self, cache: Cache) -> KV:
         """A finished cache's entries, rotated, from position 0 on; a copy."""

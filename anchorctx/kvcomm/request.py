@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from anchorctx.kvcomm.agents import Frame, Ids, Prompt, Segment
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Buffer, Decoder
-from anchorctx.kvcomm.prompts import Frame, Ids, Prompt, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,9 @@ class RequestState:
     number: int
     """Requests are numbered as they are started."""
     contents: dict[str, Ids] = field(default_factory=dict)
+    """By placeholder: texts and messages in tokens."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """By placeholder: those of the contents that came as text, as they came."""
     shared: dict[str, Shared] = field(default_factory=dict)
     anchored: dict[tuple[Ids, int], KV] = field(default_factory=dict)
     """Documents encoded behind the anchor alone, by tokens and position."""
@@ -56,7 +59,12 @@ class RequestState:
     def fork(self) -> RequestState:
         """The same knowledge, which goes its own way from here."""
         return RequestState(
-            self.number, dict(self.contents), dict(self.shared), dict(self.anchored), dict(self.distances)
+            self.number,
+            dict(self.contents),
+            dict(self.texts),
+            dict(self.shared),
+            dict(self.anchored),
+            dict(self.distances),
         )
 
 
@@ -107,7 +115,7 @@ class Placement:
 
 
 @dataclass(slots=True)
-class Scene:
+class TurnContext:
     """One agent's turn."""
 
     decoder: Decoder

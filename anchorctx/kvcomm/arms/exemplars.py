@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import torch
 
 from anchorctx.errors import UserError
+from anchorctx.kvcomm.agents import Ids
 from anchorctx.kvcomm.cache import KV
-from anchorctx.kvcomm.prompts import Ids
 
 Reader = tuple[str, int]
 """An agent, and which of its placeholders of that name."""
@@ -178,11 +178,6 @@ class Pool:
             victim = _victim(oldest) if oldest else latest
             for held in self._held.values():
                 held[:] = [e for e in held if e is not victim]
-
-
-def exemplar_bytes(length: int, glues: list[int], token_bytes: int, layers: int) -> int:
-    """The module's formula: a content of `length` tokens read by one agent for each of `glues` (tokens behind it)."""
-    return 8 * length + sum(length + glue for glue in glues) * token_bytes * (layers - 1) // layers
 
 
 def _victim(candidates: list[Exemplar]) -> Exemplar:

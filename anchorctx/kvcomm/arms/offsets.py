@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from anchorctx.kvcomm.agents import Segment
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.arms.exemplars import Match, Offset, Pool, PoolConfig, Reader
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Buffer
-from anchorctx.kvcomm.prompts import Segment
-from anchorctx.kvcomm.request import Placement, Scene
+from anchorctx.kvcomm.request import Placement, TurnContext
 
 
 class Kvcomm(Arm):
@@ -33,51 +33,51 @@ class Kvcomm(Arm):
         self.recompute_glue = recompute_glue
         """Compute the glue with the last token instead of storing its offsets."""
 
-    def place(self, scene: Scene) -> Sequence[Placement]:
+    def place(self, context: TurnContext) -> Sequence[Placement]:
         """Shared contents, and the glue behind each."""
-        placed = [scene.prefix()]
-        for segment in scene.prompt.placeholders:
-            match = self._match(scene, segment) if segment.length else None
+        placed = [context.prefix()]
+        for segment in context.prompt.placeholders:
+            match = self._match(context, segment) if segment.length else None
             if match is not None:
-                placed += self._approximated(scene, segment, match)
+                placed += self._approximated(context, segment, match)
             elif segment.length and not self.partial:
-                return [scene.prefix()]
+                return [context.prefix()]
         return placed
 
-    def observe(self, scene: Scene, buffer: Buffer, given: Sequence[Placement]) -> None:
+    def observe(self, context: TurnContext, buffer: Buffer, given: Sequence[Placement]) -> None:
         """Store the offsets of every content that was computed."""
-        for segment in computed(scene, given):
+        for segment in computed(context, given):
             assert segment.name is not None
-            text = _difference(scene, buffer, segment, scene.base(segment.name).kv)
-            glue = None if self.recompute_glue else scene.prompt.glue_after(segment)
+            text = _difference(context, buffer, segment, context.base(segment.name).kv)
+            glue = None if self.recompute_glue else context.prompt.glue_after(segment)
             offset = Offset(text)
             if glue is not None:
-                offset = Offset(text, _difference(scene, buffer, glue, scene.glue(glue).kv), glue.ids)
-            ids = scene.decoder.tensor(segment.ids)[0]
-            self.pool.add(segment.name, scene.request.number, ids, reader(scene, segment), offset)
+                offset = Offset(text, _difference(context, buffer, glue, context.glue(glue).kv), glue.ids)
+            ids = context.decoder.tensor(segment.ids)[0]
+            self.pool.add(segment.name, context.request.number, ids, reader(context, segment), offset)
 
     @property
     def nbytes(self) -> int:
         """Of the pool."""
         return self.pool.nbytes
 
-    def _match(self, scene: Scene, segment: Segment) -> Match | None:
+    def _match(self, context: TurnContext, segment: Segment) -> Match | None:
         assert segment.name is not None
-        ids = scene.decoder.tensor(segment.ids)[0]
-        state, embed = scene.request, scene.decoder.embeddings
-        return self.pool.match(segment.name, reader(scene, segment), ids, embed, state.distances, scene.keep)
+        ids = context.decoder.tensor(segment.ids)[0]
+        state, embed = context.request, context.decoder.embeddings
+        return self.pool.match(segment.name, reader(context, segment), ids, embed, state.distances, context.keep)
 
-    def _approximated(self, scene: Scene, segment: Segment, match: Match) -> list[Placement]:
+    def _approximated(self, context: TurnContext, segment: Segment, match: Match) -> list[Placement]:
         """Equations 6 and 7."""
         assert segment.name is not None
         texts = [offset.text.cut(0, segment.length) for offset in match.offsets]
-        base = scene.base(segment.name).kv
+        base = context.base(segment.name).kv
         placed = [Placement(base.weighted_sum(texts, match.weights), segment.start)]
-        glue = scene.prompt.glue_after(segment)
+        glue = context.prompt.glue_after(segment)
         seen = [offset.glue for offset in match.offsets if glue is not None and offset.glue_ids == glue.ids]
         glues = [kv for kv in seen if kv is not None]
         if glue is not None and len(glues) == len(match.offsets):  # else another text stood there: compute it
-            placed.append(Placement(scene.glue(glue).kv.weighted_sum(glues, match.weights), glue.start))
+            placed.append(Placement(context.glue(glue).kv.weighted_sum(glues, match.weights), glue.start))
         return placed
 
 
@@ -135,23 +135,23 @@ class MeanOffset(Arm):
         self.warmup = warmup
         self._means: dict[tuple[str, Reader], _Mean] = {}
 
-    def place(self, scene: Scene) -> Sequence[Placement]:
+    def place(self, context: TurnContext) -> Sequence[Placement]:
         """Every content that the mean reaches."""
-        placed = [scene.prefix()]
-        for segment in scene.prompt.placeholders:
+        placed = [context.prefix()]
+        for segment in context.prompt.placeholders:
             assert segment.name is not None
-            mean = self._means.get((segment.name, reader(scene, segment)))
+            mean = self._means.get((segment.name, reader(context, segment)))
             if segment.length and mean and mean.contents >= self.warmup and mean.kv.length >= segment.length:
-                kv = scene.base(segment.name).kv.plus(mean.kv.cut(0, segment.length))
+                kv = context.base(segment.name).kv.plus(mean.kv.cut(0, segment.length))
                 placed.append(Placement(kv, segment.start))
         return placed
 
-    def observe(self, scene: Scene, buffer: Buffer, given: Sequence[Placement]) -> None:
+    def observe(self, context: TurnContext, buffer: Buffer, given: Sequence[Placement]) -> None:
         """Take the computed contents into the means."""
-        for segment in computed(scene, given):
+        for segment in computed(context, given):
             assert segment.name is not None
-            key = (segment.name, reader(scene, segment))
-            offset = _difference(scene, buffer, segment, scene.base(segment.name).kv)
+            key = (segment.name, reader(context, segment))
+            offset = _difference(context, buffer, segment, context.base(segment.name).kv)
             if key in self._means:
                 self._means[key].update(offset)
             else:
@@ -164,17 +164,17 @@ class MeanOffset(Arm):
         return sum(mean.nbytes for mean in self._means.values())
 
 
-def reader(scene: Scene, segment: Segment) -> Reader:
+def reader(context: TurnContext, segment: Segment) -> Reader:
     """Who reads a content, and where."""
-    return scene.prompt.agent, segment.occurrence
+    return context.prompt.agent, segment.occurrence
 
 
-def computed(scene: Scene, given: Sequence[Placement]) -> list[Segment]:
+def computed(context: TurnContext, given: Sequence[Placement]) -> list[Segment]:
     """The non-empty placeholders that no placement filled."""
     filled = {placement.start for placement in given if placement.kv.length}
-    return [segment for segment in scene.prompt.placeholders if segment.length and segment.start not in filled]
+    return [segment for segment in context.prompt.placeholders if segment.length and segment.start not in filled]
 
 
-def _difference(scene: Scene, buffer: Buffer, segment: Segment, base: KV) -> KV:
+def _difference(context: TurnContext, buffer: Buffer, segment: Segment, base: KV) -> KV:
     """Observed minus base, layers 1 and above: layer 0 does not know its context."""
-    return scene.observed(buffer, segment).layers(1).minus(base.layers(1))
+    return context.observed(buffer, segment).layers(1).minus(base.layers(1))

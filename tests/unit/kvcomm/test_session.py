@@ -10,11 +10,11 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrained
 from anchorctx.errors import UserError
 from anchorctx.kvcomm import Agent, Session, grouped
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
+from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, make_arm
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
-from anchorctx.kvcomm.arms.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.session import Turn
 from anchorctx.kvcomm.topology import Topology
+from anchorctx.kvcomm.turn import Turn
 from anchorctx.testing.tiny import ARCHITECTURES
 
 TEXTS = {"doc": "w10 w11 w12 w13 w14 w15 w16 w17", "q": "w20 w21"}
@@ -79,7 +79,7 @@ def test_open_requests_do_not_mix(make: Any, name: str) -> None:
     if name in ("kvcomm", "kvcomm_ungated", "mean_offset"):
         arm: Any = {"mean_offset": lambda: MeanOffset(9)}.get(name, lambda: Kvcomm(PoolConfig(min_exemplars=9)))
     else:
-        arm = lambda: (ARMS | CONTROLS)[name]()  # noqa: E731
+        arm = lambda: make_arm(name)  # noqa: E731
     alone = [logits(make(arm()).ask(texts)) for texts in (TEXTS, OTHER)]
     session = make(arm())
     requests = [session.start(texts) for texts in (TEXTS, OTHER)]

@@ -31,11 +31,10 @@ from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
-from anchorctx.kvcomm.arms.basic import Arm, RotateGlue
-from anchorctx.kvcomm.arms.controls import RandomMoments
+from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateGlue
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
+from anchorctx.kvcomm.arms.names import makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
-from anchorctx.kvcomm.arms.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result
 
@@ -163,7 +162,7 @@ def _shapes(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
 
 def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm]]:
     """The arms to run, dense first, with their settings; UserError for an unknown name or a bad setting."""
-    known: dict[str, Callable[[], Arm]] = ARMS | CONTROLS
+    known = makers()
     unknown = [name for name in config.arms if name not in known]
     if unknown:
         raise UserError(f"arms has {unknown[0]!r}, which is none: choose {', '.join(known)}")

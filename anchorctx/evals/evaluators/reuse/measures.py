@@ -11,7 +11,7 @@ import torch
 
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.session import Turn
+from anchorctx.kvcomm.turn import Turn
 
 Z = 1.959964
 """Of a 95 % interval."""

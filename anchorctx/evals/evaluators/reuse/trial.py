@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError, closeness, turn_error
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Task, Team
+from anchorctx.kvcomm.agents import Frame, Ids
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.prompts import Frame, Ids
-from anchorctx.kvcomm.session import Session, Turn
+from anchorctx.kvcomm.session import Session
+from anchorctx.kvcomm.turn import Turn
 
 
 @dataclass(slots=True)

@@ -117,11 +117,11 @@ def test_the_other_order_is_not_answered_from_the_same_request(folder: Path, mon
     """When the decision agent reads in another order, no exemplar has this request's offsets for it yet."""
     asked = []
 
-    def place(self: Kvcomm, scene: Any) -> Any:
-        if not scene.keep:
-            mine = [e for e in self.pool if e.request == scene.request.number]
-            asked.append([agent for e in mine for agent, _ in e.offsets if agent == scene.prompt.agent])
-        return original(self, scene)
+    def place(self: Kvcomm, context: Any) -> Any:
+        if not context.keep:
+            mine = [e for e in self.pool if e.request == context.request.number]
+            asked.append([agent for e in mine for agent, _ in e.offsets if agent == context.prompt.agent])
+        return original(self, context)
 
     original = Kvcomm.place
     monkeypatch.setattr(Kvcomm, "place", place)
