@@ -16,11 +16,11 @@ from anchorctx.records.results import Result
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What `anchorctx kvcomm` found."""
+    """The result of `anchorctx kvcomm`."""
 
     rows: list[Result]
     verdict: Verdict | None
-    """Of the gate, where one was asked for."""
+    """The gate's, where one was asked for."""
 
 
 def evaluate_precision(config: PrecisionConfig) -> list[Result]:

@@ -44,7 +44,8 @@ class Piece:
     training; later windows score what no earlier one did."""
 
 
-@torch.no_grad()  # not inference mode: parameters gathered under it could not be trained afterwards
+# Not inference mode: parameters that ZeRO-3 gathers under it could not be trained afterwards.
+@torch.no_grad()
 def score(subject: Subject, ids: np.ndarray, chosen: np.ndarray) -> Scores:
     """Predict the `chosen` (B, T) bool among the tokens `ids` (B, T), each from those before it in its row.
 
@@ -54,7 +55,7 @@ def score(subject: Subject, ids: np.ndarray, chosen: np.ndarray) -> Scores:
     tokens, wanted = (torch.from_numpy(x).to(subject.model.device) for x in (ids, chosen))
     if subject.root is None:
         found = _score(subject.model, tokens, wanted, live=False)
-    else:  # as one call of the module that the engine knows: its hooks gather the parameters
+    else:  # one call of the module that the engine knows, so that its hooks gather the parameters
         found = call_as(subject.root, lambda _, *x: _score(subject.model, *x, live=True), tokens, wanted)
     loss, hit = found
     return Scores(loss.double().cpu().numpy(), hit.cpu().numpy())
@@ -117,9 +118,9 @@ def _tiles(
     head: Any, hidden: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses, hits = [hidden.new_zeros(0, dtype=torch.float32)], [targets.new_zeros(0, dtype=torch.bool)]
-    for start in range(0, len(targets), tile):
+    for start in range(0, len(targets), tile):  # L tokens and their logits (L, V) at a time
         logits = head(hidden[start : start + tile])
-        logits = transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))  # (L, V)
+        logits = transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         y = targets[start : start + tile].to(logits.device)
         losses.append(F.cross_entropy(logits, y, reduction="none").to(hidden.device))
         hits.append((logits.argmax(-1) == y).to(hidden.device))

@@ -43,6 +43,8 @@ class Template:
             ) from error
         parts: list[str | Ids | Slot] = []
         glue = ""
+        # "Solve {q} now" gives ("Solve ", "q", "", None) and (" now", None, None, None). A literal ends at "{{" too, so
+        # glue is gathered until a placeholder follows.
         for literal, name, spec, conversion in fields:
             glue += literal
             if name is None:
@@ -58,22 +60,22 @@ class Template:
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """Names in order, repeated where they are."""
+        """Names in order, as often as they occur."""
         return tuple(part.name for part in self.parts if isinstance(part, Slot))
 
     @classmethod
     def of(cls, template: str | Template) -> Template:
-        """Parsed where it is not yet."""
+        """A template, parsed from text if need be."""
         return cls.parse(template) if isinstance(template, str) else template
 
     def reordered(self, names: Mapping[str, str]) -> Template:
-        """The same with placeholders exchanged: `names` says what stands where each name stood."""
+        """The same with placeholders exchanged: `names` maps each name to the one that takes its place."""
         return Template(tuple(Slot(names.get(p.name, p.name)) if isinstance(p, Slot) else p for p in self.parts))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an agent said, and how sure it was."""
+    """What an agent said, and how sure it was of it."""
 
     text: str
     """Empty when it said nothing."""
@@ -196,7 +198,7 @@ class Prompt:
 
 
 class Frame:
-    """A tokenised template."""
+    """A template in tokens, which makes prompts from contents."""
 
     def __init__(self, agent: str, template: Template, encode: Encode, bos: int) -> None:
         self.agent, self._encode = agent, encode
@@ -212,6 +214,7 @@ class Frame:
         """The prompt with these contents."""
         segments: list[Segment] = []
         seen: dict[str, int] = {}
+        # Parts [BOS a], {x}, [b], {x} with x of 3 tokens: segments start at 0, 2, 5, 6; the second x has occurrence 1.
         start = 0
         for number, (name, ids) in enumerate(self._parts):
             occurrence = 0
@@ -223,7 +226,7 @@ class Frame:
         return Prompt(self.agent, tuple(segments))
 
     def skeleton(self) -> Prompt:
-        """The prompt with each placeholder's own name in its place: what the base KV of the glue is taken from."""
+        """The prompt with each placeholder's name as its content: the base KV of the glue is taken from it."""
         return self.prompt({name: self._encode(name) for name, _ in self._parts if name is not None})
 
 
@@ -232,5 +235,5 @@ def _tokens(glue: str | Ids, encode: Encode) -> Ids:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading tokens that both have."""
+    """Number of leading tokens in which both agree."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,7 +1,7 @@
 """A session: agents that run one checkpoint, who hears whom, and one arm; and the requests that go through it.
 
-Several requests may be open at once: each has its own state, and only what an arm learns from them is the session's.
-A session is for one thread.
+Several requests may be open at once: each has its own state, and only what an arm learns from them belongs to the
+session. A session is for one thread.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Session:
     def check(self, texts: Mapping[str, str | Sequence[int]]) -> None:
         """UserError where a request's prompts could grow past the model's length: every answer as long as it may be."""
         contents = dict(self.start(texts).state.contents)
+        # The longest prompts there can be: which tokens they have does not matter, so all are 0.
         contents |= {name: (0,) * agent.longest_message for name, agent in self.agents.items()}
         for name, frame in self.frames.items():
             self.check_length(name, frame.prompt(contents).length, self.agents[name].max_new_tokens)
@@ -166,7 +167,7 @@ class Request:
         elif message is None:
             text, message = said.text, ids
         began = now(decoder.device)
-        if keep:
+        if keep:  # the arm learns first: the message that follows may move the buffer to a larger one
             arm.observe(context, found.buffer, found.given)
             self.answers[name] = said
             # A message that begins with the answer has the KV of its first tokens in the buffer already.
@@ -175,7 +176,7 @@ class Request:
         return finished(session.flops, context, found, seconds, said, ids, message, logits)
 
     def fork(self) -> Request:
-        """The request as it stands, to try something on: what is worked out there is not known here."""
+        """A copy of the request as it stands, to try something on: what is computed there is not known here."""
         other = Request(self.session, self.state.fork())
         other.answers = dict(self.answers)
         return other

@@ -1,6 +1,6 @@
 """One agent's turn: fill the prompt's cache, compute the rest, speak, and keep the message's KV. One path for all arms.
 
-Seconds are taken on the same path for every arm, and nothing is left out of time to first token but decoding:
+All arms are timed on the same path, and nothing but decoding is left out of the time to first token:
 `match` (deciding, approximating), `encode` (base KV, anchored documents), `assemble` (placing), `forward` (the first
 token), `upkeep` (observing offsets, keeping the message).
 """
@@ -83,15 +83,17 @@ def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
         placement.write(decoder, buffer)
         missing[placement.start : placement.start + placement.kv.length] = False
     reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
-    missing[-1] = True
+    missing[-1] = True  # its logits are needed, whatever was placed there
     slots = torch.nonzero(missing)[:, 0]
     clock.append(now(decoder.device))
     ids = decoder.tensor(prompt.ids)[:, slots.to(decoder.device)]
     logits = decoder.forward(ids, buffer, _range_of(slots))[0, -1]
     clock.append(now(decoder.device))
+    # Encoding happens inside `place`, on demand: it is taken out of `match` and shown apart.
     match, assemble, forward = (b - a for a, b in zip(clock, clock[1:], strict=False))
     seconds = {"match": match - context.tally.seconds, "encode": context.tally.seconds}
     seconds |= {"assemble": assemble, "forward": forward}
+    # The token in slot s sees s + 1 slots, itself included.
     return Prefill(buffer, logits, given, len(slots), int((slots + 1).sum()), reused, seconds)
 
 
@@ -114,16 +116,18 @@ def speak(
         answer.append(token)
         if len(answer) == limit or (stop is not None and stop(tuple(answer))):
             return tuple(answer), len(answer) - 1
+        # The first token came from the prefill's logits; its KV is computed when the second one is asked for.
         at = length + len(answer) - 1
         logits = decoder.forward(decoder.tensor([token]), buffer, range(at, at + 1))[0, -1]
 
 
 @torch.no_grad()
 def recite(decoder: Decoder, buffer: Buffer, length: int, logits: torch.Tensor, answer: Ids) -> torch.Tensor:
-    """Speak a given answer: logits (max(1, n), V) that predict its tokens; their KV is in the buffer afterwards."""
+    """Run a given answer: logits (max(1, n), V) that predict its tokens; their KV is in the buffer afterwards."""
     if not answer:
         return logits[None]
     at = range(length, length + len(answer))
+    # The prefill predicts answer[0]; running answer[0 .. n-1] predicts answer[1 .. n], of which the last is not needed.
     following = decoder.forward(decoder.tensor(answer), buffer, at, keep=len(answer))[0]
     return torch.cat([logits[None], following[:-1]])
 
@@ -132,6 +136,8 @@ def recite(decoder: Decoder, buffer: Buffer, length: int, logits: torch.Tensor, 
 def keep_message(context: TurnContext, buffer: Buffer, message: Ids, filled: int) -> Shared:
     """The message's KV as its speaker computed it, un-rotated; its first `filled` tokens are in the buffer already."""
     decoder, length = context.decoder, context.prompt.length
+    # `filled` is 0 where the message does not begin with the answer, and one short where the answer reached its limit:
+    # its last token was not run.
     if filled < len(message):
         if buffer.capacity < length + len(message):
             buffer = _grown(decoder, buffer, length + filled, length + len(message))
@@ -191,5 +197,5 @@ def _grown(decoder: Decoder, buffer: Buffer, used: int, capacity: int) -> Buffer
 
 
 def total(seconds: dict[str, float], parts: Sequence[str] = ()) -> float:
-    """Sum of all parts, or of some."""
+    """Sum of all parts, or of those in `parts`."""
     return sum(value for name, value in seconds.items() if not parts or name in parts)

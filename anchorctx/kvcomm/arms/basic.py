@@ -54,6 +54,7 @@ class DensePrefixCache(Arm):
     def place(self, context: TurnContext) -> Sequence[Placement]:
         """The longest prefix that any agent's latest prompt had; before that, its fixed text."""
         ids = context.prompt.ids
+        # Any agent's: prompts of different agents may begin alike, with the same documents.
         found = [(common_prefix(ids, kept), kv) for kept, kv in self._kept.values()]
         length, kv = max(found, key=lambda pair: pair[0], default=(0, None))
         prefix = context.prefix()
@@ -145,6 +146,7 @@ class Anchored(Arm):
 
     def place(self, context: TurnContext) -> Sequence[Placement]:
         """Every segment up to the last placeholder's end."""
+        # The first segment begins with the anchor, and prefix() has it. Glue behind the last placeholder is computed.
         last = max((segment.number for segment in context.prompt.placeholders), default=0)
         documents = [s for s in context.prompt.segments[1 : last + 1] if s.length]
         return [context.prefix(), *(Placement(context.anchored(s), s.start) for s in documents)]
@@ -176,6 +178,7 @@ class RandomMoments(Rotate):
     def text(self, context: TurnContext, segment: Segment, name: str) -> Placement | None:
         """The same noise for every reader of one request's content."""
         kv = context.base(name).kv
+        # Seeded by the request and the placeholder, not by the reader.
         entropy = [self.seed, context.request.number, *name.encode()]
         generator = torch.Generator().manual_seed(int(np.random.default_rng(entropy).integers(2**62)))
         return Placement(KV(_matched(kv.keys, generator), _matched(kv.values, generator)), segment.start)
@@ -196,6 +199,7 @@ class OtherRequest(Rotate):
         other = next((kv for number, kv in self._latest.get(name, ()) if number != context.request.number), None)
         if other is None or not other.length:
             return None
+        # 5 tokens from a content of 3: index = [0, 1, 2, 0, 1].
         index = torch.arange(segment.length, device=other.keys.device) % other.length
         return Placement(KV(other.keys[:, :, :, index], other.values[:, :, :, index]), segment.start)
 

@@ -27,7 +27,7 @@ from anchorctx.kvcomm.cache import KV
 Reader = tuple[str, int]
 """An agent, and which of its placeholders of that name."""
 NEGLIGIBLE = 2.0**-26
-"""Weights below float32's resolution of 1: their offsets are not read."""
+"""Weights below this do not change a float32 sum near 1: their offsets are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ class Pool:
         a content asks for the same ones, and measuring them takes as long as a pass over the offsets. `count` the use
         of the nearest exemplar, by which the pool chooses what to drop.
         """
+        # A (T,) content is compared with the first T tokens of exemplars that are at least as long.
         length = len(ids)
         found = [e for e in self._held.get(name, ()) if reader in e.offsets and len(e.ids) >= length]
         if len(found) < self.config.min_exemplars:
@@ -148,6 +149,8 @@ class Pool:
             known.update(zip(((name, e.request) for e in new), measured, strict=True))
         distances = torch.tensor([known[name, e.request] for e in found])
         weights = torch.softmax(-distances / self.config.temperature, 0).tolist()
+        # Exemplars at equal distances have weights 1/n and entropy log n: nothing tells which the content resembles, so
+        # it is computed. One near exemplar among far ones gives an entropy near 0.
         entropy = -sum(w * math.log(w) for w in weights if w)
         if self.config.gamma < 1 and entropy > self.config.gamma * math.log(len(found)):
             return None
@@ -174,6 +177,7 @@ class Pool:
         """Drop exemplars of any placeholder until the bytes fit; the latest goes last."""
         limit = self.config.max_bytes
         while limit is not None and self.nbytes > limit:
+            # By request over all placeholders; the one just added goes only when nothing else is left.
             oldest = sorted((e for e in self if e is not latest), key=lambda e: e.request)[: self.config.window]
             victim = _victim(oldest) if oldest else latest
             for held in self._held.values():

@@ -1,8 +1,8 @@
 """Arms that add to the base KV what earlier requests showed to be missing: KVCOMM's exemplars, and a running mean.
 
 Known departures from the paper: a content that cannot be shared computes its own segment and the glue behind it, not
-the whole prompt (`partial=False` restores that); offsets observed in such a prompt are relative to what the other
-contents were approximated by. Offsets are kept and added in the de-rotated frame for every segment.
+the whole prompt (`partial=False` restores that). Offsets observed in such a prompt come from a run that saw the other
+contents as they were approximated. Offsets are kept and added un-rotated for every segment.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class Kvcomm(Arm):
     def _approximated(self, context: TurnContext, segment: Segment, match: Match) -> list[Placement]:
         """Equations 6 and 7."""
         assert segment.name is not None
+        # Exemplars are at least as long as this content; the beginnings of their offsets are used.
         texts = [offset.text.cut(0, segment.length) for offset in match.offsets]
         base = context.base(segment.name).kv
         placed = [Placement(base.weighted_sum(texts, match.weights), segment.start)]
@@ -110,11 +111,12 @@ class _Mean:
             counts = self.counts.new_zeros(offset.length)
             counts[: self.kv.length] = self.counts
             self.kv, self.counts = longer, counts
-        own = self.kv.cut(0, offset.length)
+        # mean += (x - mean) / n, with another n at each place: counts (T,) -> (T, 1), against (L, B, H, T, D).
+        reached = self.kv.cut(0, offset.length)  # a view, so that the additions are made in place
         self.counts[: offset.length] += 1
-        share = (1.0 / self.counts[: offset.length].to(own.keys.dtype))[:, None]
-        own.keys.add_((offset.keys - own.keys) * share)
-        own.values.add_((offset.values - own.values) * share)
+        weight = (1.0 / self.counts[: offset.length].to(reached.keys.dtype))[:, None]
+        reached.keys.add_((offset.keys - reached.keys) * weight)
+        reached.values.add_((offset.values - reached.values) * weight)
         self.contents += 1
 
     @property
@@ -141,6 +143,7 @@ class MeanOffset(Arm):
         for segment in context.prompt.placeholders:
             assert segment.name is not None
             mean = self._means.get((segment.name, reader(context, segment)))
+            # Layers 1 and above alone have offsets; layer 0 is the base's.
             if segment.length and mean and mean.contents >= self.warmup and mean.kv.length >= segment.length:
                 kv = context.base(segment.name).kv.plus(mean.kv.cut(0, segment.length))
                 placed.append(Placement(kv, segment.start))

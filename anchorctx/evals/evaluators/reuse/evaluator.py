@@ -1,8 +1,8 @@
 """The evaluation `kvcomm`: how well agents that run a model reuse each other's KV caches, by arm, against dense.
 
-A unit is a task, since arms learn from one problem to the next, or the split of errors. What can be refused is refused
-before any weight is read, on a model that has only shapes. Of several processes each takes some of the arms, beside
-dense, which is computed by all: an arm's numbers do not depend on the other arms.
+A unit is a whole task, since arms learn from one problem to the next, or the split of errors. What can be refused is
+refused before any weight is read, on a model that has only shapes. With several processes, each takes some of the arms
+beside dense, which all compute: an arm's numbers do not depend on the other arms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKEN
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.distribute import gather, is_first, place, same_everywhere, spread
+from anchorctx.evals.distribute import gather, is_first, rank_and_size, same_everywhere, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
 from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import check_gate, record_rows, variation_rows
@@ -64,7 +64,7 @@ class Reuse:
             task = _task(name, config, lab.model, candidate.tokenizer, self._lines, seed)
             self._tasks[task.name] = task, task.teams()
             for team in self._tasks[task.name][1]:
-                Trial(lab, task, team)
+                Trial(lab, task, team)  # for its checks alone
         self._varies = self._has_room(lab.decoder.reach)
 
     def longest(self) -> int:
@@ -92,7 +92,8 @@ class Reuse:
             yield from self._variation(subject, progress)
             return
         task, teams = self._tasks[unit["task"]]
-        rank, world = place()
+        rank, world = rank_and_size()
+        # Arms a b c d e on 2 processes: the first takes a c e, the second b d, and both run dense.
         mine = {"dense", *[name for name in self._arms if name != "dense"][rank::world]}
         arms = {name: make for name, make in self._arms.items() if name in mine}
         lab = self._lab(subject.model, subject.tokenizer, arms)
@@ -102,7 +103,7 @@ class Reuse:
         work = [(trial, problem) for trial in trials for problem in trial.team.problems]
         for trial, problem in work:
             trial.run(problem)
-            same_everywhere(None)  # no process waits for the others for longer than a problem takes
+            same_everywhere(None)  # meet after every problem, so that no wait is long enough to time out
             progress(1, len(work))
         records = self._together([trial.records for trial in trials])
         yield from record_rows(task.name, records, fingerprint([problem for _, problem in work]))
@@ -110,6 +111,7 @@ class Reuse:
     def _together(self, mine: list[dict[str, Record]]) -> list[Record]:
         """Every team's records, in the arms' order, from the processes that ran the arms; dense's from the first."""
         parts = gather(mine)
+        # Dense is in every part; reversed, so that the first process's record of it wins.
         teams = [{k: v for part in reversed(parts) for k, v in part[i].items()} for i in range(len(mine))]
         return [records[name] for records in teams for name in self._arms]
 
@@ -144,6 +146,7 @@ class Reuse:
         rng = np.random.default_rng([self._seed, 1])
         starts = rng.integers(0, len(stream) - longest, size=(config.documents, 3))
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        # (documents, 3, longest): each a document and the two texts that it is read behind.
         pieces = stream[starts[..., None] + np.arange(longest)].tolist()
 
         def error(piece: list[list[int]]) -> Any:
@@ -161,7 +164,7 @@ def _shapes(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
 
 
 def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm]]:
-    """The arms to run, dense first, with their settings; UserError for an unknown name or a bad setting."""
+    """What makes each arm to run, dense first, with its settings; UserError for an unknown name or a bad setting."""
     known = makers()
     unknown = [name for name in config.arms if name not in known]
     if unknown:

@@ -59,7 +59,7 @@ class Task(Protocol):
         ...
 
     def score(self, answer: Answer, problem: Problem) -> bool:
-        """Is the decision agent's answer right?"""
+        """Whether the decision agent's answer is right."""
         ...
 
 
@@ -79,6 +79,7 @@ def panel(
     agents = []
     for number, name in enumerate(graph.order):
         final = name == DECISION
+        # In a debate agent_1@2 is agent_1's second turn.
         said = "".join(f"\n{other.replace('@', ' in round ')} said: {{{other}}}" for other in graph.inputs[name])
         role = last if final else roles[number % len(roles)]
         agents.append(Agent(name, f"{role}\n\n{question}\n{said}\n\nAnswer:", final_tokens if final else tokens))

@@ -98,6 +98,7 @@ class RetrievalTask:
 
     def _team(self, kind: str) -> Team:
         names = [f"reader_{i}" for i in range(1, self._readers + 1)]
+        # Each reader hears all before it, or in two_hop the first one alone.
         inputs = {name: names[:i] if kind != "two_hop" else names[:1] * bool(i) for i, name in enumerate(names)}
         agents = [self._reader(kind, i, name, inputs[name]) for i, name in enumerate(names)]
         documents = "".join(f"{{document_{i}}}" for i in range(self._readers, 0, -1))
@@ -123,6 +124,7 @@ class RetrievalTask:
             asked = texts[heard[0]] if two_hop else texts["question"]
             return (asked + answer.text) * times if asked else ""
 
+        # Roles of different lengths, so that the same document stands at another place in every prompt.
         role = f"# reader {number + 1} of {self._readers}, who has one document and passes on what it says\n" * (
             1 + number % 3
         )
@@ -155,6 +157,7 @@ class RetrievalTask:
         elif kind == "override":
             stated[first].append((key, old))
             stated[last].append((key, value))
+        # Facts beside the problem's have keys of their own: nothing but the kind decides what is known of `key`.
         others = iter(order[2:])
         for facts in stated:
             facts += [(int(next(others)), str(rng.choice(words.values))) for _ in range(config.facts)]
@@ -168,6 +171,7 @@ class RetrievalTask:
         lines = self._text(self.config.document_tokens - 2 * len(facts), start)
         slots = np.sort(rng.integers(0, len(lines) + 1, len(facts)))
         order = rng.permutation(len(facts))
+        # From the back, so that the slots in front stay where they are.
         for slot, i in reversed(list(zip(slots.tolist(), order.tolist(), strict=True))):
             key, value = facts[i]
             lines.insert(slot, (self._tokens[self._vocabulary.keys[key]], self._tokens[value]))

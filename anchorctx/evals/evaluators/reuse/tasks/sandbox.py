@@ -40,10 +40,11 @@ def passes(program: str, limits: Limits) -> bool:
             pass_fds=[write],
             start_new_session=True,
         )
-        os.close(write)
+        os.close(write)  # only the child has it now: reading ends when the child does
         try:
             process.communicate(program.encode(), timeout=limits.wall_seconds)
         except subprocess.TimeoutExpired:
+            # The child leads a process group of its own (start_new_session), which ends with it.
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
         with os.fdopen(read, "rb") as report:

@@ -27,7 +27,7 @@ from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result, read_results
 from anchorctx.report.reuse_table import find
-from anchorctx.testing.tiny import text_model
+from anchorctx.testing.tiny import save, text_model
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
 
@@ -37,8 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer that knows the facts, a corpus and three GSM8K-like questions."""
     path = tmp_path_factory.mktemp("kvcomm")
     tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
-    text_model(tokenizer, 1024).save_pretrained(path / "tiny")
-    tokenizer.save_pretrained(path / "tiny")
+    save(text_model(tokenizer, 1024), tokenizer, path / "tiny")
     (path / "corpus.jsonl").write_text(json.dumps({"text": LINES}) + "\n")
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)]
     (path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
