@@ -3,7 +3,7 @@
 #
 #   bash scripts/setup.sh            PYTHON=python3.12 picks another interpreter
 #
-# constraints.txt pins torch for the CPU. For a GPU: pip install -e '.[zstd,plots,wandb]' in an environment of your own.
+# constraints.txt pins torch for the CPU. For a GPU: pip install -e '.[zstd,wandb]' in an environment of your own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

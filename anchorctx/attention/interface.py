@@ -23,6 +23,7 @@ def register() -> None:
 
     Idempotent. Load or configure a model with `attn_implementation="anchor"` afterwards.
     """
+    # The mask function makes none: transformers would build (B, 1, T, T) where it finds no such function.
     for backend in ("auto", *BACKENDS):
         name = implementation(backend)
         AttentionInterface.register(name, partial(_anchor_forward, backend=backend))

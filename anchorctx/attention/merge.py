@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from anchorctx.attention.kernels.base import Kernel, Score, Tile
+from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile
 from anchorctx.layout import PackedLayout
 
 BLOCK = 4096
@@ -86,8 +86,9 @@ class _AnchorAttention(torch.autograd.Function):
         heads = _anchor_heads(k, v, anchor, q.shape[1], lse.dtype)
         for group, span in _groups(ctx.tiles):
             for tile in group:
-                tensors = [tile.view(x) for x in (do, q, k, v, o, lse)]
-                for grad, part in zip((dq, dk, dv), kernel.backward(*tensors, tile, score), strict=True):
+                attended = Attended(*(tile.view(x) for x in (q, k, v, o, lse)))
+                grads = kernel.backward(tile.view(do), attended, tile, score)
+                for grad, part in zip((dq, dk, dv), grads, strict=True):
                     tile.view(grad).copy_(part)
             for block in _blocks(span, anchor):
                 _merge_backward(block, do, q, heads, o, lse, a, dq, sums, score)

@@ -23,5 +23,6 @@ def reference_attention(
     if score.softcap is not None:
         scores = torch.tanh(scores / score.softcap) * score.softcap
     allowed = torch.stack([layout.allowed(query.device, score.window) for layout in layouts])
+    # No row is empty: every token sees itself, so that the softmax never divides by zero.
     scores = scores.masked_fill(~allowed[:, None], float("-inf"))
     return torch.softmax(scores, dim=-1) @ value

@@ -176,6 +176,7 @@ def attend(
         return chosen.attend(query, key, value, layouts, score)
     orders = _orders if type(query) is torch.Tensor else _orders.__wrapped__  # no FakeTensor is kept for later calls
     order, back = orders(layouts, query.device)
+    # Kernels take documents that lie together: gather them, attend, and put every token back.
     grouped = tuple(layout.by_document() for layout in layouts)
     query, key, value = (_reorder(x, order) for x in (query, key, value))
     out = chosen.attend(query, key, value, grouped, score)
@@ -186,6 +187,7 @@ def attend(
 def _orders(layouts: tuple[PackedLayout, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) int64: the order that has documents together, and the one that undoes it."""
     with torch.inference_mode(False):  # a kept inference tensor could not be saved for a later backward
+        # segments of documents A, B, A with 2, 2 and 1 tokens: order = [0, 1, 4, 2, 3], undone by [0, 1, 3, 4, 2]
         order = torch.stack([torch.from_numpy(layout.order_array()) for layout in layouts]).to(device)
         return order, torch.argsort(order, dim=1)
 

@@ -56,14 +56,6 @@ def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:
             module.forward = partial(_rounded_forward, module)
 
 
-def get_rope_dtype(model: torch.nn.Module) -> RopeDtype:
-    """What `set_rope_dtype` set last."""
-    if any("forward" in module.__dict__ for module in _makers(model)):
-        return RopeDtype.bfloat16_emulated
-    wrapped = any("forward" in module.__dict__ for module in rotary_modules(model))
-    return RopeDtype.float32 if wrapped else RopeDtype.bfloat16
-
-
 def _makers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules whose outputs are rotated: each attention's norms of queries and keys, or else its projections."""
     found = []

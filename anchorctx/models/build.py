@@ -74,6 +74,7 @@ def check_attention(model: PreTrainedModel, attention: str, device: torch.device
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     softcap = getattr(config, "attn_logit_softcapping", None)
+    # An empty call of the model's shape: the choice depends on dtype, device, head dimension and soft-capping alone.
     choose(attention, torch.empty(1, heads, 1, dim, dtype=model.dtype, device=device), Score(dim**-0.5, None, softcap))
 
 
@@ -83,6 +84,7 @@ def checkpoint_activations(model: PreTrainedModel, *, every: int = 1, use_reentr
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # every=2 of 5 layers: layers 0, 2 and 4 are recomputed
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0
 
@@ -123,6 +125,7 @@ def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
 
 def _check_architecture(config: PretrainedConfig) -> None:
     name = config.model_type
+    # a text model's text configuration is itself
     if config.get_text_config() is not config:
         raise UserError(f"model type {name} is multimodal: use the checkpoint of its text model")
     if not getattr(config, "rope_parameters", None):
@@ -153,6 +156,7 @@ def _check_heads(fields: dict[str, Any]) -> None:
 def _new(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     devices = list(range(torch.cuda.device_count()))
     try:
+        # Weights follow from config.seed alone, and the caller's random states stay as they were.
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
             return AutoModelForCausalLM.from_config(hf_config, **options)

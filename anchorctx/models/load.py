@@ -7,6 +7,7 @@ would draw missing weights, and those of another shape, at random.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import logging
@@ -50,10 +51,20 @@ def local_folder(path: str) -> Path | None:
 
 
 def read_config(path: str, fields: Mapping[str, Any] | None = None) -> PretrainedConfig:
-    """The model's configuration with some `fields` changed; UserError when there is none or a change is impossible."""
+    """The model's configuration with some `fields` changed.
+
+    Raises:
+        UserError: there is none, it has no field of that name, or the change is impossible.
+    """
     folder = local_folder(path)
     with _reading(path):
-        return AutoConfig.from_pretrained(folder or path, **(fields or {}))
+        found: Any = AutoConfig.from_pretrained(folder or path, return_unused_kwargs=True, **(fields or {}))
+    config, unknown = found
+    for name in unknown:
+        near = difflib.get_close_matches(name, config.to_dict(), 1)
+        hint = f"did you mean {near[0]}?" if near else "its config.json lists what it has"
+        raise UserError(f"config.{name}={unknown[name]} is not a field of {type(config).__name__}: {hint}")
+    return config
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -104,6 +115,7 @@ def check_weights(path: str, config: PretrainedConfig) -> None:
             weights |= load_state_dict(file, map_location="meta")
         if not weights:
             return
+        # On the meta device: names and shapes are compared, and no weight takes memory.
         _, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
     _judge(path, kind.__name__, info)
 
@@ -115,6 +127,7 @@ def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: st
         UserError: as `load_weights`, naming `source`.
     """
     needed = model.state_dict()
+    # an embedding that is also the head is stored once, under either name
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     shapes = {(n, w.shape, needed[n].shape) for n, w in weights.items() if n in needed and w.shape != needed[n].shape}
     info = {
@@ -127,7 +140,7 @@ def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: st
     model.tie_weights()
 
 
-def reason(error: Exception, *, first: bool = False) -> str:
+def reason(error: BaseException, *, first: bool = False) -> str:
     """One line of a library's error: its last, which is the cause, or its first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0 if first else -1].strip().rstrip(".:")

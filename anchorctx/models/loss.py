@@ -47,6 +47,7 @@ class LogitTransform:
     @classmethod
     def of(cls, config: PretrainedConfig) -> LogitTransform:
         """Read it from a transformers configuration; UserError for a field about logits that is not known here."""
+        # Whatever has "logit" in its name may change the logits: set and not known here, it would make the loss wrong.
         about = {name for name in vars(config) if "logit" in name or "head_multiplier" in name}
         unknown = {name for name in about - KNOWN_LOGIT_FIELDS if getattr(config, name) not in (None, False, 1.0)}
         for name in sorted(unknown):
@@ -66,6 +67,7 @@ class LogitTransform:
     def backward(self, grad: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
         """Gradient with respect to the head's output, given that for the `transformed` logits; in place on both."""
         if self.softcap is not None:
+            # d/dx (c tanh(x / c)) = 1 - tanh(x / c)^2, and transformed / c is that tanh
             grad = grad.mul_(transformed.div_(self.softcap).square_().neg_().add_(1.0))
         return grad if self.scale == 1.0 else grad.mul_(self.scale)
 
@@ -142,6 +144,7 @@ def default_tile(vocabulary: int, hidden_size: int) -> int:
 
 def call_as(module: nn.Module, function: Callable[..., Any], *args: torch.Tensor) -> Any:
     """Call `module` with `function(module, *args)` in place of its forward: its hooks run around it."""
+    # An instance attribute hides the class's forward; one that was there already (a wrapper) comes back afterwards.
     before = module.__dict__.get("forward")
     module.forward = lambda *inputs: function(module, *inputs)
     try:
@@ -169,6 +172,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
+        # needs_input_grad is true under no_grad as well, where the gradients would be computed for nothing.
         needed = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
         grads = (
             torch.empty_like(hidden) if needed[0] else None,
@@ -180,6 +184,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             x, y, w = hidden[tile], targets[tile], token_weights[tile].to(exact)
             logits = transform(F.linear(x, weight, bias).to(exact))  # (L, V)
             lse = logits.logsumexp(-1)
+            # cross-entropy of one token: logsumexp(logits) - logits[target]
             loss += (w * (lse - logits.gather(1, y[:, None])[:, 0])).sum()
             if any(needed):
                 _accumulate(grads, tile, x, weight, _logit_grad(logits, lse, y, w, transform).to(hidden.dtype))
@@ -192,6 +197,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the tiled loss was differentiated twice: its gradients are kept for one backward")
         grads, ctx.grads = ctx.grads, None
+        # The loss is a sum, so all gradients scale by the one that arrives from above (1 / the step's trained weight).
         scaled = [None if g is None else g.mul_(grad.to(g.dtype)).to(d) for g, d in zip(grads, ctx.dtypes, strict=True)]
         return *scaled, None, None, None, None, None
 
@@ -200,6 +206,7 @@ def _logit_grad(
     logits: torch.Tensor, lse: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, transform: LogitTransform
 ) -> torch.Tensor:
     """(L, V) gradient of the weighted cross-entropy with respect to the head's output."""
+    # softmax(logits) - one_hot(target)
     grad = (logits - lse[:, None]).exp_()
     grad.scatter_add_(1, targets[:, None], grad.new_full((len(targets), 1), -1.0))
     return transform.backward(grad.mul_(weights[:, None]), logits)
@@ -211,6 +218,7 @@ def _accumulate(
     """Add a tile's share, given its (L, V) logit gradient, to the gradients of hidden, weight and bias."""
     if grads[0] is not None:
         grads[0][tile] = grad @ weight
+    # addmm_ needs no (V, D) temporary, but takes one dtype only: for bfloat16 states the sum is float32.
     if grads[1] is not None and grads[1].dtype == x.dtype:
         grads[1].addmm_(grad.mT, x)
     elif grads[1] is not None:

@@ -34,6 +34,7 @@ def saving(memory: MemoryConfig, device: torch.device) -> Saving:
 def offloaded_bytes(model: PreTrainedModel, tokens: int, every: int) -> int:
     """Bytes of the inputs of all recomputed layers for `tokens` tokens of this process."""
     config = model.config.get_text_config()
+    # one (tokens, hidden) input for each recomputed layer: every=2 of 5 layers keeps 3
     layers = -(-config.num_hidden_layers // every)
     return layers * tokens * config.hidden_size * model.dtype.itemsize
 

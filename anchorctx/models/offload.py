@@ -49,6 +49,7 @@ class Offload:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        # A saved view (a transposed weight) belongs to its base. Parameters are leaves and stay where they are.
         owner = tensor if tensor._base is None else tensor._base
         if tensor.nbytes < self._smallest or not tensor.is_floating_point() or owner.is_leaf:
             return tensor
@@ -86,6 +87,7 @@ class PinnedStore:
         if self._stream is None:
             buffer.copy_(tensor)
         else:
+            # the copy may start once the computation that fills the tensor has ended
             self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(self._stream):
                 buffer.copy_(tensor, non_blocking=True)
@@ -97,6 +99,7 @@ class PinnedStore:
         """See `Store`; layers come back in reverse order, so the one before is fetched too."""
         self._fetch(kept)
         if self._stream is not None:
+            # the computation may go on once the fetch has ended
             torch.cuda.current_stream(kept.device).wait_stream(self._stream)
         back, kept.back = kept.back, None
         assert back is not None
@@ -137,6 +140,7 @@ class FolderStore:
     def put(self, tensor: torch.Tensor) -> _Filed:
         """See `Store`."""
         path = self._folder / str(next(self._names))
+        # numpy has no bfloat16: bytes go out and come back as they are
         tensor.contiguous().cpu().view(torch.uint8).numpy().tofile(path)
         return _Filed(path, tensor.shape, tensor.dtype, tensor.device)
 

@@ -29,6 +29,7 @@ def check_length(config: PretrainedConfig, tokens: int) -> None:
 
 def reach(config: PretrainedConfig) -> int:
     """Tokens that the RoPE settings reach: `max_position_embeddings`, or what a stretched original length allows."""
+    # Llama of 4,096 tokens with yarn and factor 4: min(max_position_embeddings, 4096 * 4) = 16,384
     limit: int = config.max_position_embeddings
     rope = full_parameters(config)
     if rope.get("rope_type") == "dynamic":  # transformers keeps the original length in max_position_embeddings here
@@ -60,6 +61,7 @@ def apply_rope(config: PretrainedConfig, rope: RopeConfig, max_length: int | Non
     if changed:
         _write(config, rope, length)
     _write_length(config, rope, max_length)
+    # fills in what transformers derives itself, so that model and export read one complete dictionary
     config.standardize_rope_params()
     try:
         config.validate_rope()
@@ -83,6 +85,7 @@ def _write(config: PretrainedConfig, rope: RopeConfig, length: int) -> None:
     if rope.type is not None:
         kept = {k: parameters[k] for k in ("rope_theta", "partial_rotary_factor") if parameters.get(k) is not None}
         original = rope.original_max_position_embeddings or parameters.get("original_max_position_embeddings") or length
+        # Another type keeps nothing of the old one's settings but theta and the rotated share of each head.
         parameters.clear()
         parameters |= kept | {"rope_type": rope.type.value} | _scaling(rope, original)
         if hasattr(config, "original_max_position_embeddings"):  # Phi 3 keeps it outside, and that one wins

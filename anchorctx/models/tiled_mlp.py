@@ -40,6 +40,7 @@ def tile_mlps(model: PreTrainedModel, tokens: int) -> None:
     if not mlps:
         raise UserError(f"memory.mlp_tile={tokens} finds no MLP in {config.model_type}: set memory.mlp_tile=0")
     for mlp in mlps:
+        # idempotent: `_tiled` calls the class's forward, not the one that it replaces
         mlp.forward = partial(_tiled, mlp, tokens)
         vars(mlp)["_z3_leaf"] = True  # what deepspeed.utils.set_z3_leaf_modules sets
 
@@ -54,6 +55,7 @@ def _tiled(mlp: nn.Module, tokens: int, x: torch.Tensor) -> torch.Tensor:
     whole = partial(type(mlp).forward, mlp)
     if x.shape[:-1].numel() <= tokens:
         return whole(x)
+    # Given one by one, so that autograd asks for their gradients, and as a list, which the context keeps.
     parameters = [p for p in mlp.parameters() if p.requires_grad]
     out = _TiledForward.apply(x, whole, tokens, parameters, *parameters)
     assert isinstance(out, torch.Tensor)
@@ -80,6 +82,7 @@ class _TiledForward(torch.autograd.Function):
         dx = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.parameters]
         for tile in _tiles(flat, ctx.tokens):
+            # a leaf of its own, so that the inner graph ends here
             piece = flat[tile].requires_grad_()
             with torch.enable_grad():
                 out = ctx.whole(piece)

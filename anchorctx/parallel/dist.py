@@ -37,6 +37,7 @@ def start(timeout_s: float = 1800.0) -> Ranks:
     `timeout_s` bounds every collective, so that a lost rank ends the job instead of hanging it. DeepSpeed is told
     which accelerator there is before it is first imported.
     """
+    # Started without torchrun: a group of one, so that no code below asks whether there is a group.
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -85,6 +86,7 @@ def wait(device: torch.device) -> float:
 
 def total(values: list[float], device: torch.device) -> list[float]:
     """Sum of each value over all processes, in float64: the same on every one of them."""
+    # float64: the sum of many processes' losses keeps all digits that each of them has
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch_dist.all_reduce(tensor)
     return tensor.tolist()

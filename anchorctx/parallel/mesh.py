@@ -34,6 +34,7 @@ class Mesh:
     @property
     def data_rank(self) -> int:
         """Which of the groups this process is in."""
+        # 8 processes, 4 to a row: ranks 0 to 3 are group 0, ranks 4 to 7 group 1
         return self.ranks.rank // self.sequence
 
     @property
@@ -60,6 +61,7 @@ def check_heads(heads: int, key_heads: int, sequence: int, world: int | None = N
     """UserError when the heads cannot be shared by `sequence` processes; names the nearest number that can."""
     if heads % sequence == 0 and (key_heads % sequence == 0 or sequence % key_heads == 0):
         return
+    # 32 heads and 8 key heads: 1, 2, 4, 8, 16 and 32 processes; beyond 8, key heads are replicated
     valid = [n for n in sequence_sizes(heads, key_heads) if world is None or world % n == 0]
     raise UserError(
         f"parallel.sequence_parallel={sequence} cannot share {heads} attention heads and {key_heads} key heads: "

@@ -20,7 +20,7 @@ from anchorctx.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Shard:
     """What one process computes of a batch; the fields are the arguments of `CausalLMLoss`."""
 
     input_ids: torch.Tensor
@@ -40,18 +40,18 @@ class Share:
         return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
 
 
-def share(
+def shard_batch(
     input_ids: torch.Tensor,
     targets: torch.Tensor,
     loss_weights: torch.Tensor,
     layouts: tuple[PackedLayout, ...],
     mesh: Mesh,
-) -> Share:
+) -> Shard:
     """This process's slice of whole rows (B, T); the whole of them where there is no sequence parallelism."""
     layouts = tuple(padded(layout, mesh.sequence) for layout in layouts)
     positions = torch.stack([layout.position_ids() for layout in layouts])
     missing = (0, layouts[0].length - input_ids.shape[1])
-    return Share(
+    return Shard(
         _slice(F.pad(input_ids, missing), mesh),
         _slice(positions, mesh),
         layouts,
@@ -62,6 +62,7 @@ def share(
 
 def padded(layout: PackedLayout, multiple: int) -> PackedLayout:
     """The row lengthened to a multiple of so many tokens; the new tokens are one more document."""
+    # a row of 10 tokens over 4 processes is lengthened to 12
     length = -(-layout.length // multiple) * multiple
     if length == layout.length:
         return layout
@@ -71,5 +72,6 @@ def padded(layout: PackedLayout, multiple: int) -> PackedLayout:
 
 def _slice(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """(B, T) -> (B, S)."""
+    # a row of 12 tokens over 4 processes: process 1 holds tokens 3, 4 and 5
     size = x.shape[1] // mesh.sequence
     return x[:, mesh.sequence_rank * size : (mesh.sequence_rank + 1) * size].contiguous()

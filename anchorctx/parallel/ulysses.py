@@ -90,8 +90,9 @@ def release() -> None:
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
 
     wrapped = [name for name in ALL_ATTENTION_FUNCTIONS if hasattr(ALL_ATTENTION_FUNCTIONS[name], "exchanges")]
+    # what was registered for all models lies beneath
     for name in wrapped:
-        del ALL_ATTENTION_FUNCTIONS[name]  # what was registered for all models lies beneath
+        del ALL_ATTENTION_FUNCTIONS[name]
     parallel_state_sp._release_sequence_parallel_groups()
 
 
@@ -101,6 +102,8 @@ def bytes_sent(
     """Bytes that a process sends to others in one layer's forward pass (as many again backward); see the module."""
     if sequence == 1:
         return 0
+    # A row of 65,536 over 8 processes, 32 heads and 8 key heads of 128 in bfloat16:
+    # 8,192 * 128 * 2 bytes * (64 + 16) * 7/8 = 146.8 MB
     local = rows * tokens // sequence * head_dim * element
     return local * (2 * heads + 2 * max(kv_heads, sequence)) * (sequence - 1) // sequence
 

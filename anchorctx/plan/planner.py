@@ -13,7 +13,7 @@ from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import ActivationStore, MemoryConfig
-from anchorctx.models.known import planned_config
+from anchorctx.models.presets import planned_config
 from anchorctx.parallel import ulysses
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.mesh import check_mesh

@@ -14,7 +14,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.attention.kernels.cpu import CpuKernel
 from anchorctx.attention.merge import anchor_attention
 from anchorctx.layout import PackedLayout
@@ -42,17 +42,10 @@ class ShadowKernel:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        tile: Tile,
-        score: Score,
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`."""
+        q, k, v, _, lse = attended
         inside = [q.new_empty(q.shape, dtype=torch.float32), torch.empty_like(lse)] if self._cuda else []
         if self._cuda and k.shape != q.shape:
             inside += [torch.empty_like(q), torch.empty_like(q)]

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.kernels.base import Score
 from anchorctx.attention.reference import reference_attention
+from anchorctx.attention.rope import rotary_modules
 from anchorctx.layout import PackedLayout
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -98,6 +100,19 @@ def assert_within_eager(found: Sequence[Deviation]) -> None:
 def max_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """Largest absolute difference, taken in float64."""
     return (actual.double() - exact.double()).abs().max().item()
+
+
+def observed_rope_dtype(model: torch.nn.Module) -> RopeDtype:
+    """The precision in which `model` rotates, judged by the cosines that it makes and not by how they were asked for.
+
+    A plain module answers in the dtype of its input; one set to float32, or to emulated bfloat16, always in its own.
+    """
+    module = rotary_modules(model)[0]
+    more = [torch.zeros(1, 1, dtype=torch.int64), *getattr(module, "layer_types", [])[:1]]  # Gemma 3: one RoPE a kind
+    answers = [module(torch.zeros(1, dtype=dtype), *more)[0].dtype for dtype in (torch.float32, torch.bfloat16)]
+    if answers[0] == answers[1]:
+        return RopeDtype.float32 if answers[0] is torch.float32 else RopeDtype.bfloat16_emulated
+    return RopeDtype.bfloat16
 
 
 def _largest_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, score: Score) -> list[float]:

@@ -27,6 +27,7 @@ def build_model(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> PreTrain
     hf_config = build_config(config.model)
     ulysses.check_sizes(hf_config, config.parallel.sequence_parallel, mesh.ranks.world)
     with contextlib.ExitStack() as stack:
+        # Headers first: under sharded loading transformers fills missing weights in silence.
         if config.parallel.zero_stage == 3 and config.memory.sharded_loading and config.model.path:
             check_weights(config.model.path, hf_config)
             stack.enter_context(sharded_loading(engine_config(config, mesh, rows_per_step)))
@@ -38,6 +39,7 @@ def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, row_le
     memory = config.memory
     if every := memory.checkpoint_every:
         checkpoint_activations(model, every=every)
+        # of this process: its slice of each row, rounded up
         tokens = config.micro_rows * -(-row_length // mesh.sequence)
         check_offload(memory, model, tokens, every, mesh.ranks.world)
     if memory.mlp_tile:

@@ -7,7 +7,6 @@ so far, as the x axis of all.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
+from anchorctx.records.files import write_bytes
 from anchorctx.train.config import LoggingConfig
 
 METRICS = "metrics.jsonl"
@@ -57,10 +57,9 @@ class JsonlMetrics:
 
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         path = out_dir / METRICS
+        # A run killed after step 7, whose checkpoint is of step 5, computes 6 and 7 again: their rows go.
         kept = [line for line in _lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(kept))
-        os.replace(beside, path)
+        write_bytes(path, "".join(kept).encode())
         self._file = path.open("a")
 
     def log(self, row: dict[str, float]) -> None:
@@ -81,6 +80,7 @@ class ProgressBar:
 
     def log(self, row: dict[str, float]) -> None:
         """Move to the row's step."""
+        # rows may come every n-th step only
         self._bar.update(int(row["step"]) - self._bar.n)
         shown = {"loss": row.get("train/loss"), "val": row.get("val/loss"), "tok/s": row.get("perf/tokens_per_second")}
         known = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
@@ -135,7 +135,7 @@ def _run_id(out_dir: Path, generate: Any) -> str:
     """The W&B run's id, kept in the run's folder for the next start."""
     path = out_dir / "wandb_run_id"
     if not path.exists():
-        path.write_text(generate())
+        write_bytes(path, generate().encode())
     return path.read_text().strip()
 
 

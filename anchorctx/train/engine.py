@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from anchorctx.flops import whole_shape
 from anchorctx.parallel.config import BUCKET, LIVE, SUBGROUP, ParallelConfig
 from anchorctx.parallel.dist import Ranks
 from anchorctx.train.config import OptimConfig
-from anchorctx.train.optim import parameter_groups
 
 
 def deepspeed_config(
@@ -66,6 +67,19 @@ def build_engine(
     groups = parameter_groups(module.named_parameters(), optim.weight_decay)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)  # type: ignore[arg-type]
     return engine
+
+
+def parameter_groups(named: Iterable[tuple[str, torch.nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices with decay, vectors without. Empty groups are left out."""
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    # under ZeRO 3 a parameter in its share is flat: ask for the shape of the whole
+    matrices = [parameter for parameter in trainable if len(whole_shape(parameter)) > 1]
+    vectors = [parameter for parameter in trainable if len(whole_shape(parameter)) <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def set_lr(engine: Any, lr: float) -> None:

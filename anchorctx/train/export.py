@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
 from anchorctx.models.load import fill, read_config, read_tokenizer
+from anchorctx.records.files import StagedFolder
 from anchorctx.train import checkpoint
 from anchorctx.train.config import ExportConfig
 from anchorctx.train.loop import MODEL
@@ -33,18 +33,17 @@ def export(config: ExportConfig) -> Path:
     if out.exists():
         raise UserError(f"out_dir={out} exists already: remove it, or choose another")
     folder = _checkpoint(run, config.step)
-    disable_progress_bar()  # ours are enough
+    disable_progress_bar()  # avoid a second progress bar
     model = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    # Another export into the same folder writes beside it too, and the first to finish wins.
+    staged = StagedFolder(out, marker="config.json")
     try:
-        model.save_pretrained(partial)
-        read_tokenizer(str(run / MODEL)).save_pretrained(partial)
-        verify_export(model, partial)
-        partial.rename(out)
+        model.save_pretrained(staged.folder)
+        read_tokenizer(str(run / MODEL)).save_pretrained(staged.folder)
+        verify_export(model, staged.folder)
+        return staged.publish()
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+        staged.discard()
 
 
 def verify_export(model: PreTrainedModel, folder: Path, tokens: int = 64) -> None:
@@ -54,6 +53,7 @@ def verify_export(model: PreTrainedModel, folder: Path, tokens: int = 64) -> Non
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
     with torch.no_grad():
         expected, found = model.eval()(ids).logits, loaded(ids).logits
+    # Same dtype, same code, same machine: equal to the last bit, or something was lost on the way.
     if not torch.equal(expected, found):
         worst = (expected - found).abs().max().item()
         raise UserError(

@@ -26,7 +26,7 @@ from anchorctx.flops import ModelFlops
 from anchorctx.models import check_attention, check_length, check_vocabulary
 from anchorctx.parallel import dist, ulysses
 from anchorctx.parallel.mesh import Mesh
-from anchorctx.parallel.sharder import Share, share
+from anchorctx.parallel.sharder import Shard, shard_batch
 from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train import checkpoint
 from anchorctx.train.build import accumulation, build_model, build_module
@@ -162,7 +162,7 @@ class Trainer:
         self.waiting = 0.0
         summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(step.micro_batches):
-            loss = self._loss_sum(self._share(batch))
+            loss = self._loss_sum(self._shard(batch))
             self.waiting += dist.wait(self.ranks.device)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             summed += loss.detach()
@@ -188,7 +188,7 @@ class Trainer:
             for batch in validation_batches(
                 self.validation, self.config.pattern, self.config.micro_rows, mesh.data_rank, mesh.data, rows
             ):
-                mine = self._share(batch)
+                mine = self._shard(batch)
                 sums[0] += float(self._loss_sum(mine))
                 sums[1] += float(mine.loss_weights.sum())
         self.engine.train()
@@ -213,10 +213,10 @@ class Trainer:
         state |= {"processes": self.ranks.world, "schedule": self._schedule()}
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
 
-    def _share(self, batch: Batch) -> Share:
-        return share(batch.input_ids, batch.targets, batch.loss_weights, batch.layouts, self.mesh)
+    def _shard(self, batch: Batch) -> Shard:
+        return shard_batch(batch.input_ids, batch.targets, batch.loss_weights, batch.layouts, self.mesh)
 
-    def _loss_sum(self, mine: Share) -> torch.Tensor:
+    def _loss_sum(self, mine: Shard) -> torch.Tensor:
         return self.engine(**mine.arguments(self.ranks.device))
 
     def _report(self, row: dict[str, float]) -> None:

@@ -43,6 +43,7 @@ class Meter:
             "data/trained_tokens_per_row": step.trained_tokens / self._rows,
         }
         if self._peak is not None:
+            # of all processes: these rows stand for the step's
             flops = self._flops.step(layouts) * self._rows / len(layouts)
             row["perf/mfu"] = flops / seconds / (self._peak * self._ranks.world)
         self.go()
@@ -53,5 +54,6 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes ever held: by torch on a GPU, by the process (resident) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss is in KiB on Linux and in bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,7 +16,7 @@ from anchorctx.layout import PackedLayout
 from anchorctx.models.loss import CausalLMLoss
 from anchorctx.parallel import dist, ulysses
 from anchorctx.parallel.mesh import Mesh
-from anchorctx.parallel.sharder import share
+from anchorctx.parallel.sharder import shard_batch
 from anchorctx.testing.tiny import ARCHITECTURES, true_float64
 
 LENGTH = 21  # no multiple of 2 or 4: rows are padded
@@ -48,7 +48,7 @@ def loss_and_gradients(name, mesh, counter=None):
     ulysses.enable(model, mesh, micro_rows=2)
     try:
         with true_float64():
-            loss = CausalLMLoss(model)(**share(*ROWS, mesh).arguments(CPU))
+            loss = CausalLMLoss(model)(**shard_batch(*ROWS, mesh).arguments(CPU))
             forward = counter.bytes if counter else 0
             loss.backward()
     finally:

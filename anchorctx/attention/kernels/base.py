@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -40,6 +40,21 @@ class Tile:
         return tensor[self.rows, :, self.tokens]
 
 
+class Attended(NamedTuple):
+    """What a forward pass took and gave, which its backward pass needs."""
+
+    q: torch.Tensor
+    """(b, Hq, L, D)."""
+    k: torch.Tensor
+    """(b, Hkv, L, D)."""
+    v: torch.Tensor
+    """(b, Hkv, L, D)."""
+    o: torch.Tensor
+    """(b, Hq, L, D), of the total softmax: documents and anchor."""
+    lse: torch.Tensor
+    """(b, Hq, L), natural log, of the total softmax."""
+
+
 class Kernel(Protocol):
     """Causal attention inside documents, forward and backward, over one tile."""
 
@@ -57,15 +72,7 @@ class Kernel(Protocol):
         ...
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        tile: Tile,
-        score: Score,
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients dq, dk, dv of the documents' own scores, given the o and lse of the *total* softmax."""
         ...

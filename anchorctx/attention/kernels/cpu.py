@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.layout import PackedLayout
 
 RUN = 128
@@ -54,27 +54,21 @@ class CpuKernel:
         return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        tile: Tile,
-        score: Score,
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`."""
         if tile.cu_seqlens is not None:
-            mask = _document_mask(tile.cu_seqlens, score.window, q.dtype)
-            return _backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=score.scale)
+            mask = _document_mask(tile.cu_seqlens, score.window, do.dtype)
+            return _backward(do, *attended, 0.0, False, attn_mask=mask, scale=score.scale)
         if score.window is None or tile.max_seqlen <= score.window:
-            return _backward(do, q, k, v, o, lse, 0.0, True, scale=score.scale)
+            return _backward(do, *attended, 0.0, True, scale=score.scale)
+        q, k, v, o, lse = attended
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for rows, keys, mask in _bands(tile.max_seqlen, score.window, q.dtype):
             tensors = do[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[:, :, rows]
             gq, gk, gv = _backward(*tensors, 0.0, False, attn_mask=mask, scale=score.scale)
             dq[:, :, rows] = gq
+            # neighbouring blocks share the keys of a window
             dk[:, :, keys] += gk
             dv[:, :, keys] += gv
         return dq, dk, dv
@@ -83,6 +77,7 @@ class CpuKernel:
 def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Indices `[first, last)` of documents to a call: as many as fit into `RUN` tokens, or one longer document."""
     first = 0
+    # documents of 40, 50, 60 and 300 tokens: calls for 40 + 50, 60 and 300, that is (0, 2), (2, 3), (3, 4)
     for last in range(1, len(offsets)):
         if last + 1 == len(offsets) or offsets[last + 1] - offsets[first] > RUN:
             yield first, last
@@ -99,12 +94,14 @@ def _tile(row: int, offsets: Sequence[int]) -> Tile:
 
 def _document_mask(cu_seqlens: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
     """(L, L) additive mask of a tile of several documents."""
+    # cu_seqlens [0, 2, 5] -> docs [0, 0, 1, 1, 1]
     docs = torch.repeat_interleave(cu_seqlens.diff())
     banned = (docs[:, None] != docs[None, :]).logical_or_(_band(len(docs), 0, window or len(docs)))
     return torch.zeros(banned.shape, dtype=dtype).masked_fill_(banned, float("-inf"))
 
 
 def _bands(length: int, window: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    # 10 tokens, window 4: queries 0-3 see keys 0-3, queries 4-7 keys 1-7, queries 8-9 keys 5-9
     for start in range(0, length, window):
         stop, first = min(start + window, length), max(start - window + 1, 0)
         yield slice(start, stop), slice(first, stop), _band_mask(stop - start, start - first, window, dtype)

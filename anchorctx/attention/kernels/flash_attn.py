@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.attention.kernels.torch_varlen import missing_cuda
 from anchorctx.attention.kernels.varlen import Packed, VarlenKernel, pack, unpack
 from anchorctx.errors import BackendUnavailableError
@@ -109,15 +109,16 @@ class FlashAttnKernel(VarlenKernel):
         return o, lse
 
     def varlen_backward(
-        self, do: torch.Tensor, packed: Packed, o: torch.Tensor, lse: torch.Tensor, tile: Tile, score: Score
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `VarlenKernel.varlen_backward`."""
+        packed = Packed(*attended[:3])
         release, module = _choose(self.release, packed.q, score)
         function = getattr(module, release.backward)
         arguments = _arguments(release, function, tile, score) | {
             "dout": do,
-            "out": o,
-            ("lse" if release.name == "FA4" else "softmax_lse"): lse,
+            "out": attended.o,
+            ("lse" if release.name == "FA4" else "softmax_lse"): attended.lse,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         if release.name == "FA4":
@@ -141,6 +142,7 @@ def call(function: Function, **arguments: Any) -> Any:
             f"the installed flash-attn's {_name(function)} takes no {', '.join(unknown)}: install flash-attn >= 2.7 "
             "or use attention=torch_varlen"
         )
+    # Optional tensors (a pre-allocated output, page tables) have no default in some releases.
     absent = {name: None for name, required in parameters.items() if required and name not in arguments}
     return function(**absent, **arguments)
 
@@ -187,6 +189,7 @@ def gathered_attention(
 
 def _gathered(layouts: Sequence[PackedLayout]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Index of the keys to gather from the batch's tokens, and boundaries of queries and of gathered keys (int32)."""
+    # anchor 0, documents 1-2 and 3-5: index [0, 0, 1, 2, 0, 3, 4, 5], queries [0, 1, 3, 6], keys [0, 1, 4, 8]
     length = layouts[0].length
     index = [torch.from_numpy(layout.kv_index_array()) + row * length for row, layout in enumerate(layouts)]
     queries = [torch.from_numpy(layout.cu_seqlens_array()).diff() for layout in layouts]

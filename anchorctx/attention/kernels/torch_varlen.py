@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.attention.kernels.varlen import Packed, VarlenKernel
 from anchorctx.errors import BackendUnavailableError
 
@@ -41,16 +41,14 @@ class TorchVarlenKernel(VarlenKernel):
         return o, lse
 
     def varlen_backward(
-        self, do: torch.Tensor, packed: Packed, o: torch.Tensor, lse: torch.Tensor, tile: Tile, score: Score
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `VarlenKernel.varlen_backward`."""
         causal, left = _mask(score)
         rng_state = torch.empty(2, dtype=torch.uint64, device=do.device)  # read only where there is dropout
         return aten._flash_attention_backward(
             do,
-            *packed,
-            o,
-            lse,
+            *attended,
             tile.cu_seqlens,
             tile.cu_seqlens,
             tile.max_seqlen,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch._guards import detect_fake_mode
 
-from anchorctx.attention.kernels.base import Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.layout import PackedLayout
 
 MAX_SEQUENCES = 1024
@@ -52,9 +52,9 @@ class VarlenKernel(abc.ABC):
 
     @abc.abstractmethod
     def varlen_backward(
-        self, do: torch.Tensor, packed: Packed, o: torch.Tensor, lse: torch.Tensor, tile: Tile, score: Score
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dq (N, Hq, D), dk and dv (N, Hkv, D) from do and o (N, Hq, D) and lse (Hq, N)."""
+        """dq (N, Hq, D), dk and dv (N, Hkv, D) from do and `attended`, its tensors packed and lse (Hq, N)."""
 
     def tiles(self, layouts: Sequence[PackedLayout], device: torch.device) -> Sequence[Tile]:
         """One tile for the whole batch, or several a row where it has more than `max_sequences` documents."""
@@ -68,20 +68,13 @@ class VarlenKernel(abc.ABC):
         return unpack(o, q), lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        o: torch.Tensor,
-        lse: torch.Tensor,
-        tile: Tile,
-        score: Score,
+        self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`."""
-        packed = Packed(pack(q), pack(k), pack(v))
-        heads_first = lse.transpose(0, 1).flatten(1).contiguous()
-        dq, dk, dv = self.varlen_backward(pack(do), packed, pack(o), heads_first, tile, score)
+        q, k, v, o, lse = attended
+        heads_first = lse.transpose(0, 1).flatten(1).contiguous()  # (b, Hq, L) -> (Hq, b*L)
+        packed = Attended(pack(q), pack(k), pack(v), pack(o), heads_first)
+        dq, dk, dv = self.varlen_backward(pack(do), packed, tile, score)
         return unpack(dq, q), unpack(dk, k), unpack(dv, v)
 
 
@@ -109,6 +102,7 @@ def uncached_under_fake(cached: _Cached) -> _Cached:
 def _tiles(layouts: tuple[PackedLayout, ...], device: torch.device, limit: int) -> tuple[Tile, ...]:
     if sum(len(layout.doc_offsets) - 1 for layout in layouts) <= limit:
         length = layouts[0].length
+        # two rows of 5 tokens with documents of 2, 3 and of 5: [0, 2, 5, 10] over the batch laid end to end
         ends = (row * length + end for row, layout in enumerate(layouts) for end in layout.doc_offsets[1:])
         return (_tile(slice(0, len(layouts)), slice(0, length), [0, *ends], device),)
     return tuple(
@@ -120,6 +114,7 @@ def _tiles(layouts: tuple[PackedLayout, ...], device: torch.device, limit: int) 
 
 def _chunks(offsets: Sequence[int], limit: int) -> Iterator[Sequence[int]]:
     """Boundaries of at most `limit` documents at a time; neighbours share one boundary."""
+    # limit 2, offsets [0, 3, 5, 9] -> [0, 3, 5], [5, 9]
     for first in range(0, len(offsets) - 1, limit):
         yield offsets[first : first + limit + 1]
 

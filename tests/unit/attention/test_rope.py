@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import anchorctx.attention.interface as interface
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.rope import get_rope_dtype, rotary_modules, set_rope_dtype
+from anchorctx.attention.rope import rotary_modules, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models import checkpoint_activations
+from anchorctx.testing.numerics import observed_rope_dtype
 from anchorctx.testing.tiny import ARCHITECTURES
 
 T = 16
@@ -148,7 +149,7 @@ def test_emulated_bfloat16_rotates_as_a_bfloat16_model_does(name: str, monkeypat
     for q, k in watch.attended:
         assert q.dtype == k.dtype == torch.float32 and torch.equal(q, q.to(torch.bfloat16).float())
     twin = copy.deepcopy(model)
-    assert get_rope_dtype(twin) is RopeDtype.bfloat16_emulated and torch.equal(run(twin), run(model))
+    assert observed_rope_dtype(twin) is RopeDtype.bfloat16_emulated and torch.equal(run(twin), run(model))
     set_rope_dtype(model, RopeDtype.float32)
     assert torch.equal(run(model), run(build(name, RopeDtype.float32, torch.float32)))
 
@@ -168,7 +169,7 @@ def test_idempotent_and_without_parameters_or_buffers() -> None:
         found = run(model)
         assert expected is None or torch.equal(found, expected)
         expected = found
-    assert get_rope_dtype(model) is RopeDtype.float32
+    assert observed_rope_dtype(model) is RopeDtype.float32
 
 
 def test_survives_copies_pickles_and_checkpointing() -> None:
@@ -180,7 +181,7 @@ def test_survives_copies_pickles_and_checkpointing() -> None:
     torch.save(model, file)
     file.seek(0)
     for twin in (other, torch.load(file, weights_only=False)):
-        assert get_rope_dtype(twin) is RopeDtype.float32 and torch.equal(run(twin), expected)
+        assert observed_rope_dtype(twin) is RopeDtype.float32 and torch.equal(run(twin), expected)
     run(model).float().square().sum().backward()
     checkpoint_activations(other)
     run(other).float().square().sum().backward()

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.rope import get_rope_dtype
 from anchorctx.cli.eval import table
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
@@ -23,6 +22,7 @@ from anchorctx.evals.runner import EvalConfig, EvalDtype, EvalName, EvaluatedMod
 from anchorctx.evals.subject import identity, load, models_of, read_config, read_tokenizer
 from anchorctx.models import RopeConfig
 from anchorctx.records.results import read_results
+from anchorctx.testing.numerics import observed_rope_dtype
 from anchorctx.testing.tiny import save, text_model
 
 from .conftest import TEXTS
@@ -242,7 +242,7 @@ def test_rope_and_its_dtype_reach_the_model(folder: Path, tmp_path: Path):
     subject = load(model, read_config(model), read_tokenizer(model), wanted)
     assert subject.model.config.rope_parameters["rope_theta"] == 5e5
     assert subject.model.config.max_position_embeddings == 1024
-    assert get_rope_dtype(subject.model) is RopeDtype.float32
+    assert observed_rope_dtype(subject.model) is RopeDtype.float32
     ids = torch.arange(40)[None] + 300
     with torch.no_grad():
         ours = subject.model(ids).logits

@@ -21,7 +21,7 @@ from anchorctx.evals.config import EvalConfig
 from anchorctx.evals.evaluators.precision import models
 from anchorctx.evals.evaluators.precision.config import Arithmetic
 from anchorctx.models import ModelConfig, build_config, load_model
-from anchorctx.models.load import check_weights
+from anchorctx.models.load import check_weights, read_config
 from anchorctx.plan.config import PlanConfig
 from anchorctx.plan.planner import Planner
 from anchorctx.testing.tiny import ARCHITECTURES, text_model
@@ -184,3 +184,12 @@ def test_whole_checkpoints_of_every_architecture_pass(
     check_weights(str(tmp_path), build_config(ModelConfig(path=str(tmp_path))))
     load_model(ModelConfig(path=str(tmp_path)))
     assert not [r for r in caplog.records if r.name.startswith("anchorctx")]
+
+
+def test_a_changed_field_must_exist(folder: Path) -> None:
+    assert read_config(str(folder), {"max_position_embeddings": 77}).max_position_embeddings == 77
+    with pytest.raises(
+        UserError,
+        match=r"config\.max_position=77 is not a field of LlamaConfig: did you mean max_position_embeddings\?",
+    ):
+        read_config(str(folder), {"max_position": 77})

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTraine
 from anchorctx.attention import BACKENDS
 from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.interface import implementation
-from anchorctx.attention.rope import get_rope_dtype, rotary_modules
+from anchorctx.attention.rope import rotary_modules
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models import (
@@ -28,6 +28,7 @@ from anchorctx.models import (
     reach,
     save_model,
 )
+from anchorctx.testing.numerics import observed_rope_dtype
 from anchorctx.testing.tiny import ARCHITECTURES, BASE
 
 LLAMA = {"model_type": "llama"} | BASE
@@ -68,11 +69,11 @@ def test_new_models_depend_on_the_seed_alone() -> None:
 def test_a_folder_loads_with_its_weights_vocabulary_and_dtype(folder: Path) -> None:
     model = load_model(ModelConfig(path=str(folder)))
     assert model.training and model.dtype is torch.float32 and model.config.vocab_size == 96
-    assert model.config._attn_implementation == "anchor" and get_rope_dtype(model) is RopeDtype.float32
+    assert model.config._attn_implementation == "anchor" and observed_rope_dtype(model) is RopeDtype.float32
     for one, other in zip(model.parameters(), ARCHITECTURES["llama"].build().parameters(), strict=True):
         assert torch.equal(one, other)
     half = load_model(ModelConfig(path=str(folder), dtype=ModelDtype.bfloat16, rope_dtype=RopeDtype.bfloat16))
-    assert half.dtype is torch.bfloat16 and get_rope_dtype(half) is RopeDtype.bfloat16
+    assert half.dtype is torch.bfloat16 and observed_rope_dtype(half) is RopeDtype.bfloat16
     assert rotary_modules(half)[0].inv_freq.dtype is torch.float32
 
 

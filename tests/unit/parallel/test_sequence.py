@@ -14,7 +14,7 @@ from anchorctx.parallel import ulysses
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.dist import Ranks
 from anchorctx.parallel.mesh import Mesh, check_heads, nearest, sequence_sizes
-from anchorctx.parallel.sharder import padded, share
+from anchorctx.parallel.sharder import padded, shard_batch
 from anchorctx.testing.tiny import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -44,7 +44,9 @@ def test_ranks_that_are_neighbours_share_rows() -> None:
 @pytest.mark.parametrize("sequence", [1, 2, 3, 4])
 def test_slices_put_together_are_the_rows_with_their_targets(sequence: int) -> None:
     batch = rows()
-    slices = [share(*vars(batch).values(), Mesh(Ranks(rank, sequence, CPU), sequence)) for rank in range(sequence)]
+    slices = [
+        shard_batch(*vars(batch).values(), Mesh(Ranks(rank, sequence, CPU), sequence)) for rank in range(sequence)
+    ]
     joined = {
         name: torch.cat([getattr(s, name) for s in slices], dim=1) for name in ("input_ids", "targets", "loss_weights")
     }

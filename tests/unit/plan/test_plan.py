@@ -125,8 +125,11 @@ def test_rows_come_from_a_law_or_a_list(tmp_path: Path) -> None:
         ([MODEL], "the plan needs a row length: give row_length=..., model.max_length=... or corpus.packed=..."),
         (
             ["model.path=meta-llama/Llama-3-8B", "row_length=4096"],
-            "is not known to the planner, and no folder or hub gives its configuration: did you mean "
-            "meta-llama/Llama-3.1-8B?",
+            "is not known to the planner, and no folder or hub gives its configuration (",
+        ),
+        (
+            ["model.path=meta-llama/Llama-3-8B", "row_length=4096"],
+            "): did you mean meta-llama/Llama-3.1-8B? Else give its sizes in model.config; known are ",
         ),
         ([MODEL, "row_length=4096", "gpu=H1000"], "gpu=H1000 is not known: did you mean H100? choose A100, A800,"),
         ([MODEL, "row_length=4096", "gpus=0"], "gpus=0 must be at least 1"),

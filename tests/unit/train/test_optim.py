@@ -5,7 +5,7 @@ import torch
 
 from anchorctx.errors import UserError
 from anchorctx.train.config import OptimConfig, Schedule
-from anchorctx.train.optim import parameter_groups
+from anchorctx.train.engine import parameter_groups
 
 
 def test_warmup_is_linear_and_reaches_the_peak():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.rope import get_rope_dtype, rotary_modules
+from anchorctx.attention.rope import rotary_modules
 from anchorctx.errors import UserError
 from anchorctx.evals.commands import evaluate_precision as study
 from anchorctx.evals.evaluators.precision import models
@@ -23,6 +23,7 @@ from anchorctx.evals.evaluators.precision.rows import interval_half, key_bins, m
 from anchorctx.evals.evaluators.precision.units import Timings
 from anchorctx.evals.evaluators.precision.verdict import Question, find, table, verdict
 from anchorctx.records.results import Result, read_results
+from anchorctx.testing.numerics import observed_rope_dtype
 
 Make = Callable[..., PrecisionConfig]
 
@@ -145,7 +146,7 @@ def test_the_control_has_the_same_weights_in_every_arithmetic(folder: Path):
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(exact[name], trained.state_dict()[name])
     assert exact[name].std() == pytest.approx(0.3, rel=0.1)  # the configuration's own initializer_range
-    assert [get_rope_dtype(control[a]) for a in Arithmetic] == [
+    assert [observed_rope_dtype(control[a]) for a in Arithmetic] == [
         RopeDtype.bfloat16,
         RopeDtype.float32,
         RopeDtype.float32,

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from anchorctx.errors import UserError
 from anchorctx.models import ModelConfig, build_config
-from anchorctx.models.load import check_weights
+from anchorctx.models.load import check_weights, read_config, reason
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -58,16 +58,19 @@ def planned_config(model: ModelConfig) -> PretrainedConfig:
     """
     if model.path in KNOWN and not Path(model.path).exists():
         return build_config(replace(model, path=None, config=KNOWN[model.path]))
+    if model.path is None:
+        return build_config(model)
     try:
-        config = build_config(model)
+        read_config(model.path)
     except UserError as error:
-        if model.path is None or Path(model.path).exists():
+        if Path(model.path).exists():
             raise
         near = difflib.get_close_matches(model.path, KNOWN, 1, cutoff=0.0)
         raise UserError(
-            f"model.path={model.path} is not known to the planner, and no folder or hub gives its configuration: did "
-            f"you mean {near[0]}? Else give its sizes in model.config; known are {', '.join(KNOWN)}"
+            f"model.path={model.path} is not known to the planner, and no folder or hub gives its configuration "
+            f"({reason(error.__cause__ or error, first=True)}): did you mean {near[0]}? Else give its sizes in "
+            f"model.config; known are {', '.join(KNOWN)}"
         ) from error
-    if model.path is not None:
-        check_weights(model.path, config)
+    config = build_config(model)
+    check_weights(model.path, config)
     return config
