@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from anchorctx.errors import UserError
+from anchorctx.settings import check_ranges
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -52,7 +53,8 @@ def schema(command: str) -> type:
 def resolve(command: str, overrides: list[str], recipe: str | None = None) -> Any:
     """Compose `conf/<command>.yaml` (or a `recipe` file) with the overrides into the command's dataclass.
 
-    Raises UserError for an unknown key, a wrong type, a missing value, or a file that does not parse.
+    Raises UserError for an unknown key, a wrong type, a number out of range, a missing value, or a file that does
+    not parse.
     """
     config = compose_config(command, overrides, recipe)
     from omegaconf import OmegaConf
@@ -61,7 +63,9 @@ def resolve(command: str, overrides: list[str], recipe: str | None = None) -> An
     if missing:
         given = " ".join(f"{key}=..." for key in missing)
         raise UserError(f"anchorctx {command} needs {' and '.join(missing)}: add {given}")
-    return OmegaConf.to_object(config)
+    resolved = OmegaConf.to_object(config)
+    check_ranges(resolved)
+    return resolved
 
 
 def compose_config(command: str, overrides: list[str], recipe: str | None = None) -> DictConfig:

@@ -21,7 +21,7 @@ FOLDERS = ("benchmarks", "docs", "recipes", "scripts", "tests")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = SOURCES + [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
 
-FOUNDATION = {"errors", "records", "layout", "flops"}
+FOUNDATION = {"errors", "settings", "records", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "plan", "report"}
 MAY_IMPORT = {
     "__main__": {"cli"},
@@ -220,7 +220,7 @@ def imported_by(code: str) -> set[str]:
 def test_help_and_refusals_import_nothing_slow(command: str) -> None:
     """Modules are counted rather than seconds, which depend on what else the machine does."""
     start = "from anchorctx.cli.main import main"
-    slow = {*LAZY, "datasets", "pandas", "pyarrow", "scipy", "jinja2", "hydra", "omegaconf"}
+    slow = {*LAZY, "datasets", "pandas", "pyarrow", "scipy", "jinja2", "hydra", "omegaconf", "pydantic"}
     assert slow.isdisjoint(imported_by(f"{start}\nassert main([{command!r}, '--help']) == 0"))
     assert slow.isdisjoint(imported_by(f"{start}\nassert main([{command!r}, 'no_such_key=1']) == 2"))
 

@@ -7,12 +7,12 @@ import dataclasses
 import inspect
 import textwrap
 from collections.abc import Iterator
-from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
 from anchorctx.cli.main import COMMANDS, Arguments
 from anchorctx.config import compose_config, conf_dir, resolve, schema
 from anchorctx.errors import UserError
+from anchorctx.settings import default_of, shown
 
 
 def configuration(command: str, arguments: Arguments, example: str) -> Any | None:
@@ -73,15 +73,8 @@ def _own_field_docs(owner: type) -> dict[str, str]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    factory = field.default_factory
-    value = factory() if callable(factory) else field.default
-    if value is dataclasses.MISSING:
-        return "???"
-    if isinstance(value, Enum):
-        value = value.value
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    value = default_of(field)
+    return "???" if value is dataclasses.MISSING else shown(value)
 
 
 def _groups(command: str) -> list[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Ge
 
 from anchorctx.data.engine import EngineName
 from anchorctx.data.packing.config import PackConfig
 from anchorctx.data.packing.mixture import MixtureConfig
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
+from anchorctx.settings import Seed, check_ranges
 
 
 class LossWeights(StrEnum):
@@ -33,7 +37,7 @@ class PrepareConfig:
     """Folder or hub name of the model whose tokenizer to use."""
     row_length: int
     """Tokens in a row, anchor included."""
-    anchor_len: int = 1
+    anchor_len: Annotated[int, Ge(1), "patterns without an anchor ignore it"] = 1
     """Anchor tokens at the start of each row."""
     pack: PackConfig = field(default_factory=PackConfig)
     """How documents become rows."""
@@ -47,28 +51,23 @@ class PrepareConfig:
     engine: EngineName = EngineName.local
     """local, or ray for a cluster (RAY_ADDRESS) whose machines all see out_dir and the sources; the result is the
     same."""
-    workers: int | None = None
+    workers: Annotated[int, Ge(1), "use null to choose by the processors"] | None = None
     """Tokenising processes; 1 uses threads; null chooses by the size of the corpus and the number of processors. With
     engine=ray the workers of the cluster. The result is the same."""
     keep_tokens: bool = False
     """Keep the token ids beside the packed sets, in out_dir/.tokens, to pack them again another way in seconds; false
     removes them when the set is whole."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the interleaving."""
 
     def validate(self) -> None:
         """UserError for values out of range."""
-        if self.anchor_len < 1:
-            raise UserError(f"anchor_len={self.anchor_len} must be at least 1: patterns without an anchor ignore it")
+        check_ranges(self)
         if self.row_length < self.anchor_len + 2:
             raise UserError(
                 f"row_length={self.row_length} must be at least {self.anchor_len + 2}, "
                 "the anchor and two tokens: raise it"
             )
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"workers={self.workers} must be at least 1: use null to choose by the processors")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} is negative: use 0 or more")
         if not self.sources:
             raise UserError("sources is empty: name at least one, such as sources=[{path: corpus.jsonl}]")
         self.pack.validate(self.row_length - self.anchor_len)

@@ -92,17 +92,6 @@ def settings_of(config: Any, owner: type, *without: str) -> dict[str, Any]:
     return {field.name: values[field.name] for field in dataclasses.fields(owner) if field.name not in without}
 
 
-def check_least(section: str, config: Any, **least: int) -> None:
-    """UserError when a number of `config` (the settings under the key `section`) is below its least sensible value.
-
-    None is a setting that is not given.
-    """
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise UserError(f"{section}.{name}={value} must be at least {low}: raise it, or leave it out")
-
-
 def anchor_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that stands in front of every document: BOS, else EOS; UserError when there is neither."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):

@@ -20,6 +20,7 @@ from anchorctx.evals.evaluators.config import (
 from anchorctx.evals.evaluators.precision.config import StudyConfig
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig
 from anchorctx.models import RopeConfig
+from anchorctx.settings import Count, Positive, Seed
 
 
 class EvalName(StrEnum):
@@ -69,7 +70,7 @@ class EvaluatedModel:
     """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Changes to the rotary position embeddings."""
-    max_length: int | None = None
+    max_length: Positive | None = None
     """New maximum length in tokens, together with rope.theta or rope.type and rope.factor."""
 
 
@@ -94,7 +95,7 @@ class EvalConfig:
     """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Changes to the rotary position embeddings of `model`."""
-    max_length: int | None = None
+    max_length: Positive | None = None
     """New maximum length of `model` in tokens, together with rope.theta or rope.type and rope.factor."""
     rope_dtype: RopeDtype = RopeDtype.bfloat16
     """Rotate queries and keys in float32, as training does by default, or in the activations' dtype (bfloat16), as the
@@ -120,7 +121,7 @@ class EvalConfig:
     """Settings of the precision study."""
     kvcomm: ReuseConfig = field(default_factory=ReuseConfig)
     """Settings of the evaluation of KV reuse."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of whatever an evaluation draws; lm-eval keeps its own."""
     dtype: EvalDtype = EvalDtype.auto
     """Precision: auto, float32 or bfloat16."""
@@ -154,7 +155,7 @@ class KvcommConfig(ReuseConfig, KvcommModels):
 
     corpus: SourceConfig = field(default_factory=embedded)
     """Held-out text for the retrieval task's documents: any source that `prepare` takes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of problems, orders and noise."""
     dtype: EvalDtype = EvalDtype.auto
     """Precision: auto, float32 or bfloat16."""
@@ -179,7 +180,7 @@ class LiveName(StrEnum):
 class LiveConfig:
     """What is measured of the live model, and how often; the defaults are small."""
 
-    every: int = 0
+    every: Count = 0
     """Steps between measurements, which are also made before the first step and after the last; 0 is never."""
     evals: list[LiveName] = field(default_factory=lambda: [LiveName.perplexity])
     """perplexity, perplexity_by_context, retrieval, needle: into metrics and W&B as eval/..."""
@@ -193,5 +194,5 @@ class LiveConfig:
     """Settings of the retrieval evaluation."""
     needle: NeedleConfig = field(default_factory=lambda: NeedleConfig(lengths=[512, 2048], rows=4))
     """Settings of the needle map."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of whatever an evaluation draws: the same at every step."""

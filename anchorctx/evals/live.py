@@ -22,6 +22,7 @@ from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity
 from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.models import reach
 from anchorctx.records.results import Result
+from anchorctx.settings import check_ranges
 
 
 class LiveEvals:
@@ -29,10 +30,9 @@ class LiveEvals:
 
     def __init__(self, config: LiveConfig) -> None:
         self.every = config.every
-        if config.every < 0 or not config.evals:
-            raise UserError(
-                f"live.every={config.every} must be at least 0 (never), and live.evals={config.evals} not be empty"
-            )
+        check_ranges(config, "live")
+        if not config.evals:
+            raise UserError(f"live.evals=[] asks for nothing: choose from {', '.join(LiveName)}, or live.every=0")
         texts = Corpus(config.corpus)
         made = {
             LiveName.perplexity: lambda: Perplexity(config.perplexity, texts),

@@ -50,6 +50,7 @@ from anchorctx.models.load import check_weights
 from anchorctx.parallel import dist
 from anchorctx.records.manifest import write_manifest
 from anchorctx.records.results import Result
+from anchorctx.settings import check_ranges
 
 __all__ = ["EVALUATORS", "EvalConfig", "EvalDtype", "EvalName", "EvaluatedModel", "evaluate"]
 logger = logging.getLogger(__name__)
@@ -160,8 +161,7 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Job]:
     """Every model under every evaluation; UserError for whatever can be refused without loading weights."""
     if not config.evals:
         raise UserError(f"evals=[] asks for nothing: choose from {', '.join(EvalName)}")
-    if config.seed < 0:
-        raise UserError(f"seed={config.seed} must be at least 0: give another")
+    check_ranges(config)
     corpus = Corpus(config.corpus)
     jobs = []
     for model in models:

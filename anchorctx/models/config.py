@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
+from anchorctx.settings import Count, check_ranges
 
 SMALLEST_TILE = 128
 """Tokens of a tile of an MLP, at least: below, the calls cost more than the matrices."""
+KEEPS = "leave it out to keep the checkpoint's"
+"""What to do about a change of the model that is out of range."""
 
 
 class ModelDtype(StrEnum):
@@ -45,11 +50,11 @@ class RopeConfig:
 
     type: RopeType | None = None
     """default, linear, dynamic, yarn or llama3."""
-    theta: float | None = None
+    theta: Annotated[float, Ge(1), KEEPS] | None = None
     """Base of the frequencies, dimensionless; the paper uses 1e6 at 16K tokens, 5e6 at 64K, 1e7 at 128K."""
-    factor: float | None = None
+    factor: Annotated[float, Ge(1), KEEPS] | None = None
     """New length over original length, at least 1; needed by every scaling type."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: Annotated[int, Ge(1), KEEPS] | None = None
     """Tokens that the model was trained for before scaling; None takes the checkpoint's."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More of transformers' parameters (`beta_fast`, `low_freq_factor`, ...); a layer type's name (`sliding_attention`)
@@ -70,7 +75,7 @@ class ModelConfig:
     """Changes to the rotary position embeddings."""
     rope_dtype: RopeDtype = RopeDtype.float32
     """Rotate queries and keys in float32, or in the activations' dtype as transformers does (bfloat16)."""
-    max_length: int | None = None
+    max_length: Annotated[int, Ge(1), KEEPS] | None = None
     """New maximum length in tokens, written into the exported configuration; None keeps the checkpoint's."""
     attention: str = "auto"
     """Attention backend: auto, flash_attn, torch_varlen, cpu, flex or reference."""
@@ -104,9 +109,9 @@ class ActivationStore(StrEnum):
 class MemoryConfig:
     """What is recomputed, cut into tiles or moved away so that longer rows fit; loss and gradients stay the same."""
 
-    checkpoint_every: int = 0
+    checkpoint_every: Count = 0
     """Recompute every n-th layer in the backward pass: 1 is all of them, 2 every other one, 0 none."""
-    mlp_tile: int = 0
+    mlp_tile: Count = 0
     """Tokens that go through an MLP at once; 0 is the whole row. The hidden size is a good choice."""
     offload_activations: ActivationStore = ActivationStore.device
     """Where the inputs of recomputed layers are kept: device, cpu or folder."""
@@ -114,19 +119,16 @@ class MemoryConfig:
     """Folder for offload_activations=folder, on a local disk."""
     loss: LossKind = LossKind.tiled
     """How the loss is computed: tiled, liger (CUDA) or whole (all logits at once, to compare with)."""
-    loss_tile: int | None = None
+    loss_tile: Annotated[int, Ge(1), "null chooses it"] | None = None
     """Tokens whose logits exist at once; null chooses it."""
     sharded_loading: bool = True
     """Under ZeRO 3, keep only this process's share of each weight while a checkpoint is loaded."""
 
     def validate(self) -> None:
         """Raise UserError for values that cannot be meant."""
-        if self.checkpoint_every < 0:
-            raise UserError(f"memory.checkpoint_every={self.checkpoint_every} must be at least 0")
+        check_ranges(self, "memory")
         if self.mlp_tile and self.mlp_tile < SMALLEST_TILE:
             raise UserError(f"memory.mlp_tile={self.mlp_tile} must be 0 or at least {SMALLEST_TILE} tokens")
-        if self.loss_tile is not None and self.loss_tile < 1:
-            raise UserError(f"memory.loss_tile={self.loss_tile} must be at least 1: null chooses it")
         if (self.offload_activations is ActivationStore.folder) != (self.offload_folder is not None):
             given = f"memory.offload_folder={self.offload_folder}"
             raise UserError(

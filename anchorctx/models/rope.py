@@ -9,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
 from anchorctx.errors import UserError
-from anchorctx.models.config import RopeConfig, RopeType
+from anchorctx.models.config import KEEPS, RopeConfig, RopeType
+from anchorctx.settings import check_ranges
 
 STRETCHED = ("linear", "dynamic", "yarn")
 """Scalings that reach `factor` times the original length and no further (Llama 3.1 itself exceeds that for llama3)."""
@@ -71,9 +72,9 @@ def apply_rope(config: PretrainedConfig, rope: RopeConfig, max_length: int | Non
 
 
 def _check(rope: RopeConfig, max_length: int | None) -> None:
-    for name, value in (("rope.theta", rope.theta), ("rope.factor", rope.factor), ("max_length", max_length)):
-        if value is not None and value < 1:
-            raise UserError(f"model.{name}={value} must be at least 1: leave it out to keep the checkpoint's")
+    check_ranges(rope, "model.rope")
+    if max_length is not None and max_length < 1:
+        raise UserError(f"model.max_length={max_length} must be at least 1: {KEEPS}")
     if rope.type is not None and rope.type is not RopeType.default and rope.factor is None:
         raise UserError(f"model.rope.type={rope.type.value} needs model.rope.factor: give new length / original length")
     if rope.type is RopeType.default and rope.factor is not None:

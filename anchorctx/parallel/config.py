@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
 
 from anchorctx.errors import UserError
+from anchorctx.settings import PositiveFloat, check_ranges
 
 BUCKET = 50_000_000
 """Weights whose gradients are reduced, or that are gathered, in one call: 100 MB in bfloat16. DeepSpeed's own 5e8 holds
@@ -22,20 +26,19 @@ class ParallelConfig:
     zero_stage: int = 2
     """1 shards the optimizer's states over the processes, 2 also the gradients, 3 also the parameters. 2 and 3 sum the
     gradients of micro-batches in float32, 1 in the weights' dtype."""
-    sequence_parallel: int = 1
+    sequence_parallel: Annotated[int, Ge(1), "1 is none"] = 1
     """Processes that share each row (DeepSpeed-Ulysses, 2309.14509): a divisor of the number of processes and of the
     attention heads. 1 is none; the remaining factor is data-parallel."""
     offload_optimizer: bool = False
     """Keep the optimizer's states in CPU memory."""
     offload_parameters: bool = False
     """Keep the parameters in CPU memory between uses; needs zero_stage=3."""
-    timeout_s: float = 1800.0
+    timeout_s: PositiveFloat = 1800.0
     """Longest time, in seconds, that a process waits for another before the job ends."""
 
     def validate(self) -> None:
         """Raise UserError for combinations that do not exist."""
-        if self.sequence_parallel < 1:
-            raise UserError(f"parallel.sequence_parallel={self.sequence_parallel} must be at least 1: 1 is none")
+        check_ranges(self, "parallel")
         if self.zero_stage == 0 and self.sequence_parallel > 1:
             raise UserError(
                 f"parallel.zero_stage=0 cannot be combined with parallel.sequence_parallel={self.sequence_parallel}: "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
@@ -10,6 +13,10 @@ from anchorctx.models import ModelConfig
 from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.plan.machines import Machine, machine
+from anchorctx.settings import NonNegativeFloat, Positive, PositiveFloat, Seed, Share, check_ranges
+
+Rate = Annotated[float, Gt(0), Le(1)]
+"""Share of a peak rate."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,13 +27,13 @@ class CorpusConfig:
     """Folder of a packed set: its rows are taken as they are."""
     lengths: str | None = None
     """Text file with the tokens of one document a line."""
-    median: float = 800.0
+    median: PositiveFloat = 800.0
     """Median tokens of a document, where neither is given."""
-    sigma: float = 1.2
+    sigma: NonNegativeFloat = 1.2
     """Standard deviation of the logarithm of the length."""
-    rows: int = 64
+    rows: Positive = 64
     """Rows to draw, or to look at in a packed set."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draw."""
 
 
@@ -34,21 +41,21 @@ class CorpusConfig:
 class Assumptions:
     """Shares of peak rates that are reached; the plan's times are no better than these."""
 
-    linear: float = 0.60
+    linear: Rate = 0.60
     """Of the dense bfloat16 peak, in matrix products."""
-    attention: float = 0.45
+    attention: Rate = 0.45
     """Of the same, in attention, forward and backward."""
-    link: float = 0.70
+    link: Rate = 0.70
     """Of a link's rate, in large exchanges."""
-    overlap: float = 0.80
+    overlap: Share = 0.80
     """Of ZeRO's communication that is hidden behind computation."""
-    network_gb: float = 50.0
+    network_gb: PositiveFloat = 50.0
     """Gigabytes a second that a GPU sends to other machines (400 Gbit/s each)."""
-    gpus_per_machine: int = 8
+    gpus_per_machine: Positive = 8
     """GPUs that a fast link joins."""
-    runtime_gib: float = 2.0
+    runtime_gib: NonNegativeFloat = 2.0
     """CUDA context, cuBLAS and NCCL buffers, in GiB."""
-    fragmentation: float = 0.05
+    fragmentation: Annotated[float, Ge(0), Lt(1)] = 0.05
     """Of a GPU's memory that the allocator cannot use."""
 
 
@@ -58,13 +65,13 @@ class PlanConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model: `path` may also be a name that the planner knows."""
-    row_length: int | None = None
+    row_length: Positive | None = None
     """Tokens of a row; null takes model.max_length, else the packed set's."""
     pattern: Pattern = Pattern.anchor
     """What a token may see: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
-    micro_rows: int = 1
+    micro_rows: Positive = 1
     """Rows that a process (or the processes that share them) runs at once."""
-    tokens_per_step: int | None = None
+    tokens_per_step: Positive | None = None
     """Batch size in tokens; null is one row for each group of processes."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """ZeRO stage, sequence parallelism, offloading, activation checkpointing."""
@@ -72,9 +79,9 @@ class PlanConfig:
     """Recomputation, tiles and offloading of activations."""
     gpu: str = "H100"
     """Kind of GPU."""
-    gpus: int = 8
+    gpus: Positive = 8
     """How many."""
-    gpu_memory_gib: float | None = None
+    gpu_memory_gib: PositiveFloat | None = None
     """Memory of one, in GiB, where it differs from the kind's."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     """What the rows are packed from."""
@@ -89,14 +96,9 @@ class PlanConfig:
 
     def validate(self) -> None:
         """Raise UserError for values that cannot be meant."""
-        for name in ("gpus", "micro_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self)
         if self.simulate and self.out_dir is None:
             raise UserError("simulate=true draws a picture: give out_dir=..., the folder for it")
-        for name in ("linear", "attention", "link"):
-            if not 0 < getattr(self.assume, name) <= 1:
-                raise UserError(f"assume.{name}={getattr(self.assume, name)} must be above 0 and at most 1")
         machine(self.gpu)
         if not self.search:
             self.parallel.validate()

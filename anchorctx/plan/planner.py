@@ -50,8 +50,6 @@ class Planner:
         config.validate()
         self.config = config
         self.hf_config = planned_config(config.model)
-        if config.gpus < 1:
-            raise UserError(f"gpus={config.gpus} must be at least 1")
         rows = typical_rows(config.corpus, self._row_length())
         self.rows = tuple(config.pattern.apply(row) for row in rows)
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)

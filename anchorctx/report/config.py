@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from anchorctx.layout import Pattern
+from anchorctx.settings import Count, Positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,9 +18,9 @@ class ReportConfig:
     """The file to write."""
     title: str | None = None
     """The page's title; null makes one of the folders' names."""
-    pretraining_length: int | None = None
+    pretraining_length: Positive | None = None
     """Tokens that the first model was trained at; marked in the retrieval chart."""
-    row: int = 0
+    row: Count = 0
     """Which row of a packed set to draw."""
     pattern: str | None = None
     """Draw it under this pattern: anchor, anchor_reset, full, intra_doc, intra_doc_reset; null is the runs' own."""
@@ -37,9 +38,9 @@ class PlotConfig:
     """results.jsonl files of evaluations: draws retrieval.png, one line a model."""
     packed: str | None = None
     """Folder of a packed set: draws pattern.png, what one of its rows may see."""
-    row: int | None = None
+    row: Count | None = None
     """Which row of the packed set, from 0; null takes one with a typical number of documents."""
     pattern: Pattern = Pattern.anchor
     """Under which pattern: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
-    pretraining_length: int | None = None
+    pretraining_length: Positive | None = None
     """Marks the length, in tokens, that the first model was trained at."""

@@ -5,35 +5,31 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Ge, Lt
 
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
 from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
+from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Seed, check_ranges
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every: int = 100
+    every: Count = 100
     """Steps between checkpoints; the last step always writes one. 0 is only the last."""
-    keep_last: int = 2
+    keep_last: Positive = 2
     """The newest checkpoints to keep."""
-    keep_every: int = 0
+    keep_every: Count = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 is none."""
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint in `out_dir`, `never` refuses a used `out_dir`, and a
     folder names one checkpoint."""
-
-    def validate(self) -> None:
-        """Raise UserError for values that would lose a checkpoint."""
-        if self.every < 0 or self.keep_every < 0 or self.keep_last < 1:
-            raise UserError(
-                f"checkpoint.every={self.every} and keep_every={self.keep_every} must be at least 0 and "
-                f"keep_last={self.keep_last} at least 1"
-            )
 
 
 class WandbMode(StrEnum):
@@ -50,7 +46,7 @@ class WandbMode(StrEnum):
 class LoggingConfig:
     """What is reported, and how often."""
 
-    every: int = 1
+    every: Positive = 1
     """Steps between rows of metrics."""
     wandb: WandbMode = WandbMode.disabled
     """Weights & Biases: disabled, offline or online."""
@@ -71,31 +67,27 @@ class Schedule(StrEnum):
 class OptimConfig:
     """AdamW; the defaults are the paper's (2411.13476, section 5.1)."""
 
-    lr: float = 2e-5
+    lr: PositiveFloat = 2e-5
     """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[Annotated[float, Ge(0), Lt(1)]] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's two decay rates."""
-    eps: float = 1e-8
+    eps: NonNegativeFloat = 1e-8
     """AdamW's denominator offset."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of the matrices; vectors (norms, biases) are not decayed."""
     schedule: Schedule = Schedule.cosine
     """`constant`, or `cosine` down to `min_lr_ratio`."""
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     """Steps of linear warm-up from 0."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: NonNegativeFloat = 0.1
     """The cosine's end as a share of `lr`."""
-    clip: float = 1.0
+    clip: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 is no clipping."""
 
     def validate(self) -> None:
         """Raise UserError for values that make no sense."""
-        if self.lr <= 0 or self.weight_decay < 0 or self.clip < 0 or self.warmup_steps < 0:
-            raise UserError(
-                f"optim.lr={self.lr} must be positive, and weight_decay={self.weight_decay}, clip={self.clip} and "
-                f"warmup_steps={self.warmup_steps} at least 0"
-            )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        check_ranges(self, "optim")
+        if len(self.betas) != 2:
             raise UserError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1), such as [0.9, 0.95]")
 
     def lr_at(self, step: int, steps: int) -> float:
@@ -138,17 +130,17 @@ class TrainConfig:
     """What to train."""
     pattern: Pattern = Pattern.anchor
     """What a token may see: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
-    steps: int = 2000
+    steps: Positive = 2000
     """Optimizer updates."""
-    tokens_per_step: int = 524288
+    tokens_per_step: Positive = 524288
     """Batch size in tokens, over all processes: a multiple of row length x micro_rows x processes."""
-    micro_rows: int = 1
+    micro_rows: Positive = 1
     """Rows that a process runs forward and backward at once."""
-    validate_every: int = 100
+    validate_every: Count = 100
     """Steps between validations, which also run before the first step and after the last; 0 is none between."""
-    validation_rows: int = 64
+    validation_rows: Positive = 64
     """Rows of the validation set to use, from its start."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data order and of every random state."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
@@ -163,15 +155,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise UserError for values that cannot be meant."""
-        for name in ("steps", "tokens_per_step", "micro_rows", "validation_rows"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.validate_every < 0 or self.logging.every < 1:
-            raise UserError(
-                f"validate_every={self.validate_every} must be at least 0, and "
-                f"logging.every={self.logging.every} at least 1"
-            )
-        for part in (self.optim, self.parallel, self.memory, self.checkpoint):
+        check_ranges(self)
+        for part in (self.optim, self.parallel, self.memory):
             part.validate()
 
     def rows_per_step(self, row_length: int, world: int) -> int:
@@ -201,7 +186,7 @@ class ExportConfig:
     """`out_dir` of a training run."""
     out_dir: str = "???"
     """Folder to write; must not exist."""
-    step: int | None = None
+    step: Count | None = None
     """Which checkpoint; None is the newest complete one."""
     dtype: ExportDtype = ExportDtype.float32
     """Data type of the exported weights; the checkpoint's own are float32."""

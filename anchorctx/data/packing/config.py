@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Ge
 
 from anchorctx.errors import UserError
+from anchorctx.settings import check_ranges
 
 
 class Policy(StrEnum):
@@ -44,18 +48,13 @@ class PackConfig:
     """Begin each document, and each piece of one, with BOS, never trained."""
     domain_tags: bool = False
     """Begin each document with the name of its domain, never trained (the paper's domain tagging)."""
-    interleave: int = 1
+    interleave: Annotated[int, Ge(1), "use 1 for whole documents, or 2 or 3"] = 1
     """Chunks into which each document is cut, scattered over its row in order; 1 leaves documents whole."""
-    buffer_tokens: int = 2**25
+    buffer_tokens: Annotated[int, Ge(1), "leave it at its default"] = 2**25
     """Tokens that best_fit looks at together, at least four rows."""
 
     def validate(self, capacity: int) -> None:
         """UserError for values out of range; `capacity` is a row's tokens without the anchor."""
         if not 1 <= self.min_length <= capacity:
             raise UserError(f"pack.min_length={self.min_length} must be 1 to {capacity}, what a row holds: change it")
-        if self.interleave < 1:
-            raise UserError(
-                f"pack.interleave={self.interleave} must be at least 1: use 1 for whole documents, or 2 or 3"
-            )
-        if self.buffer_tokens < 1:
-            raise UserError(f"pack.buffer_tokens={self.buffer_tokens} must be positive: leave it at its default")
+        check_ranges(self, "pack")

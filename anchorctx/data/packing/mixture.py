@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge, Gt
 
 from anchorctx.errors import UserError
+from anchorctx.settings import Seed, Share, check_ranges
 
 OTHERS = "*"
 """Key of `long_share` that stands for everything that has no key of its own."""
@@ -34,48 +37,29 @@ class MixtureConfig:
 
     by: MixtureBy = MixtureBy.source
     """What weights and long_share are keyed by, and the account too: source or domain."""
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Annotated[float, Gt(0), "remove the source to leave it out"]] = field(default_factory=dict)
     """Share of the tokens by name, in any unit, for each source (or domain); empty takes every document once."""
-    tokens: int | None = None
+    tokens: Annotated[int, Ge(1), "use null for all there are"] | None = None
     """Tokens of documents in all; null is as many as max_repeats allows."""
-    max_repeats: float = 1.0
+    max_repeats: Annotated[float, Gt(0), "1 repeats nothing"] = 1.0
     """Times that the tokens of a source may be used, at most; 1 repeats nothing."""
-    long_from: int | None = None
+    long_from: Annotated[int, Ge(2), "raise it, or use null"] | None = None
     """Tokens from which a document is long; null does not tell long from short."""
-    long_share: dict[str, float] = field(default_factory=dict)
+    long_share: dict[str, Share] = field(default_factory=dict)
     """Share of its tokens that a source (or domain) takes from long documents, 0 to 1, by name; the name '*' is all
     others. What has no share here keeps its own."""
     deduplicate: bool = False
     """Leave out documents whose token ids are exactly those of an earlier one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of drawing a part of a source."""
 
     def validate(self) -> None:
         """UserError for values out of range, and for settings that need others."""
-        self._check_shares()
-        self._check_limits()
+        check_ranges(self, "mixture")
         if bool(self.long_share) != (self.long_from is not None):
             raise UserError("mixture.long_from and mixture.long_share belong together: set both, or neither")
         if not self.weights and (self.tokens is not None or self.long_share):
             raise UserError("mixture.tokens and mixture.long_share need mixture.weights: give each source a weight")
-
-    def _check_shares(self) -> None:
-        for name, weight in self.weights.items():
-            if not 0 < weight < float("inf"):
-                raise UserError(f"mixture.weights.{name}={weight:g} must be above 0: remove the source to leave it out")
-        for name, share in self.long_share.items():
-            if not 0 <= share <= 1:
-                raise UserError(f"mixture.long_share.{name}={share:g} must be 0 to 1: change it")
-
-    def _check_limits(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise UserError(f"mixture.tokens={self.tokens} must be at least 1: use null for all there are")
-        if not 0 < self.max_repeats < float("inf"):
-            raise UserError(f"mixture.max_repeats={self.max_repeats:g} must be above 0: 1 repeats nothing")
-        if self.long_from is not None and self.long_from < 2:
-            raise UserError(f"mixture.long_from={self.long_from} must be at least 2 tokens: raise it, or use null")
-        if self.seed < 0:
-            raise UserError(f"mixture.seed={self.seed} is negative: use 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+from anchorctx.settings import Count, Positive, Share
 
 
 @dataclass(kw_only=True, slots=True)
 class PerplexityConfig:
     """Which documents are scored, and how."""
 
-    documents: int = 200
+    documents: Count = 200
     """Held-out documents scored, in the corpus' order, every so many of them; 0 scores all."""
-    max_length: int = 4096
+    max_length: Annotated[int, Ge(3)] = 4096
     """Longest input in tokens, the anchor included; longer documents are cut there (or see stride)."""
-    stride: int = 0
+    stride: Count = 0
     """Slide windows of max_length over longer documents, in steps of this many tokens: every token is then scored, with
     at least max_length - stride tokens before it; 0 cuts them and leaves the rest out."""
-    buckets: list[int] = field(default_factory=list)
+    buckets: list[Positive] = field(default_factory=list)
     """Also report perplexity by a token's position in its input, in buckets that end at these positions; [] takes 128
     and its doublings."""
-    batch_tokens: int = 8192
+    batch_tokens: Positive = 8192
     """Tokens a forward pass, padding included; a document longer than this is a batch of its own."""
     exclude_facts: bool = True
     """Leave planted keys and values out of the average, so that the number is about text."""
@@ -30,13 +35,13 @@ class PerplexityConfig:
 class ContextConfig:
     """Which tokens are predicted, from how much."""
 
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    lengths: list[Positive] = field(default_factory=lambda: [512, 1024, 2048, 4096])
     """Lengths of the input in tokens, the anchor and the predicted tokens included."""
-    targets: int = 256
+    targets: Positive = 256
     """Tokens predicted in each document."""
-    documents: int = 64
+    documents: Count = 64
     """Documents of at least max(lengths) tokens to use, spread evenly over those there are; 0 uses all."""
-    batch_tokens: int = 8192
+    batch_tokens: Positive = 8192
     """Tokens a forward pass."""
 
 
@@ -44,17 +49,17 @@ class ContextConfig:
 class RetrievalConfig:
     """How rows with facts are made."""
 
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    lengths: list[Positive] = field(default_factory=lambda: [512, 1024, 2048, 4096])
     """Context lengths, in tokens."""
-    rows: int = 32
+    rows: Positive = 32
     """Rows of each length."""
-    facts: int = 8
+    facts: Annotated[int, Ge(1), Le(64)] = 8
     """Different facts in a row, whatever its length (at most 64)."""
-    mentions: int = 2
+    mentions: Annotated[int, Ge(2), "a fact is stated once, then asked for"] = 2
     """Times a fact appears in a row: stated once, then asked for."""
     bos: bool = True
     """Whether rows begin with the token that stands in front of documents; without it they are one token shorter."""
-    batch_tokens: int = 16384
+    batch_tokens: Positive = 16384
     """Tokens a forward pass."""
 
 
@@ -73,17 +78,17 @@ class NeedleStyle(StrEnum):
 class NeedleConfig:
     """The cells of the map, and what is in a row."""
 
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    lengths: list[Positive] = field(default_factory=lambda: [512, 1024, 2048, 4096])
     """Lengths of a row in tokens, question and answer included."""
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    depths: list[Share] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Where the needle lies, as a share of the text before the question."""
-    rows: int = 16
+    rows: Positive = 16
     """Rows of each cell."""
-    distractors: int = 7
+    distractors: Count = 7
     """Other needles in a row, at random depths."""
     style: NeedleStyle = NeedleStyle.auto
     """auto, facts or sentences."""
-    batch_tokens: int = 16384
+    batch_tokens: Positive = 16384
     """Tokens a forward pass."""
 
 
@@ -91,11 +96,11 @@ class NeedleConfig:
 class HarnessConfig:
     """What lm-eval can be told about any task."""
 
-    limit: int | None = None
+    limit: Positive | None = None
     """Documents of each task to use, from its start; null uses all."""
-    batch_size: int = 1
+    batch_size: Positive = 1
     """Requests a forward pass, padded on the left to the longest."""
-    max_length: int | None = None
+    max_length: Positive | None = None
     """Longest prompt with its answer in tokens, beyond which lm-eval cuts the prompt's start; null is the model's."""
     add_bos_token: bool | None = None
     """Put BOS, the anchor, in front of every prompt; null leaves it to the tokenizer, as lm-eval does."""
@@ -109,7 +114,7 @@ class LmEvalConfig(HarnessConfig):
 
     tasks: list[str] = field(default_factory=list)
     """Tasks, groups or tags: hellaswag, mmlu, longbench, longbench2, infinitebench ... (all: lm_eval ls tasks)."""
-    num_fewshot: int | None = None
+    num_fewshot: Count | None = None
     """Examples in each prompt; null is the task's own."""
     include_path: str | None = None
     """Folder of task files (.yaml) of your own."""
@@ -125,5 +130,5 @@ class RulerConfig(HarnessConfig):
 
     tasks: list[str] = field(default_factory=lambda: list(OFFLINE))
     """RULER's tasks; [ruler] is all thirteen, seven of which need the hub for essays and questions."""
-    lengths: list[int] = field(default_factory=lambda: [4096])
+    lengths: list[Positive] = field(default_factory=lambda: [4096])
     """Lengths in tokens, the answer included."""

@@ -30,17 +30,16 @@ import torch.distributed as torch_dist
 from transformers import PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, check_least
+from anchorctx.evals.base import Progress, Subject, Unit
 from anchorctx.evals.distribute import rank_and_size, same_everywhere
 from anchorctx.evals.evaluators.config import HarnessConfig, LmEvalConfig
 from anchorctx.records.results import Result
+from anchorctx.settings import check_ranges
 
 logger = logging.getLogger(__name__)
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 """What `dataset_path` says when a task's data are in its own files."""
-LEAST = {"limit": 1, "batch_size": 1, "max_length": 1}
-"""Of the numbers of any task."""
 
 
 class LmEval:
@@ -52,7 +51,7 @@ class LmEval:
     def __init__(self, config: LmEvalConfig) -> None:
         self.config = config
         self._checked = False
-        check_least("lm_eval", config, num_fewshot=0, **LEAST)
+        check_ranges(config, "lm_eval")
         if not config.tasks:
             raise UserError("lm_eval.tasks=[] names no task: give some, like lm_eval.tasks=[hellaswag,mmlu]")
         if config.include_path is not None and not Path(config.include_path).is_dir():

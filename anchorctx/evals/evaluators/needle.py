@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.sources.facts import NUM_KEYS, FactTokens
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
 from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.config import NeedleConfig, NeedleStyle
 from anchorctx.evals.evaluators.perplexity import known_facts
 from anchorctx.evals.evaluators.retrieval import TokenStream
 from anchorctx.evals.scoring import pad, score
 from anchorctx.records.results import Result, mean_interval, wilson_interval
+from anchorctx.settings import check_ranges
 
 PLACES = (
     "harbour orchard library station bakery quarry chapel foundry museum brewery lighthouse mill tannery dairy theatre "
@@ -46,12 +47,12 @@ class NeedleMap:
 
     def __init__(self, config: NeedleConfig, texts: Sequence[str], seed: int) -> None:
         self.config, self._seed, self._stream = config, seed, TokenStream(texts)
-        if not config.lengths or not config.depths or not all(0 <= depth <= 1 for depth in config.depths):
+        check_ranges(config, "needle")
+        if not config.lengths or not config.depths:
             raise UserError(
-                f"needle.lengths={config.lengths} and needle.depths={config.depths} must not be empty, and a depth is "
-                "a share from 0 to 1"
+                f"needle.lengths={config.lengths} and needle.depths={config.depths} must not be empty: "
+                "give at least one each"
             )
-        check_least("needle", config, rows=1, distractors=0, batch_tokens=1)
         if config.distractors >= len(PLACES):
             raise UserError(
                 f"needle.distractors={config.distractors} must be 0 to {len(PLACES) - 1}: there are no more names for "

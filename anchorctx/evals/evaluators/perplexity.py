@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.sources.facts import FactTokens
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
 from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
 from anchorctx.evals.scoring import Piece, batches, score_pieces
 from anchorctx.records.results import Result, ratio_interval
+from anchorctx.settings import check_ranges
 
 Item = TypeVar("Item")
 FIRST_BUCKET = 128
@@ -36,7 +37,7 @@ class Perplexity:
 
     def __init__(self, config: PerplexityConfig, texts: Sequence[str]) -> None:
         self.config, self._texts = config, texts
-        check_least("perplexity", config, max_length=3, documents=0, stride=0, batch_tokens=1)
+        check_ranges(config, "perplexity")
         if config.stride >= config.max_length:
             raise UserError(
                 f"perplexity.stride={config.stride} must be 0 to max_length - 1, which is {config.max_length - 1}: "
@@ -115,7 +116,7 @@ class ContextPerplexity:
     def __init__(self, config: ContextConfig, texts: Sequence[str]) -> None:
         self.config, self._texts = config, texts
         self._starts: tuple[PreTrainedTokenizerBase, list[np.ndarray]] | None = None
-        check_least("context", config, targets=1, documents=0, batch_tokens=1)
+        check_ranges(config, "context")
         if min(config.lengths, default=0) < config.targets + 2:
             raise UserError(
                 f"context.lengths={config.lengths} must each be at least context.targets={config.targets} + 2: the "

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from anchorctx.data.sources.facts import NUM_KEYS, FactRows, FactTokens, fact_rows, lines_of
+from anchorctx.data.sources.facts import FactRows, FactTokens, fact_rows, lines_of
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, check_least
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
 from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.config import RetrievalConfig
 from anchorctx.evals.scoring import score
 from anchorctx.records.results import Result, wilson_interval
+from anchorctx.settings import check_ranges
 
 
 class Retrieval:
@@ -30,17 +31,12 @@ class Retrieval:
     def __init__(self, config: RetrievalConfig, texts: Sequence[str], seed: int) -> None:
         self.config, self._seed = config, seed
         self._stream = TokenStream(texts)
-        check_least("retrieval", config, rows=1, batch_tokens=1)
+        check_ranges(config, "retrieval")
         shortest = 1 + 2 * config.facts * config.mentions
         if min(config.lengths, default=0) < shortest:
             raise UserError(
                 f"retrieval lengths {config.lengths} must each hold {config.facts} facts {config.mentions} times, "
                 f"which takes {shortest} tokens: raise lengths or lower facts"
-            )
-        if not 1 <= config.facts <= NUM_KEYS or config.mentions < 2:
-            raise UserError(
-                f"facts={config.facts} must be 1 to {NUM_KEYS} and mentions={config.mentions} at least 2: "
-                "a fact is stated once, then asked for"
             )
 
     def longest(self) -> int:

@@ -19,10 +19,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, check_least
+from anchorctx.evals.base import Progress, Subject, Unit
 from anchorctx.evals.evaluators.config import OFFLINE, RulerConfig
 from anchorctx.evals.evaluators.lm_eval import (
-    LEAST,
     check_known,
     fetch,
     leaves,
@@ -32,6 +31,7 @@ from anchorctx.evals.evaluators.lm_eval import (
     task_manager,
 )
 from anchorctx.records.results import Result, mean_interval, wilson_interval
+from anchorctx.settings import check_ranges
 
 FOLDER = "ruler"
 SEEDS = 0, 1234
@@ -49,10 +49,10 @@ class Ruler:
     def __init__(self, config: RulerConfig) -> None:
         self.config = config
         self._index: dict[str, Any] | None = None
-        check_least("ruler", config, **LEAST)
-        if not config.tasks or min(config.lengths, default=0) < 1:
+        check_ranges(config, "ruler")
+        if not config.tasks or not config.lengths:
             raise UserError(
-                f"ruler.tasks={config.tasks} and ruler.lengths={config.lengths} must name at least one each, and "
+                f"ruler.tasks={config.tasks} and ruler.lengths={config.lengths} must name at least one each: "
                 "lengths are in tokens"
             )
 

@@ -278,7 +278,7 @@ def test_a_tokenizer_that_is_none(
         ({"anchor_len": 0}, "anchor_len=0 must be at least 1: patterns without an anchor ignore it"),
         ({"sources": []}, "sources is empty: name at least one, such as sources=[{path: corpus.jsonl}]"),
         ({"workers": 0}, "workers=0 must be at least 1: use null to choose by the processors"),
-        ({"seed": -1}, "seed=-1 is negative: use 0 or more"),
+        ({"seed": -1}, "seed=-1 must be at least 0; the default is 0"),
         (
             {"pack": PackConfig(min_length=64)},
             "pack.min_length=64 must be 1 to 63, what a row holds: change it",

@@ -13,7 +13,7 @@ import torch
 from anchorctx.errors import UserError
 from anchorctx.parallel.dist import Ranks
 from anchorctx.train import checkpoint
-from anchorctx.train.config import CheckpointConfig
+from anchorctx.train.config import CheckpointConfig, TrainConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -144,8 +144,9 @@ def test_random_states_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"every": -1}, {"keep_last": 0}, {"keep_every": -2}])
 def test_settings_that_would_lose_a_checkpoint(options: dict[str, int]) -> None:
-    with pytest.raises(UserError, match="checkpoint.every="):
-        CheckpointConfig(**options).validate()
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"checkpoint.{name}={value} must be at least"):
+        TrainConfig(checkpoint=CheckpointConfig(**options)).validate()
 
 
 def test_what_a_kill_left_half_done_goes_with_the_next_checkpoint(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_combinations_that_do_not_exist(options: dict, sentence: str) -> None:
     [
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"validate_every": -1}, "validate_every=-1"),
-        ({"optim": OptimConfig(lr=0.0)}, "optim.lr=0.0 must be positive"),
+        ({"optim": OptimConfig(lr=0.0)}, "optim.lr=0.0 must be above 0"),
         ({"optim": OptimConfig(betas=[0.9])}, "must be two numbers"),
     ],
 )

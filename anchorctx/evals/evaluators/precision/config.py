@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.evals.corpus import embedded
+from anchorctx.settings import Count, Positive, Seed
+
+Shift = Annotated[int, Ge(1), "leave 0 out"]
 
 
 class Arithmetic(StrEnum):
@@ -36,19 +41,19 @@ class Emulate(StrEnum):
 class StudyConfig:
     """What is studied, of any model."""
 
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[Positive] = field(default_factory=list)
     """Row lengths in tokens; empty takes the model's limit (32,768 at most) and its half, quarter and eighth."""
-    shifts: list[int] = field(default_factory=lambda: [1, 16, 256, 4096, 32768, 131072])
+    shifts: list[Shift] = field(default_factory=lambda: [1, 16, 256, 4096, 32768, 131072])
     """Constants, in tokens, that are added to all positions. They may exceed the model's limit."""
-    shift: int = 16
+    shift: Shift = 16
     """The shift, in tokens, that growth with length, single tokens and the verdict are about (the paper's is 16)."""
-    layers: list[int] = field(default_factory=list)
+    layers: list[Count] = field(default_factory=list)
     """Layers measured, from 0; empty takes eight at most, spread evenly."""
     arithmetics: list[Arithmetic] = field(default_factory=lambda: list(Arithmetic))
     """bfloat16, float32_rotation and float32."""
-    texts: int = 4
+    texts: Positive = 4
     """Different rows of text of each length; the confidence intervals are over them."""
-    queries: int = 64
+    queries: Positive = 64
     """Tokens of a row whose attention is compared, spread evenly over its second half."""
     control: bool = True
     """Also study the same architecture with weights drawn anew, as the control."""
@@ -58,7 +63,7 @@ class StudyConfig:
     """Also measure what a shift does to the next token's log-probability through all layers."""
     cost: bool = True
     """Also time the rotation and the forward pass with either `rope_dtype`."""
-    rows_per_pass: int = 8
+    rows_per_pass: Positive = 8
     """Shifted copies of a row in one forward pass: fewer take less memory."""
     emulate: Emulate = Emulate.auto
     """Compute bfloat16 matrix products in float32 and round: auto, always or never."""
@@ -86,5 +91,5 @@ class PrecisionConfig(StudyConfig, PrecisionModel):
 
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the control's weights and of the random queries and keys."""

@@ -27,6 +27,7 @@ from anchorctx.evals.evaluators.precision.rows import mean_result
 from anchorctx.evals.evaluators.precision.units import Setting, dropped_unit, packed_unit, shift_unit, time_steps
 from anchorctx.evals.evaluators.precision.verdict import Question, verdict
 from anchorctx.records.results import Result
+from anchorctx.settings import check_ranges
 
 LONGEST = 32_768
 """Tokens: the longest row unless `lengths` says otherwise."""
@@ -150,6 +151,7 @@ class Precision:
 
 def check(config: StudyConfig, checkpoint: models.Checkpoint, label: str | None = None) -> Setting:
     """What is measured, with defaults filled in; UserError for what the model cannot do."""
+    check_ranges(config)
     lengths = sorted(set(config.lengths)) or [min(checkpoint.reach, LONGEST) // part for part in (8, 4, 2, 1)]
     if lengths[0] < SHORTEST:
         raise UserError(f"lengths={lengths} must each be at least {SHORTEST} tokens: raise {lengths[0]}")
@@ -163,11 +165,6 @@ def check(config: StudyConfig, checkpoint: models.Checkpoint, label: str | None 
     if outside:
         raise UserError(f"layers={layers} has {outside[0]}, but the model's layers are 0 to {checkpoint.layers - 1}")
     shifts = sorted({*config.shifts, config.shift})
-    if shifts[0] < 1:
-        raise UserError(f"shifts={config.shifts} and shift={config.shift} must be at least 1 token: leave 0 out")
-    for name in ("texts", "queries", "rows_per_pass"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name}={getattr(config, name)} must be at least 1: leave it out for the default")
     if not config.arithmetics:
         raise UserError("arithmetics=[] leaves nothing to study: name bfloat16, float32_rotation or float32")
     return Setting(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Annotated
 
-from anchorctx.errors import UserError
+from annotated_types import Ge
+
 from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
+from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Share
 
 
 class TaskName(StrEnum):
@@ -30,9 +33,9 @@ class GateConfig:
 
     arm: str | None = None
     """The arm that must stay within the bounds."""
-    max_kl: float = 0.05
+    max_kl: NonNegativeFloat = 0.05
     """Mean KL(dense | arm) over the compared tokens, at most, in nats."""
-    min_agreement: float = 0.95
+    min_agreement: Share = 0.95
     """Share of compared tokens with the same most probable token, at least, 0..1."""
 
 
@@ -40,30 +43,25 @@ class GateConfig:
 class VariationConfig:
     """How the KV of held-out documents is compared behind one prefix and another, and at one place and another."""
 
-    documents: int = 8
+    documents: Positive = 8
     """Documents."""
-    tokens: int = 256
+    tokens: Positive = 256
     """Tokens of a document."""
-    prefix: int = 256
+    prefix: Positive = 256
     """Tokens of the two texts that it is read behind, which also is how far it is moved."""
-
-    def __post_init__(self) -> None:
-        for name in ("documents", "tokens", "prefix"):
-            if getattr(self, name) < 1:
-                raise UserError(f"variation.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
 class CopyTaskConfig:
     """Lengths in tokens."""
 
-    problems: int = 8
+    problems: Positive = 8
     """Requests."""
-    question: int = 384
+    question: Positive = 384
     """Tokens of the question, which every agent reads."""
-    prefix: int = 128
+    prefix: Positive = 128
     """Tokens of each agent's fixed prefix, different for each."""
-    output: int = 64
+    output: Positive = 64
     """Tokens of each agent's given answer, which those who hear it read."""
 
 
@@ -77,9 +75,9 @@ class QuestionTaskConfig:
     """Name on the hub, `name:configuration` where it has several."""
     split: str = "test"
     """Split of the hub's dataset."""
-    problems: int = 50
+    problems: Annotated[int, Ge(0), "0 takes all"] = 50
     """Questions, from the first on; 0 takes all."""
-    max_new_tokens: int = 256
+    max_new_tokens: Positive = 256
     """Longest answer of an agent, in tokens."""
 
 
@@ -90,17 +88,17 @@ KINDS: tuple[str, ...] = ("single", "two_hop", "override", "absent")
 class RetrievalTaskConfig:
     """Retrieval among agents."""
 
-    problems: int = 24
+    problems: Positive = 24
     """Problems of each kind."""
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     """Kinds of problem: single, two_hop, override, absent; a kind's problems do not depend on the others."""
-    prefix: int = 0
+    prefix: Count = 0
     """Tokens of text that each agent has before its prompt, other text for each; 0 is none."""
-    document_tokens: int = 448
+    document_tokens: Positive = 448
     """Length of each document in tokens."""
-    facts: int = 4
+    facts: Count = 4
     """Facts planted in each document beside those of the problem."""
-    confidence: float = 0.8
+    confidence: Share = 0.8
     """Probability of its first token below which an agent says nothing, 0..1."""
 
 
@@ -108,11 +106,11 @@ class RetrievalTaskConfig:
 class Limits:
     """What a program may use."""
 
-    cpu_seconds: int = 5
+    cpu_seconds: Positive = 5
     """CPU time."""
-    wall_seconds: float = 10.0
+    wall_seconds: PositiveFloat = 10.0
     """Time on the clock."""
-    memory_bytes: int = 2**30
+    memory_bytes: Positive = 2**30
     """Address space."""
 
 
@@ -120,21 +118,21 @@ class Limits:
 class ArmsConfig:
     """Settings of the arms."""
 
-    first: int = 8
+    first: Count = 8
     """rotate_glue: tokens recomputed at the start of each content."""
-    warmup: int = 3
+    warmup: Positive = 3
     """mean_offset: contents that are computed before the mean is used."""
-    min_exemplars: int = 4
+    min_exemplars: Positive = 4
     """kvcomm: compute and store contents until this many exemplars are as long; the paper's rule alone is 1."""
-    gamma: float = 0.3
+    gamma: NonNegativeFloat = 0.3
     """kvcomm: share where the entropy of the weights is below this part of its greatest value, 0..1."""
-    temperature: float = 1.0
+    temperature: PositiveFloat = 1.0
     """kvcomm: divides the distances between contents."""
-    max_exemplars: int = 20
+    max_exemplars: Positive = 20
     """kvcomm: exemplars a placeholder, at most."""
-    window: int = 5
+    window: Positive = 5
     """kvcomm: on overflow the least used of this many oldest exemplars goes."""
-    max_bytes: int | None = None
+    max_bytes: Annotated[int, Ge(1), "null is no limit"] | None = None
     """kvcomm: bytes of all exemplars of a session, at most; null is no limit."""
     partial: bool = True
     """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
@@ -148,13 +146,13 @@ class ReuseConfig:
     """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
     arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
     """Arms and controls; dense always runs beside them."""
-    agents: int = 3
+    agents: Positive = 3
     """Agents, the decision agent included."""
     topology: str = "full"
     """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
     decision_dense: bool = True
     """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
-    compare_tokens: int = 64
+    compare_tokens: Positive = 64
     """Tokens of each answer over which an arm's distributions are compared with dense's."""
     settings: ArmsConfig = field(default_factory=ArmsConfig)
     """Settings of the arms."""

@@ -25,7 +25,7 @@ from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import gather, is_first, rank_and_size, same_everywhere, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
 from anchorctx.evals.evaluators.reuse.measures import context_error
-from anchorctx.evals.evaluators.reuse.rows import check_gate, record_rows, variation_rows
+from anchorctx.evals.evaluators.reuse.rows import check_arm, record_rows, variation_rows
 from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
@@ -37,6 +37,7 @@ from anchorctx.kvcomm.arms.names import makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result
+from anchorctx.settings import check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
     unknown = [name for name in config.arms if name not in known]
     if unknown:
         raise UserError(f"arms has {unknown[0]!r}, which is none: choose {', '.join(known)}")
+    check_ranges(config)
     s = config.settings
     pool = PoolConfig(s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes)
     known |= {
@@ -178,12 +180,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
         "mean_offset": lambda: MeanOffset(s.warmup),
         "random": lambda: RandomMoments(seed),
     }
-    for name, least in (("first", 0), ("warmup", 1)):
-        if getattr(s, name) < least:
-            raise UserError(f"settings.{name}={getattr(s, name)} must be at least {least}")
-    if config.compare_tokens < 1:
-        raise UserError(f"compare_tokens={config.compare_tokens} must be at least 1")
-    check_gate(config.gate, config.arms)
+    check_arm(config.gate, config.arms)
     return {"dense": known["dense"]} | {name: known[name] for name in config.arms}
 
 

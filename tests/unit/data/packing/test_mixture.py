@@ -113,7 +113,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tokens": 5}, "mixture.tokens and mixture.long_share need mixture.weights: give each source a weight"),
     ({"max_repeats": 0}, "mixture.max_repeats=0 must be above 0: 1 repeats nothing"),
     ({"long_from": 4096}, "mixture.long_from and mixture.long_share belong together: set both, or neither"),
-    ({"long_share": {"web": 1.5}, "long_from": 9}, "mixture.long_share.web=1.5 must be 0 to 1: change it"),
+    ({"long_share": {"web": 1.5}, "long_from": 9}, "mixture.long_share.web=1.5 must be 0 to 1"),
     (
         {"weights": {"web": 1, "books": 1, "code": 1}, "long_from": 4096, "long_share": {"books": 1.0}},
         "books (documents of 4,096 tokens or more) has no document, but 33.3% of the mixture: change its weight or "

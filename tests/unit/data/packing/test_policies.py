@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"min_length": 0}, "pack.min_length=0 must be 1 to 8, what a row holds: change it"),
         ({"min_length": 9}, "pack.min_length=9 must be 1 to 8, what a row holds: change it"),
         ({"interleave": 0}, "pack.interleave=0 must be at least 1: use 1 for whole documents, or 2 or 3"),
-        ({"buffer_tokens": 0}, "pack.buffer_tokens=0 must be positive: leave it at its default"),
+        ({"buffer_tokens": 0}, "pack.buffer_tokens=0 must be at least 1: leave it at its default"),
     ],
 )
 def test_bad_settings(options: dict[str, int], sentence: str) -> None:

@@ -123,7 +123,7 @@ def test_a_models_own_argmax_is_scored(subject: Subject):
         (RetrievalConfig(lengths=[]), "must each hold"),
         (RetrievalConfig(facts=65), "facts=65 must be 1 to 64"),
         (RetrievalConfig(rows=0), "retrieval.rows=0 must be at least 1"),
-        (RetrievalConfig(mentions=1), "mentions=1 at least 2"),
+        (RetrievalConfig(mentions=1), "mentions=1 must be at least 2: a fact is stated once"),
     ],
 )
 def test_impossible_retrieval_is_refused(config: RetrievalConfig, message: str):
@@ -193,7 +193,7 @@ def test_a_sentence_is_right_when_greedy_decoding_writes_it(subject: Subject):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (NeedleConfig(depths=[1.5]), r"needle.depths=\[1.5\] must not be empty"),
+        (NeedleConfig(depths=[1.5]), r"needle.depths\[0\]=1.5 must be 0 to 1"),
         (NeedleConfig(lengths=[]), "must not be empty"),
         (NeedleConfig(rows=0), "needle.rows=0 must be at least 1"),
         (NeedleConfig(distractors=99), "needle.distractors=99 must be 0 to"),

@@ -101,8 +101,6 @@ def read_rows(
     reached.
     """
     rows = []
-    if count < 0:
-        raise UserError(f"problems={count} must be at least 1, or 0 for all")
     for where, row in _local(Path(path)) if path is not None else _hub(dataset, split):
         missing = [name for name in fields if name not in row]
         if missing:

@@ -15,6 +15,7 @@ from anchorctx.evals.evaluators.reuse.config import CopyTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team
 from anchorctx.kvcomm.agents import Agent, Answer, Slot, Template
 from anchorctx.kvcomm.topology import TOPOLOGIES
+from anchorctx.settings import check_ranges
 
 
 class CopyTask:
@@ -23,9 +24,7 @@ class CopyTask:
     name = "copy"
 
     def __init__(self, config: CopyTaskConfig, agents: int, topology: str, vocabulary: int, seed: int) -> None:
-        for field in ("problems", "question", "prefix", "output"):
-            if getattr(config, field) < 1:
-                raise UserError(f"copy.{field}={getattr(config, field)} must be at least 1")
+        check_ranges(config, "copy")
         if agents < 1:
             raise UserError(f"copy with agents={agents} has nobody to speak: give at least 1")
         if topology not in TOPOLOGIES:

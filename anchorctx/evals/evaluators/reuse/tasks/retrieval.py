@@ -29,6 +29,7 @@ from anchorctx.evals.evaluators.reuse.config import KINDS, RetrievalTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import DECISION, Problem, Team
 from anchorctx.kvcomm.agents import Agent, Answer, Template
 from anchorctx.kvcomm.topology import Topology
+from anchorctx.settings import check_ranges
 
 CORRECTIONS = 3
 """With the quickstart's model and 32 problems, dense answers `override` right in 0.59 (1), 0.69 (3), 0.72 (10)."""
@@ -64,11 +65,7 @@ class RetrievalTask:
         if unknown or not config.kinds:
             given = f"{unknown[0]!r}, which is none" if unknown else "none"
             raise UserError(f"retrieval.kinds has {given}: choose {', '.join(KINDS)}")
-        least = {"problems": 1, "document_tokens": 1, "facts": 0, "prefix": 0}
-        for name in (name for name, bound in least.items() if getattr(config, name) < bound):
-            raise UserError(f"retrieval.{name}={getattr(config, name)} must be at least {least[name]}")
-        if not 0 <= config.confidence <= 1:
-            raise UserError(f"retrieval.confidence={config.confidence} is a probability: give 0 to 1")
+        check_ranges(config, "retrieval")
         used = config.facts * (agents - 1) + 2
         if used > len(vocabulary.keys):
             raise UserError(

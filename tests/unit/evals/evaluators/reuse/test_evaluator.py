@@ -20,7 +20,7 @@ from anchorctx.evals.evaluators.reuse.measures import (
     kv_error,
     paired_difference,
 )
-from anchorctx.evals.evaluators.reuse.rows import check_gate, judge
+from anchorctx.evals.evaluators.reuse.rows import check_arm, judge
 from anchorctx.evals.evaluators.reuse.trial import Trial
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
@@ -293,7 +293,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
         ("model=[TINY,TINY/none]", "TINY/none does not exist"),
         ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
-        ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 from 0 to 1"),
+        ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 must be 0 to 1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -353,5 +353,5 @@ def test_the_gate_reads_the_worst_task() -> None:
     assert verdict is not None and verdict.passed
     verdict = judge(good + bad, GateConfig(arm="rotate"))
     assert verdict is not None and not verdict.passed and verdict.text.count("\n") == 1
-    with pytest.raises(UserError, match="max_kl=-1"):
-        check_gate(GateConfig(arm="rotate", max_kl=-1), ["rotate"])
+    with pytest.raises(UserError, match="gate.arm=rotate is not among the arms"):
+        check_arm(GateConfig(arm="rotate"), ["copy"])

@@ -1,0 +1,124 @@
+"""Ranges of settings: a field's type says what it may be, and pydantic compares.
+
+    steps: Positive = 2000
+    eps: Annotated[float, Ge(0)] = 1e-8
+    workers: Annotated[int, Ge(1), "null chooses by the processors"] | None = None
+
+Text beside a range is the remedy that the refusal ends with; without one it names the default. The configurations stay
+plain dataclasses. pydantic is imported when the first one is checked, so that `--help` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from enum import Enum
+from functools import cache
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+from annotated_types import Ge, Gt, Le
+
+from anchorctx.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Seed = Annotated[int, Ge(0)]
+"""numpy's generators take no negative seeds."""
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+
+OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+"""pydantic's names of the mistakes that count here. Types are left to OmegaConf and pyright: a caller in Python may
+pass a Path for a folder."""
+
+
+def check_ranges(config: Any, section: str = "") -> None:
+    """Raise UserError for the first number of a configuration that is out of its range, NaN or infinite.
+
+    Args:
+        config: a dataclass, with others inside.
+        section: the key under which a user writes it, such as `perplexity`; "" for a command's whole configuration.
+    """
+    from pydantic import ValidationError
+
+    owner = type(config)
+    try:
+        _adapter(owner).validate_python(dataclasses.asdict(config))
+    except ValidationError as error:
+        wrong = [e for e in error.errors(include_url=False) if e["type"] in OUT_OF_RANGE]
+        if wrong:
+            raise UserError(_sentence(owner, wrong[0]["loc"], wrong[0]["input"], section)) from None
+
+
+def shown(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, or dataclasses.MISSING."""
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+@cache
+def _adapter(owner: type) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter
+
+    # pydantic takes no config beside a dataclass, but hands that of an optional one on to it
+    optional: Any = owner | None
+    return TypeAdapter(optional, config=ConfigDict(allow_inf_nan=False))
+
+
+def _sentence(owner: type, place: Sequence[int | str], value: Any, section: str) -> str:
+    """`place` is pydantic's: ("models", 1, "max_length") is models[1].max_length."""
+    key = section + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    metadata = _metadata(owner, place)
+    limits = _limits(metadata)
+    if not limits or (isinstance(value, float) and math.isinf(value)):
+        limits = "a finite number"
+    remedy = "".join(f": {text}" for text in metadata if isinstance(text, str))
+    default = _default(owner, place)
+    if not remedy and default is not dataclasses.MISSING:
+        remedy = f"; the default is {shown(default)}"
+    return f"{key.removeprefix('.')}={value} must be {limits}{remedy}"
+
+
+def _metadata(owner: type, place: Sequence[int | str]) -> tuple[Any, ...]:
+    """What stands beside a number's type: (Ge(1),) of `models: list[Model] | None`, `max_length: Positive | None`."""
+    hint: Any = owner
+    for part in place:
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint, include_extras=True)[str(part)]
+        else:
+            hint = get_args(hint)[-1]  # of a list's element, or a dictionary's value
+        if NoneType in get_args(hint):
+            hint = get_args(hint)[0]
+    return getattr(hint, "__metadata__", ())
+
+
+def _limits(metadata: Sequence[Any]) -> str:
+    """`at least 1`, `0 to 1`, `above 0 and at most 1`."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = {name: getattr(item, name) for item in metadata for name in words if hasattr(item, name)}
+    if limits.keys() == {"ge", "le"}:
+        return f"{limits['ge']} to {limits['le']}"
+    return " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())
+
+
+def _default(owner: type, place: Sequence[int | str]) -> Any:
+    """The default of a key, of the whole list for one of its elements; MISSING where there is none."""
+    first, *rest = place
+    value = default_of(owner.__dataclass_fields__[first])  # type: ignore[attr-defined]
+    for part in (part for part in rest if isinstance(part, str)):
+        value = getattr(value, part) if dataclasses.is_dataclass(value) else dataclasses.MISSING
+    return value
