@@ -55,6 +55,7 @@ class LiveEvals:
 
     def measure(self, root: torch.nn.Module, model: PreTrainedModel, tokenizer: Any) -> dict[str, float]:
         """Metrics named eval/..., the same on every process."""
+        # Evaluators see an ordinary Subject; `root` alone tells the scoring that the parameters may be sharded.
         subject = Subject(model, tokenizer, root)
         return {
             name: row.value

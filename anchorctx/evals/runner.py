@@ -97,6 +97,7 @@ def evaluate(config: EvalConfig, command: str = "eval", asked: Any = None) -> li
         command: the command that was typed, for the manifest.
         asked: its settings, where they are not `config`.
     """
+    # Under torchrun, and not within a training run that has a process group already.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized()
     if several:
         dist.start()
@@ -166,6 +167,7 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Job]:
     jobs = []
     for model in models:
         hf_config, tokenizer = read_config(model), read_tokenizer(model)
+        # From the files' headers: names and shapes, before any evaluation is made.
         check_weights(model.path, hf_config)
         who = identity(model, hf_config)
         candidate = Candidate(str(model.label), model.path, hf_config, tokenizer, model.config)
@@ -174,6 +176,7 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Job]:
             check_reach(model, hf_config, evaluator)
             evaluator.check(tokenizer)
             what = {"evaluation": name.value, "model": who, "settings": evaluator.settings(), **_conditions(config)}
+            # Changes of corpus or seed do not concern lm-eval's tasks, and its version does not concern the others.
             if name in BY_LM_EVAL:
                 what["versions"] |= {"lm_eval": lm_eval_version()}
             else:
@@ -217,6 +220,7 @@ def _measure(
     subject, loaded, bar = None, None, None
     for i in pending:
         job, unit = wanted[i]
+        # Units are in the order of models and evaluations, so that a model is loaded when the first of its units comes.
         if job.evaluator.name in LOADS_ITSELF:
             subject = loaded = None
         elif subject is None or loaded is not job.model:

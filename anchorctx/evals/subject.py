@@ -51,6 +51,7 @@ def models_of(config: EvalConfig) -> list[EvaluatedModel]:
     models = config.models or [EvaluatedModel(path=path, **shared) for path in paths]
     for model, label in zip(models, _labels([model.path for model in models]), strict=True):
         model.label = model.label or label
+    # A word for averages is a label too: its rows stand beside the models'.
     used = Counter(str(model.label) for model in models) + Counter({str(m.average) for m in models if m.average})
     twice = [label for label, count in used.items() if count > 1]
     if twice:
@@ -88,6 +89,7 @@ def load(
 ) -> Subject:
     """Load the weights onto the device, or spread over several."""
     device = device_of(config)
+    # On a CPU bfloat16 is slow and less exact: `auto` widens it to float32, unless accelerate places the layers.
     dtype = config.dtype.value
     if config.dtype is EvalDtype.auto and device.type == "cpu" and config.device_map is None:
         dtype = "float32"
@@ -97,13 +99,14 @@ def load(
     loaded = reader.load_weights(model.path, hf_config, dtype=dtype, **options)
     if config.device_map is None:
         loaded.to(device)  # type: ignore[arg-type]
-    if config.rope_dtype is not RopeDtype.bfloat16:
+    if config.rope_dtype is not RopeDtype.bfloat16:  # which is what transformers does by itself
         set_rope_dtype(loaded, config.rope_dtype)
     return Subject(loaded.eval(), tokenizer)
 
 
 def check_reach(model: EvaluatedModel, hf_config: PretrainedConfig, evaluator: Evaluator) -> None:
     """Raise UserError when an evaluation gives the model more tokens than its positions reach."""
+    # Some models have no limit (no rotary embeddings, or none in their configuration): they are not refused.
     text = hf_config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     if limit is not None and getattr(text, "rope_parameters", None):

@@ -109,6 +109,7 @@ def _weighted_sum(base: torch.Tensor, offsets: Sequence[torch.Tensor], weights: 
         return base
     # Layers 0..31 and offsets of layers 1..31: skipped = 1, and layer 0 is copied as it is.
     skipped = base.shape[0] - offsets[0].shape[0]
+    # Each offset is read once and nothing is copied besides: long contents have large offsets.
     total = torch.empty_like(base)
     total[:skipped] = base[:skipped]
     torch.add(base[skipped:], offsets[0], alpha=weights[0], out=total[skipped:])
@@ -185,6 +186,7 @@ class Rope:
             self._rotate(self.unrotated(kv).keys, *self.tables(start, kv.length), out)
 
     def _rotate(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+        # bfloat16 keys are rotated in float32 and cast once; float32 and float64 need no copy.
         if out.dtype is self.dtype and keys.dtype is self.dtype:
             _rotate_into(keys, cos, sin, out)
         else:

@@ -91,6 +91,7 @@ class Decoder:
 
     def buffer(self, capacity: int, batch: int = 1) -> Buffer:
         """An empty buffer; what is never written is never read."""
+        # empty, not zeros: every slot is written before anything attends to it.
         heads, key_dim, value_dim = self._head_shape
         shape = (self.layers, batch, heads, capacity)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
@@ -208,7 +209,7 @@ class Decoder:
         moved = self.rope.unrotated(KV(there.keys, there.values, _PROBED)).keys
         apart = (self.rope.unrotated(here).keys - moved).double().flatten(1).norm(dim=1)
         errors = (apart / here.keys.double().flatten(1).norm(dim=1)).tolist()
-        for layer, error in enumerate(errors):
+        for layer, error in enumerate(errors):  # not `>=`, so that nan is refused too
             if not error < _LIMIT:
                 raise UserError(
                     f"{name} rotates the keys of layer {layer} in another way than halves, or not at all (moving them "
@@ -240,7 +241,7 @@ class _ScatterLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None and self.values is not None
         for held, new in ((self.keys, key_states), (self.values, value_states)):
-            if isinstance(self._slots, range):
+            if isinstance(self._slots, range):  # neighbours: a slice is quicker than an index
                 held[:, :, self._slots.start : self._slots.stop] = new
             else:
                 held.index_copy_(2, self._slots, new.to(held.dtype))

@@ -152,6 +152,7 @@ class TurnContext:
 
     def anchored(self, segment: Segment) -> KV:
         """The segment as a document of AnchorAttention: behind the anchor alone, at its own position; exact there."""
+        # Exact only where the same tokens stand at the same position; read by several agents, it is encoded once.
         key = (segment.ids, segment.start)
         if key not in self.request.anchored:
             anchor, ids = self.prefixes.anchor(), self.decoder.tensor(segment.ids)

@@ -149,6 +149,7 @@ class Request:
         agent, decoder = session.agents[name], session.decoder
         prompt = self._prompt(name, frame, agent.max_new_tokens if answer is None else len(answer))
         context = TurnContext(decoder, prompt, frame or session.frames[name], self.state, session.prefixes, keep)
+        # Room in the buffer: for the longest answer, or the given one.
         arm, room = session.arm_of(name), agent.max_new_tokens if answer is None else len(answer)
         found = prefill(context, arm, room)
         confidence = float(found.logits.float().softmax(-1).max())
@@ -208,6 +209,7 @@ class Request:
         if text is not None:
             self.state.texts[name] = text
         known = self.state.distances
+        # Distances are of the agent's former message; those of other contents stay.
         self.state.distances = {key: distance for key, distance in known.items() if key[0] != name}
         heard = any(name in inputs for inputs in session.topology.inputs.values())
         if session.arm.shares and heard:

@@ -94,6 +94,7 @@ class NeedleMap:
         low, high = wilson_interval(int(hits.sum()), len(hits))
         options: dict[str, Any] = {"n": len(hits), "context": context}
         yield Result(metric="needle_accuracy", value=float(hits.mean()), unit="1", low=low, high=high, **options)
+        # A log-likelihood is at most 0, and so is the end of its interval.
         ends = mean_interval(logprobs.tolist())
         low, high = (None, None) if ends is None else (ends[0], min(ends[1], 0.0))
         yield Result(metric="needle_logprob", value=float(logprobs.mean()), unit="nats", low=low, high=high, **options)
@@ -142,6 +143,7 @@ class Facts:
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """`count` statements with different keys, and the question and answer about the first; token ids."""
+        # Keys differ, or the question would have two answers; values may repeat.
         keys = self.tokens.keys[rng.permutation(NUM_KEYS)[:count]]
         values = self.tokens.values[rng.integers(0, NUM_KEYS, size=count)]
         return [np.array(pair) for pair in zip(keys, values, strict=True)], keys[:1], values[:1]

@@ -162,6 +162,7 @@ class ContextPerplexity:
         """The first `longest()` tokens of each long document, the anchor first; kept for the next unit."""
         if self._starts is None or self._starts[0] is not tokenizer:
             longest = self.longest()
+            # Short texts are passed over before they are encoded, which takes longest.
             texts = [text for text in self._texts if len(text.encode()) >= longest - 1]  # no token is less than a byte
             encoded = [ids[:longest] for ids in encode(tokenizer, texts) if len(ids) >= longest]
             if not encoded:
@@ -196,6 +197,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.
 
 def perplexity_row(metric: str, sums: np.ndarray, counts: np.ndarray, unit: Unit) -> Result:
     """exp of the ratio of summed losses (nats) to tokens over documents, with its 95 % interval."""
+    # Documents whose tokens all are facts, or lie in other buckets, have nothing to say about this number.
     with_tokens = counts > 0
     sums, counts = sums[with_tokens], counts[with_tokens]
     documents, tokens = len(sums), int(counts.sum())
@@ -212,6 +214,7 @@ def every(items: Sequence[Item], count: int) -> list[Item]:
     """`count` items spread evenly over all; 0 is all of them."""
     if not count or count >= len(items):
         return list(items)
+    # 3 of 10: items 0, 3 and 6.
     return [items[i * len(items) // count] for i in range(count)]
 
 
@@ -226,6 +229,7 @@ def _bucket_stops(stops: list[int], max_length: int) -> list[int]:
         raise UserError(
             f"perplexity.buckets={stops} must be positive and rising: give ends in tokens, like [512, 4096]"
         )
+    # max_length 1,000: buckets end at 128, 256, 512 and 1,000.
     if not stops:
         stops = [FIRST_BUCKET * 2**i for i in range(max(max_length // FIRST_BUCKET, 1).bit_length())]
     return [*(stop for stop in stops if stop < max_length), max_length]

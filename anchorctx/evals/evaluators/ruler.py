@@ -92,6 +92,7 @@ class Ruler:
         task, length = unit["task"], unit["length"]
         metadata = {"pretrained": subject.tokenizer.name_or_path, "max_seq_lengths": [length]}
         tasks = as_in_a_fresh_process(task_manager(None, FOLDER, metadata=metadata))
+        # One task a call, from the seeds on: documents do not depend on which tasks ran before.
         found = run_tasks(subject, [task], tasks, self.config, progress, offline=task in OFFLINE)
         # A sample is scored at every length lm-eval knows; only the one that was asked for is not -1.
         scores = [sample[str(length)] for sample in found["samples"][task]]
@@ -149,6 +150,7 @@ def shortest(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> int:
     if measure is None:
         return 0
     ruler_module("prepare_niah")  # imported now, so that what it draws is drawn before the seeds are set
+    # The global generators are lent to lm-eval's code with its seeds, and given back as they were.
     states = random.getstate(), np.random.get_state()
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])

@@ -81,6 +81,7 @@ class Rotate(Arm):
 
     def place(self, context: TurnContext) -> Sequence[Placement]:
         """One entry a segment."""
+        # The first segment (BOS and the text behind it) stands at position 0 in every prompt and never moves.
         first, *rest = context.prompt.segments
         placed = [context.prefix() if first.length else None]
         placed += [self.glue(context, s) if s.name is None else self.text(context, s, s.name) for s in rest]
@@ -207,6 +208,7 @@ class OtherRequest(Rotate):
         """Keep this request's contents and those of the one before."""
         for name in {segment.name for segment in context.prompt.placeholders if segment.name is not None}:
             number, kv = context.request.number, context.base(name).kv
+            # This request's content and one other: the latest may be read again before the next request.
             older = [entry for entry in self._latest.get(name, []) if entry[0] != number]
             self._latest[name] = [(number, kv), *older[:1]]
 
@@ -223,6 +225,7 @@ class DenseChunked(Arm):
 
     def place(self, context: TurnContext) -> Sequence[Placement]:
         """The first half, computed on its own; it saves nothing, so it counts as computed beside the prompt."""
+        # The same tokens see the same tokens; only the order in which sums are taken differs.
         half = context.prompt.length // 2
         context.tally.count(half)
         return [Placement(context.decoder.encode(context.decoder.tensor(context.prompt.ids[:half])), 0)] if half else []

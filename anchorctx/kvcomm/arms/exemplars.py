@@ -155,6 +155,7 @@ class Pool:
         if self.config.gamma < 1 and entropy > self.config.gamma * math.log(len(found)):
             return None
         found[weights.index(max(weights))].uses += count
+        # What is dropped is below rounding, and saves a pass over offsets of a whole content.
         kept = [(e.offsets[reader], w) for e, w in zip(found, weights, strict=True) if w > NEGLIGIBLE]
         return Match(tuple(offset for offset, _ in kept), tuple(w for _, w in kept))
 
@@ -165,7 +166,7 @@ class Pool:
         if exemplar is not None and not torch.equal(exemplar.ids, ids):  # said again, in other words
             held.remove(exemplar)
             exemplar = None
-        if exemplar is None:
+        if exemplar is None:  # else another reader of a content that is stored already
             while len(held) >= self.config.max_exemplars:
                 held.remove(_victim(held[: self.config.window]))
             exemplar = Exemplar(request, ids)

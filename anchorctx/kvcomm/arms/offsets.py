@@ -40,7 +40,7 @@ class Kvcomm(Arm):
             match = self._match(context, segment) if segment.length else None
             if match is not None:
                 placed += self._approximated(context, segment, match)
-            elif segment.length and not self.partial:
+            elif segment.length and not self.partial:  # as in the paper: one content that is computed, and all are
                 return [context.prefix()]
         return placed
 
@@ -49,6 +49,7 @@ class Kvcomm(Arm):
         for segment in computed(context, given):
             assert segment.name is not None
             text = _difference(context, buffer, segment, context.base(segment.name).kv)
+            # Glue behind a content shifts with it and sees it: it has an offset too, for this very glue text.
             glue = None if self.recompute_glue else context.prompt.glue_after(segment)
             offset = Offset(text)
             if glue is not None:
@@ -105,6 +106,7 @@ class _Mean:
     def update(self, offset: KV) -> None:
         """Take one more content in."""
         if offset.length > self.kv.length:
+            # The longest content so far: grow with zeros, which the update below overwrites with weight 1 / 1.
             longer = KV(torch.zeros_like(offset.keys), torch.zeros_like(offset.values))
             longer.keys[:, :, :, : self.kv.length] = self.kv.keys
             longer.values[:, :, :, : self.kv.length] = self.kv.values
@@ -174,6 +176,7 @@ def reader(context: TurnContext, segment: Segment) -> Reader:
 
 def computed(context: TurnContext, given: Sequence[Placement]) -> list[Segment]:
     """The non-empty placeholders that no placement filled."""
+    # Placements of contents begin where their segments do.
     filled = {placement.start for placement in given if placement.kv.length}
     return [segment for segment in context.prompt.placeholders if segment.length and segment.start not in filled]
 

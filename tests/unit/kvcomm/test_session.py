@@ -134,6 +134,26 @@ def test_messages_may_differ_from_answers(make: Any) -> None:
     assert turns["b"].prompt.placeholders[1].ids == turns["a"].message
 
 
+def test_an_agent_is_told_texts_as_they_came(make: Any) -> None:
+    """Text stays text, spaces and all; what is known only as tokens is decoded."""
+    told: list[Any] = []
+    agents = [
+        dataclasses.replace(AGENTS[0], speak=lambda answer, texts: "w60  w61"),
+        Agent("b", "{doc}{a}{q}", 1, lambda answer, texts: told.append(texts) or "w5"),
+    ]
+    texts = {"doc": (10, 11, 12), "q": "w20   w21"}
+    session = make("dense", agents)
+    session.ask(texts)
+    assert told.pop() == {"doc": "w10 w11 w12", "a": "w60  w61", "q": "w20   w21"}
+    request = session.start(texts)
+    request.run("a", message=(60, 61))
+    request.run("b")
+    assert told.pop()["a"] == "w60 w61"
+    request.run("a")
+    request.fork().run("b")
+    assert told.pop()["a"] == "w60  w61"
+
+
 def test_stop_ends_an_answer(make: Any) -> None:
     agent = Agent("a", "{doc}", 4, stop=lambda text: True)
     assert len(make("dense", [agent]).ask({"doc": TEXTS["doc"]})["a"].ids) <= 1

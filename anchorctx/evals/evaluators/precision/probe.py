@@ -88,6 +88,7 @@ def _probe_attention(
     if layer in probe.layers:
         allowed = allowed_rows(probe.layout, probe.queries.cpu().numpy(), sliding_window)
         first = first_keys(probe.layout)[probe.queries.cpu().numpy()]
+        # (H, N, T) for each copy: scores of the N measured queries, never of all T.
         scores = [_scores(q, k, probe.queries, scale, softcap) for q, k in zip(query, key, strict=True)]
         seen, starts = torch.from_numpy(allowed).to(query.device), torch.from_numpy(first).to(query.device)
         probe.found.setdefault(layer, []).extend(compare(scores[0], other, seen, starts) for other in scores[1:])
@@ -147,6 +148,7 @@ def _scores(
     query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """(Hq, T, D) and (Hkv, T, D) -> (Hq, N, T) scaled scores, summed in float32 as flash kernels do."""
+    # Hq = 4 query heads on Hkv = 2 key heads: key heads 0 0 1 1.
     key = key.repeat_interleave(len(query) // len(key), 0)
     scores = query[:, queries].float() @ key.float().mT * scale
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
@@ -171,6 +173,7 @@ def _output(
     Kernels also round the probabilities before they meet the values; how differs between them, and the comparison
     of scores does not see it.
     """
+    # bfloat16 inputs are exact in float32, so that only the inside of the attention is wider.
     inside = torch.float32 if query.device.type == "cpu" else query.dtype
     query, key, value = query.to(inside), key.to(inside), (given := value).to(inside)
     layouts = (layout,) * len(query)

@@ -25,6 +25,7 @@ def mean_result(metric: str, values: Sequence[float], unit: str, context: dict[s
     """The mean of one value a text, with Student's 95 % interval where there are two texts or more."""
     mean = statistics.fmean(values)
     low, high = mean_interval(values) or (None, None)
+    # Kept for paired tests between two models or arithmetics on the same texts.
     context = context | {"values": list(values)}
     return Result(metric=metric, value=mean, unit=unit, n=len(values), low=low, high=high, context=context)
 
@@ -53,6 +54,7 @@ def _change_rows(texts: Sequence[Sequence[Change]], context: dict[str, Any]) -> 
         return mean_result(metric, values, unit, context | more)
 
     yield row("precision_attention_change", "attention", first="kept")
+    # The same with the first token left out of the softmax: what remains is not the first token's.
     yield row("precision_attention_change", "hidden", first="hidden")
     yield row("precision_score_change", "score", "nats")
     yield row("precision_first_score_change", "first_score", "nats")
@@ -64,6 +66,7 @@ def _change_rows(texts: Sequence[Sequence[Change]], context: dict[str, Any]) -> 
 
 def key_rows(texts: Sequence[dict[int, Change]], context: dict[str, Any]) -> Iterator[Result]:
     """`precision_key_change`: the change of attention to one key, mean over the keys from `key_start` to `key_stop`."""
+    # (T,) for each text: the mean over layers of the change of attention to each key.
     means = [torch.stack([change.keys for change in text.values()]).mean(0) for text in texts]
     for start, stop in key_bins(len(means[0])):
         at = context | {"layer": ALL, "key_start": start, "key_stop": stop}

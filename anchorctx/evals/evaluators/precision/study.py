@@ -49,6 +49,7 @@ class Precision:
         self._checkpoint = dataclasses.replace(checkpoint, config=candidate.config.get_text_config())
         self.setting = check(config, self._checkpoint, candidate.label)
         self._texts = Texts(corpus, checkpoint.tokenizer)
+        # Rows are made here once for their checks, and again when they are read: they take no time beside the model.
         for length in self.setting.lengths:
             self._texts.rows(length, config.texts)  # raises before anything is written
         if config.packed:
@@ -160,6 +161,7 @@ def check(config: StudyConfig, checkpoint: models.Checkpoint, label: str | None 
             f"lengths={lengths} exceed the {checkpoint.reach} positions that {checkpoint.path} reaches: lower them, or "
             "read past the limit with config='{max_position_embeddings: ...}'"
         )
+    # 32 layers: 0, 4, 8, ..., 28; 4 layers: all of them, each once.
     layers = config.layers or sorted({i * checkpoint.layers // 8 for i in range(8)})
     outside = [layer for layer in layers if not 0 <= layer < checkpoint.layers]
     if outside:

@@ -82,6 +82,7 @@ def dropped_unit(
     tool: Instrument, setting: Setting, texts: Sequence[TextRow], context: dict[str, Any]
 ) -> Iterator[Result]:
     """The main shift with the first token dropped from the text: does the next one take its place?"""
+    # The row is one token shorter, but it is reported under the length of the rows that it was made from.
     dropped = [text.without_first() for text in texts]
     length = len(dropped[0].ids)
     layout, positions = PackedLayout((0, length)), _shifted(length, (setting.shift,))
@@ -91,7 +92,7 @@ def dropped_unit(
     )
     context = context | {"rows": "shift", "length": len(texts[0].ids), "shift": setting.shift}
     for row in layer_rows(changes, context, layers=False):
-        if row.context.get("first") != "hidden":
+        if row.context.get("first") != "hidden":  # hiding one more token is not what is asked here
             yield dataclasses.replace(row, context=row.context | {"first": "dropped"})
 
 
@@ -205,7 +206,7 @@ def _step(model: PreTrainedModel, row: TextRow) -> Callable[[], float]:
     cuda = model.device.type == "cuda"
 
     def step() -> float:
-        if cuda:
+        if cuda:  # kernels are queued: wait, so that only this step is timed
             torch.cuda.synchronize(model.device)
         start = time.perf_counter()
         hidden = model.base_model(
@@ -214,6 +215,7 @@ def _step(model: PreTrainedModel, row: TextRow) -> Callable[[], float]:
             layouts=(layout,),
             use_cache=False,
         ).last_hidden_state
+        # Any loss will do: gradients flow through every layer. The head is left out, since it does not rotate anything.
         hidden.float().square().mean().backward()
         if cuda:
             torch.cuda.synchronize(model.device)

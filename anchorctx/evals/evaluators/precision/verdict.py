@@ -60,6 +60,7 @@ def find(rows: Sequence[Result], metric: str, /, **context: Any) -> Result | Non
 
 def _removed(before: Result, after: Result) -> tuple[float, float | None]:
     """Mean over texts of the share of the change that is gone, and half its interval."""
+    # `values` has one number for each text, and both arithmetics read the same texts: paired.
     pairs = zip(before.context["values"], after.context["values"], strict=True)
     shares = [1 - b / a if a else 0.0 for a, b in pairs]
     return statistics.fmean(shares), interval_half(shares)
@@ -79,6 +80,7 @@ def _changes(
     )
     beside = f" (weights drawn anew: {percent(control.value)} in bfloat16)" if control else ""
     tokens = "token" if question.shift == 1 else "tokens"
+    # "3.1 % in bfloat16" becomes "3.1 % of each query's attention in bfloat16", in the first part alone.
     parts[0] = parts[0].replace(" %", " % of each query's attention", 1)
     return (
         f"at {question.lengths[-1]:,} tokens, shifting all positions by {question.shift:,} {tokens} moves "
@@ -101,6 +103,7 @@ def _growth(rows: Sequence[Result], question: Question, at: dict[str, Any]) -> s
 
 def _differ(a: Result, b: Result) -> bool:
     """Is the difference of two independent means larger than its 95 % interval?"""
+    # Half widths of independent means add in squares.
     if a.high is None or b.high is None:
         return False
     return abs(a.value - b.value) > math.hypot(a.high - a.value, b.high - b.value)
@@ -127,6 +130,7 @@ def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
 
 
 def _recommendation(rows: Sequence[Result], removed: float, half: float | None, at: dict[str, Any]) -> str:
+    # Measurably: the interval of what is removed does not reach 0.
     helps = removed > (half if half is not None else 0.0)
     spread = f" (95 %: {percent(removed - half)} to {percent(removed + half)})" if half is not None else ""
     if not helps:
@@ -137,6 +141,7 @@ def _recommendation(rows: Sequence[Result], removed: float, half: float | None, 
     if cost is not None and cost.low is not None and cost.high is not None:
         where = f"a bfloat16 training step of {cost.context['length']:,} tokens on {cost.context['device']}"
         span = f"({100 * (cost.value - 1):+.1f} %, 95 %: {100 * (cost.low - 1):+.1f} to {100 * (cost.high - 1):+.1f} %)"
+        # A ratio whose interval has 1 in it is no difference.
         known = (
             "takes longer" if cost.low > 1 else "takes less time" if cost.high < 1 else "takes no longer, measurably"
         )
@@ -147,6 +152,7 @@ def _recommendation(rows: Sequence[Result], removed: float, half: float | None, 
 
 def _after_all_layers(rows: Sequence[Result], at: dict[str, Any]) -> str:
     """Whether the same shows at the end of the model, where every rounding on the way adds its own."""
+    # These rows are of all layers together and have no `layer`.
     at = {key: value for key, value in at.items() if key != "layer"}
     spoken = [find(rows, "precision_logprob_change", arithmetic=a, **at) for a in ("bfloat16", "float32_rotation")]
     if spoken[0] is None or spoken[1] is None:
@@ -179,6 +185,7 @@ def table(rows: Sequence[Result]) -> str:
         and row.context["layer"] == ALL
         and row.context["first"] == "kept"
     ]
+    # One grid a model: shifts down, arithmetics across, at the longest length only.
     longest = max((row.context["length"] for row in changes), default=0)
     for weights, title in (("trained", "the checkpoint"), ("control", "the same with weights drawn anew")):
         mine = [row for row in changes if row.context["weights"] == weights and row.context["length"] == longest]

@@ -58,6 +58,7 @@ class Reuse:
             raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
         self.config, self._seed = config, seed
         self._arms = arm_makers(config, seed)
+        # One line of text is one piece of documents: facts are planted between lines.
         self._lines = _lines(texts.first(CORPUS_TEXTS), candidate.tokenizer)
         self._tasks: dict[str, tuple[Task, Sequence[Team]]] = {}
         lab = self._lab(_shapes(candidate.config, attention), candidate.tokenizer, self._arms)
@@ -173,6 +174,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
     check_ranges(config)
     s = config.settings
     pool = PoolConfig(s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes)
+    # Arms that take settings; the others are made as they are.
     known |= {
         "rotate_glue": lambda: RotateGlue(s.first),
         "kvcomm": lambda: Kvcomm(pool, partial=s.partial),

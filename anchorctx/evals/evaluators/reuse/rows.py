@@ -39,6 +39,7 @@ def record_rows(task: str, records: Sequence[Record], problems: str = "") -> lis
             rows += _words(own, context)
             rows += _answers(own, dense, context)
             rows += _reuse(own, context)
+            # Errors of the cache and times are not told apart by kind.
             if kind == "all":
                 rows += [*_cache(own, context), *_times(own, context)]
     return rows
@@ -122,6 +123,7 @@ def _times(own: Sequence[Record], context: dict) -> Iterator[Result]:
     samples: dict[str, list[float]] = {
         agent: [request[agent] for record in own for request in record.ttft if agent in request] for agent in agents
     }
+    # Agents speak one after the other, so a request takes the sum.
     samples["request"] = [sum(request.values()) for record in own for request in record.ttft]
     for who, seconds in samples.items():
         for name, quantile in (("p50", 0.5), ("p95", 0.95)):

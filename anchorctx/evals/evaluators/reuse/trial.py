@@ -68,6 +68,7 @@ class Trial:
     def __init__(self, lab: Lab, task: Task, team: Team) -> None:
         self._lab, self._task, self.team = lab, task, team
         self._dense = self._session("dense", lab.arms["dense"], None)
+        # Each arm has two sessions, for compared and for free runs, since an arm learns from what goes through it.
         self._compared = {name: self._session(name, make, None) for name, make in lab.arms.items()}
         decision = team.decision if lab.decision_dense else None
         self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
@@ -96,7 +97,7 @@ class Trial:
         for name in self._compared:
             if name != "dense":
                 self._compare(name, problem, dense, truth, shuffled, other)
-        if self.team.decision is not None:
+        if self.team.decision is not None:  # teams without one (copy) are only timed and compared
             self._answer(problem, dense)
 
     def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
@@ -155,6 +156,7 @@ class Trial:
         decision = self.team.decision
         assert decision is not None
         self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
+        # Dense's own answers are at hand from the first run: it is not run again.
         for name, session in self._free.items():
             turns = session.ask(problem.texts)
             self.records[name].correct.append(self._task.score(turns[decision].answer, problem))
