@@ -79,6 +79,7 @@ def code_fingerprint() -> str:
 def _code_fingerprint(package: Path) -> str:
     digest = hashlib.sha256()
     for part in CODE:
+        # Names too, so that a renamed module counts as a change; sorted, since folders are listed in any order.
         for path in [package / part] if part.endswith(".py") else sorted((package / part).rglob("*.py")):
             digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
@@ -138,7 +139,7 @@ def average(rows: Sequence[Result], models: Sequence[EvaluatedModel], journal: J
     for word in dict.fromkeys(model.average for model in models if model.average):
         labels = [str(model.label) for model in models if model.average == word]
         for same in _series([row for row in rows if row.model in labels]).values():
-            if len(same) == len(labels):
+            if len(same) == len(labels):  # a number that one checkpoint lacks has no average
                 found += _average(word, labels, same, journal)
     return found
 

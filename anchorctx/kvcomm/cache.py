@@ -61,7 +61,7 @@ class KV:
         return KV(self.keys[start:], self.values[start:], self.rotated_at)
 
     def copy(self) -> KV:
-        """The same in memory of its own, so that a long buffer is not kept alive for a short slice."""
+        """The same in new memory, so that a short slice does not keep a long buffer alive."""
         return replace(self, keys=self.keys.clone(), values=self.values.clone())
 
     def minus(self, other: KV) -> KV:

@@ -49,7 +49,7 @@ class Topology:
 
     @property
     def last(self) -> tuple[str, ...]:
-        """Those whom nobody hears."""
+        """The agents that no other agent hears."""
         heard = {other for inputs in self.inputs.values() for other in inputs}
         return tuple(name for name in self.order if name not in heard)
 

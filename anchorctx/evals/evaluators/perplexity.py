@@ -224,7 +224,7 @@ def known_facts(tokenizer: PreTrainedTokenizerBase) -> FactTokens | None:
 
 
 def _bucket_stops(stops: list[int], max_length: int) -> list[int]:
-    """Where buckets of positions end: those asked for, or 128 and its doublings, and max_length at last."""
+    """Where buckets of positions end: as asked for, or at 128 and its doublings; the last one at max_length."""
     if any(a >= b for a, b in zip([0, *stops], stops, strict=False)):
         raise UserError(
             f"perplexity.buckets={stops} must be positive and rising: give ends in tokens, like [512, 4096]"

@@ -22,7 +22,7 @@ class Arm:
 
     name = "dense"
     shares = False
-    """Does it use the base KV of messages? If not, none is kept."""
+    """Whether it uses the base KV of messages; none is kept otherwise."""
     by_construction = False
     """Reuses everything whatever the content, so its reuse rate says nothing."""
 

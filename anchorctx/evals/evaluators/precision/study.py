@@ -84,6 +84,7 @@ class Precision:
 
     def run(self, subject: Subject | None, unit: Unit, progress: Progress) -> Iterator[Result]:
         """The rows of a unit; models are loaded here, so that no `subject` is needed."""
+        # Without `rows`: the cost, which has the device, or the random queries and keys.
         if "rows" not in unit:
             work = self._cost_rows if "device" in unit else self._random_rows
             yield from by_first(lambda: list(work()))

@@ -102,7 +102,7 @@ def _growth(rows: Sequence[Result], question: Question, at: dict[str, Any]) -> s
 
 
 def _differ(a: Result, b: Result) -> bool:
-    """Is the difference of two independent means larger than its 95 % interval?"""
+    """Whether the 95 % interval of the difference of two independent means leaves out 0."""
     # Half widths of independent means add in squares.
     if a.high is None or b.high is None:
         return False

@@ -128,7 +128,7 @@ class Reuse:
         return np.array([token for line in self._lines for token in line])
 
     def _has_room(self, reach: int) -> bool:
-        """Can the split of errors be measured? It is left out, with a warning, where model or text are too short."""
+        """Whether the split of errors can be measured; warns and leaves it out where model or text are too short."""
         config, found = self.config.variation, len(self._stream)
         needed, text = config.tokens + 2 * config.prefix + 1, 4 * max(config.tokens, config.prefix)
         if found >= text and reach >= needed:

@@ -45,6 +45,7 @@ class Team:
 
 def fingerprint(problems: Sequence[Problem]) -> str:
     """Twelve hex digits that change with the problems: figures of two models are paired only where these are equal."""
+    # Texts, answers and scripts: all that a problem is made of.
     said = json.dumps([[sorted(p.texts.items()), str(p.expected), sorted((p.script or {}).items())] for p in problems])
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
@@ -75,6 +76,7 @@ def panel(
         raise UserError(f"agents={count} must be at least 2: one that answers, and the decision agent")
     names = [f"agent_{i}" for i in range(1, count)]
     graph = _named(topology, names)
+    # A debate's first round is heard through the second one alone.
     graph = graph.with_decision(DECISION, hears=graph.last if topology == "debate" else None)
     agents = []
     for number, name in enumerate(graph.order):
@@ -121,7 +123,7 @@ def _local(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path} is no file: give a JSON-lines file of problems, or null for the hub's")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if not line.strip():  # a file may end with an empty line
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
