@@ -34,7 +34,7 @@ class CopyTask:
 
     def teams(self) -> Sequence[Team]:
         """One, without a decision agent."""
-        # Drawn in a fixed order (prefixes, then each problem's question and answers), so that a seed fixes the problems.
+        # Drawn in a fixed order (prefixes, then each problem's question and answers), so a seed fixes the problems.
         config, graph, rng = self.config, self._topology, np.random.default_rng([self._seed, 9])
 
         def draw(length: int) -> tuple[int, ...]:
