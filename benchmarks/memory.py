@@ -39,7 +39,7 @@ from anchorctx.plan.memory import Parts, worst_moment
 from anchorctx.plan.planner import weights_of
 from anchorctx.plan.trace import meta_model, trace
 from anchorctx.records.manifest import build_manifest, write_json
-from anchorctx.report.figures.scaling import memory_figure
+from anchorctx.report.figures.curves import memory_figure
 
 VOCABULARY = 8192
 MODEL = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704}

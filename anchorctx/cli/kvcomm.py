@@ -20,7 +20,7 @@ def run(arguments: Arguments) -> int:
     from anchorctx.evals.commands import evaluate_reuse
     from anchorctx.evals.distribute import is_first
     from anchorctx.report.figures.reuse import draw_reuse
-    from anchorctx.report.reuse_table import reuse_table
+    from anchorctx.report.sections.reuse import reuse_table
 
     outcome = evaluate_reuse(config)
     verdict = outcome.verdict

@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> None:
     written: dict[str, object] = {"manifest": build_manifest("plan", dataclasses.asdict(config))}
     written["plan"] = table.facts(planner, plan)
     if config.simulate:
-        from anchorctx.report.figures.scaling import scaling_figure
+        from anchorctx.report.figures.curves import scaling_figure
 
         written["scaling"] = points = simulate(planner, plan)
         print(f"drawn: {scaling_figure(points, _title(planner.row_length, config), out / 'scaling.png')}")

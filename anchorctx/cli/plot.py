@@ -19,7 +19,7 @@ def run(arguments: Arguments) -> None:
     if config is None:
         return
     from anchorctx.data.packed_set import PackedSet
-    from anchorctx.report.render import render
+    from anchorctx.report.plot import plot
 
     layout = None
     if config.packed is not None:
@@ -28,7 +28,7 @@ def run(arguments: Arguments) -> None:
         if not 0 <= row < len(packed):
             raise UserError(f"row={row} is not in the packed set, which has {len(packed)} rows: give 0 or more")
         layout = packed.row(row).layout
-    for path in render(config, layout):
+    for path in plot(config, layout):
         print(f"drawn: {path}")
 
 

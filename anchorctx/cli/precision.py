@@ -18,12 +18,12 @@ def run(arguments: Arguments) -> None:
     from anchorctx.evals.commands import evaluate_precision
     from anchorctx.evals.distribute import is_first
     from anchorctx.evals.evaluators.precision.verdict import table
-    from anchorctx.report.figures.precision import precision_figure
-    from anchorctx.report.precision_series import Study
+    from anchorctx.records.results import Rows
+    from anchorctx.report.figures.precision import Study, precision_figure
 
     rows = evaluate_precision(config)
     if not is_first():
         return
     print(table(rows))
-    figure = precision_figure(Study(rows[-1].context["model"], rows), Path(config.out_dir) / "precision.png")
+    figure = precision_figure(Study(rows[-1].context["model"], Rows(rows)), Path(config.out_dir) / "precision.png")
     print(f"\ndrawn: {figure}; for a page with all figures: anchorctx report {config.out_dir}")

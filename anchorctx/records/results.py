@@ -20,6 +20,8 @@ ABOUT = frozenset(
 """Names in a row's context that say how its number came about."""
 COUNTS = ("tokens", "rows")
 """Names that do so where they are a number; a word there, such as `rows: intra_doc`, says which number it is."""
+TEXT = ("documents", "tokens")
+"""Names that count the text a row is about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,14 +60,41 @@ class Result:
         """How the number came about."""
         return {key: value for key, value in self.context.items() if _is_about(key, value)}
 
+    @property
+    def key(self) -> str:
+        """`where` as text, for use as a key; the order of its entries does not matter."""
+        return json.dumps(self.where, sort_keys=True, default=str)
+
+    def same_text(self, other: Result) -> bool:
+        """Whether both rows are about as much text; not so for two tokenizers. A row that does not say may be."""
+        return all(self.about.get(name, n) == n for name in TEXT if (n := other.about.get(name)) is not None)
+
 
 class Rows(list[Result]):
-    """Result rows that can be looked up."""
+    """Result rows that can be looked up.
+
+    `find` and `of` take entries of the context; None asks for rows that do not have the entry.
+    """
 
     def find(self, metric: str, /, **context: Any) -> Result | None:
         """The first row of `metric` whose context has all of `context`; None where there is none."""
-        wanted = context.items()
-        return next((r for r in self if r.metric == metric and wanted <= r.context.items()), None)
+        return next((r for r in self if r.metric == metric and _has(r, context)), None)
+
+    def of(self, metric: str | None = None, /, **context: Any) -> Rows:
+        """All rows of `metric` (of any metric for None) whose context has all of `context`."""
+        return Rows(r for r in self if metric in (None, r.metric) and _has(r, context))
+
+    def distinct(self, name: str) -> list[Any]:
+        """The values of a context entry, in order of appearance."""
+        return list(dict.fromkeys(r.context[name] for r in self if name in r.context))
+
+    def latest(self) -> Rows:
+        """One row for each number of each model: the last where one was measured several times."""
+        return Rows({(r.metric, r.model, r.key): r for r in self}.values())
+
+
+def _has(row: Result, context: dict[str, Any]) -> bool:
+    return all(row.context.get(key) == value for key, value in context.items())
 
 
 def _is_about(key: str, value: Any) -> bool:

@@ -1,16 +1,16 @@
-"""What a section is made of: figures, tables and paragraphs."""
+"""What a section is made of: figures, tables and notes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from markupsafe import Markup
 
 from anchorctx.records.results import Result
 from anchorctx.report.collect import Material
 from anchorctx.report.figures.chart import Chart
+from anchorctx.report.numbers import with_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Figure:
     title: str
     chart: Chart
     caption: str
-    kind: str = "figure"
+    kind: str = "figure"  # `kind` tells the page's template which block it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,12 @@ class Cell:
 
     text: str
     sort: float | str | None = None
+    """None for a missing value: it comes last, whichever way the column is sorted."""
     strong: bool = False
+
+
+MISSING = Cell("–")
+"""The cell of a number that was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ class Table:
     kind: str = "table"
 
     def numeric(self, column: int) -> bool:
-        """Is a column of numbers, so set to the right?"""
+        """Whether a column holds numbers and is therefore set to the right."""
         return any(isinstance(row[column].sort, int | float) for row in self.rows)
 
 
@@ -55,35 +60,35 @@ class Note:
     kind: str = "note"
 
 
+Block = Figure | Table | Note
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """One part of the page."""
 
     id: str
+    """Its anchor in the page, such as `#ruler`."""
     title: str
     lead: str
     """What the section says, in a sentence or two."""
-    blocks: Sequence[Figure | Table | Note] = field(default_factory=list)
+    blocks: Sequence[Block] = field(default_factory=list)
 
 
-class Build(Protocol):
-    """How a section module makes its section."""
-
-    def __call__(self, material: Material) -> Section | None:
-        """The section, or None when the material has nothing for it."""
-        ...
+Build = Callable[[Material], Section | None]
+"""Makes a section, or None where the material has nothing for it."""
 
 
-def measured(result: Result, percent: bool = False) -> Cell:
+def text_cell(text: str) -> Cell:
+    """Words, sorted as they are written."""
+    return Cell(text, text)
+
+
+def measured(result: Result | None, as_percent: bool = False) -> Cell:
     """A value with its interval, sorted by the value."""
-    value = _digits(result.value, percent)
-    if result.low is None or result.high is None:
-        return Cell(value, result.value)
-    ends = f"{_digits(result.low, percent)} to {_digits(result.high, percent)}"
-    return Cell(f"{value} ({ends})", result.value)
+    return MISSING if result is None else Cell(with_interval(result, as_percent), result.value)
 
 
-def _digits(value: float, percent: bool) -> str:
-    if percent:
-        return f"{100 * value:.1f} %"
-    return f"{value:,.3f}" if abs(value) <= 1 else f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+def formatted(value: float | None, form: str) -> Cell:
+    """A number in a format such as `{:,}`, sorted by itself."""
+    return MISSING if value is None else Cell(form.format(value), value)

@@ -1,70 +1,52 @@
-"""Rows to series, each of one manifest: a line or a table never mixes what different runs of an evaluation measured."""
+"""Result rows by model, each series of one manifest: a line or a table never mixes different runs of an evaluation."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from anchorctx.errors import UserError
-from anchorctx.records.results import Result
+from anchorctx.records.results import FILE, Result, Rows
 from anchorctx.report.collect import Row
 
-Series = dict[str, list[Row]]
+Series = dict[str, Rows]
 """Rows by model, in order of appearance."""
-OUTCOMES = ("model", "values", "loss_nats", "sentence", "recommendation", "checkpoints")
-"""Context that is found rather than set: it does not tell two measurements apart."""
-KEYS = ("task", "measure", "length", "context_length", "start", "stop", "depth")
-"""Context that tells the numbers of one model and metric apart."""
-TEXT = ("documents", "tokens")
-"""How much text a row is about."""
 
 
-def by_model(rows: Iterable[Row], metric: str, where: Callable[[dict[str, Any]], bool] = lambda _: True) -> Series:
-    """Rows of `metric` whose context is wanted, by model.
+def by_model(rows: Iterable[Row], metric: str, wanted: Callable[[Result], bool] = lambda _: True) -> Series:
+    """The wanted rows of `metric`, by model; of a number that was measured twice, the later row.
 
-    A cell that the same run measured twice counts once, the later one. Raises UserError when a model's rows come from
-    different manifests.
+    Raises UserError when a model's rows come from different manifests.
     """
-    found: Series = {}
+    chosen = [row for row in rows if row.result.metric == metric and wanted(row.result)]
+    return _series(chosen, f"{metric} of")
+
+
+def whole_evaluation(rows: Iterable[Row], prefix: str, name: str) -> Series:
+    """Every row whose metric begins with `prefix`, by model, for sections about one evaluation.
+
+    `name` says what it is in the UserError that is raised when a model's rows come from different manifests.
+    """
+    return _series([row for row in rows if row.result.metric.startswith(prefix)], f"{name} of")
+
+
+def _series(rows: Sequence[Row], what: str) -> Series:
+    # By the report's names of models, which differ from the rows' where two folders use one label.
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.result.metric == metric and where(row.result.context):
-            found.setdefault(row.model, []).append(row)
+        found.setdefault(row.model, []).append(row)
+    # Before `latest`, which would drop the older of two manifests' rows and hide that they were mixed.
     for model, mine in found.items():
-        check_one_manifest(mine, f"{metric} of {model}")
-        found[model] = list({cell(row): row for row in mine}.values())
-    return found
+        _check_one_manifest(mine, f"{what} {model}")
+    return {model: Rows(row.result for row in mine).latest() for model, mine in found.items()}
 
 
-def check_one_manifest(rows: Sequence[Row], name: str) -> None:
-    """UserError when rows that would be one series have different manifests."""
-    first: dict[str, Row] = {}
+def _check_one_manifest(rows: Sequence[Row], name: str) -> None:
+    first: dict[str, Row] = {}  # of each manifest, a row to name its file by
     for row in rows:
         first.setdefault(row.result.manifest, row)
     if len(first) > 1:
-        places = " and ".join(f"{hash or 'none'} ({row.place.path / 'results.jsonl'})" for hash, row in first.items())
+        places = " and ".join(f"{hash or 'none'} ({row.place.path / FILE})" for hash, row in first.items())
         raise UserError(
             f"{name} has rows of different manifests, {places}, which must not be one series: give one evaluation "
             "another label=, evaluate again into a new folder, delete the older rows, or report only one folder"
         )
-
-
-def cell(row: Row) -> str:
-    """What was measured, apart from the outcome: equal where a row is the same measurement again."""
-    context = {key: value for key, value in row.result.context.items() if key not in OUTCOMES}
-    return json.dumps([row.result.metric, context], sort_keys=True)
-
-
-def place_of(result: Result) -> tuple[Any, ...]:
-    """Where in a series a row stands: equal for rows of two models that ask the same."""
-    return tuple(result.context.get(key) for key in KEYS)
-
-
-def comparable(a: Result, b: Result) -> bool:
-    """May two models' rows of one place be compared? Not when they read other text, as with another tokenizer."""
-    return all(a.context.get(key, n) == n for key in TEXT if (n := b.context.get(key)) is not None)
-
-
-def sorted_by(rows: Sequence[Row], key: str) -> list[Row]:
-    """In order of a number in their context."""
-    return sorted(rows, key=lambda row: row.result.context[key])

@@ -29,11 +29,14 @@ def tag(css: str, *titles: str) -> str:
 def inline_svg(figure: Any, description: str) -> Markup:
     """The figure as an SVG element; `description` is for readers who cannot see it."""
     file = io.StringIO()
+    # The page's cards are the background, in either theme.
     figure.patch.set_visible(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser has other fonts
         figure.savefig(file, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(file.getvalue())
+    # matplotlib defines a marker's path once and refers to it by its id. Ids would have to differ between the page's
+    # figures, so each use becomes a circle.
     markers = {f"#{path.get('id')}": path.get("d", "") for path in root.iter(f"{SVG}path") if path.get("id")}
     body = Markup("").join(_inside(root, markers, iter(())))
     return Markup('<svg viewBox="{}" role="img" aria-label="{}">{}</svg>').format(
@@ -42,11 +45,13 @@ def inline_svg(figure: Any, description: str) -> Markup:
 
 
 def _inside(parent: ElementTree.Element, markers: dict[str, str], titles: Iterator[str]) -> Iterator[Markup]:
+    """The shapes and texts below an element; each shape takes the next of `titles`, in the order of drawing."""
     for element in parent:
         kind, name = element.tag.removeprefix(SVG), element.get("id", "")
+        # A gid that `tag` made begins with a bracket; matplotlib's own, such as `patch_1`, are dropped.
         if kind == "g" and name.startswith("["):
-            css, *own = json.loads(name)
-            inner = Markup("").join(_inside(element, markers, iter(own)))
+            css, *inner_titles = json.loads(name)
+            inner = Markup("").join(_inside(element, markers, iter(inner_titles)))
             yield Markup('<g class="{}">{}</g>').format(css, inner) if css else inner
         elif kind == "g":
             yield from _inside(element, markers, titles)
@@ -62,7 +67,8 @@ def _shape(element: ElementTree.Element, markers: dict[str, str], title: str) ->
     if (marker := element.get(LINK)) is None:
         path = re.sub(r"\s*([MLCQz])\s*", r"\1", _rounded(element.get("d", "").strip()))
         return Markup('<path d="{}"{}>{}</path>').format(path, _style(element), words)
-    radius = _rounded(markers[marker].split()[2])  # every marker is a circle: M 0 3.5 C ...
+    # Every marker is a circle whose path begins at its lowest point, M 0 3.5 C ...: the third word is the radius.
+    radius = _rounded(markers[marker].split()[2])
     place = _rounded(element.get("x", "")), _rounded(element.get("y", ""))
     return Markup('<circle cx="{}" cy="{}" r="{}"{}>{}</circle>').format(*place, radius, _style(element), words)
 

@@ -14,11 +14,13 @@ from typing import Any, TypeVar, cast
 GREY, BLUE, ORANGE, GREEN, PINK, SKY = "#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 SERIES = (GREY, BLUE, ORANGE, GREEN, PINK, SKY)
 MARKERS = "os^Dvp"
+# Five shades that no two meanings share: in the page each is replaced by a variable, found by its value.
 INK, MUTED, RULE, CARD, LEFT_OUT = "#14181f", "#596273", "#e6e9ef", "#ffffff", "#e4e7ec"
 ON_PART, IN_LOW, IN_HIGH = "#fffffe", "#010101", "#fffffd"
 """Text on a bar and on light and dark cells of a heat map; each its own colour, to be told apart in an SVG."""
 HEAT_STEPS = 10
 HEAT_ENDS = ((238, 244, 250), (6, 58, 99))
+# Steps rather than a smooth scale: each is a colour that can be found in an SVG and replaced by a mixture.
 HEAT = [
     "#" + "".join(f"{round(low + (high - low) * step / HEAT_STEPS):02x}" for low, high in zip(*HEAT_ENDS, strict=True))
     for step in range(HEAT_STEPS + 1)
@@ -46,7 +48,7 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "anchorctx",
+    "svg.hashsalt": "anchorctx",  # else ids are random, and the order of definitions with them
 }
 Drawing = TypeVar("Drawing", bound=Callable[..., Any])
 
@@ -71,6 +73,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
 def blank_figure(width: float, height: float) -> Any:
     """A figure in inches without axes."""
     mpl = load_matplotlib()
+    # Without pyplot, which would look for a display and keep every figure alive.
     figure = mpl.figure.Figure(figsize=(width, height), dpi=150)
     mpl.backends.backend_agg.FigureCanvasAgg(figure)
     return figure
@@ -85,6 +88,7 @@ def save(figure: Any, path: Path) -> Path:
 
 def load_matplotlib() -> Any:
     """The matplotlib package with the parts that are used."""
+    # Sub-modules are not there by themselves; importing them here is what makes `mpl.patches` work.
     import matplotlib
     import matplotlib.backends.backend_agg
     import matplotlib.colors

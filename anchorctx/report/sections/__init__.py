@@ -1,1 +1,1 @@
-"""The report's sections, one a module: each has `build(material)`, and `page.SECTIONS` says in what order they come."""
+"""The report's sections: functions from the material to a section; `page.SECTIONS` says in what order they come."""

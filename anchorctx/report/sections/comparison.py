@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from anchorctx.records.results import Result
 from anchorctx.records.statistics import INTERVALS, PAIRED_T, SIGN_FLIP, Difference, difference, holm, over_cells
-from anchorctx.report.blocks import Cell, Section, Table, measured
+from anchorctx.report.blocks import Cell, Section, Table, measured, text_cell
 from anchorctx.report.collect import Material
-from anchorctx.report.series import KEYS, Series, by_model, comparable, place_of
+from anchorctx.report.sections import precision, reuse, ruler
+from anchorctx.report.series import Series, by_model
 
-SKIPPED = "precision_"
-"""Metrics with a section that compares its own arms."""
-KVCOMM = "kvcomm_"
+SKIPPED = (precision.PREFIX, reuse.PREFIX)
+"""Metrics with a section that compares arms of one model."""
 LEVEL = 0.05
 FEW = 8
-"""Cells of a metric that are listed one by one; of more, only all together."""
+"""Cells of a metric that are listed one by one; where there are more, only all of them together."""
 TESTS = {
     PAIRED_T: "Student's t over the same items in both",
     INTERVALS: "from the two 95 % intervals as if independent, which is cautious where the items were the same",
@@ -40,56 +40,58 @@ class Compared:
 
 def build(material: Material) -> Section | None:
     """None when no two models have a cell in common."""
-    metrics = dict.fromkeys(row.result.metric for row in material.rows)
-    metrics = [metric for metric in metrics if not metric.startswith((SKIPPED, KVCOMM))]
-    compared = [line for metric in metrics for series in _families(material, metric) for line in _lines(metric, series)]
+    metrics = dict.fromkeys(metric for row in material.rows if not (metric := row.result.metric).startswith(SKIPPED))
+    if not metrics:
+        return None
+    # The oldest evaluation's: `collect` sorts folders by time.
+    baseline = next(row.model for row in material.rows if row.result.metric in metrics)
+    families = itertools.chain.from_iterable(_families(material, metric, baseline) for metric in metrics)
+    compared = list(itertools.chain.from_iterable(map(_lines, families)))
     if not compared:
         return None
-    baseline = _baseline(material)
+    # Over all lines of the table, whatever they measure: a reader looks at all of them.
     adjusted = holm([line.found.p for line in compared])
     rows = [_row(line, p) for line, p in zip(compared, adjusted, strict=True)]
-    several = len({line.found.test for line in compared}) > 1
-    rows = [row if several else row[:-1] for row in rows]
-    head = ("measure", "model", baseline, "this model", "difference (95 %)", "p", "p, all lines", "test")[
-        : len(rows[0])
-    ]
-    differ = sum(p < LEVEL for p in adjusted)
+    head = ["measure", "model", baseline, "this model", "difference (95 %)", "p", "p, all lines", "test"]
     used = [f"{test} ({TESTS[test]})" for test in dict.fromkeys(line.found.test for line in compared)]
+    if len(used) == 1:  # the caption names it; a column of equal words would not help
+        head, rows = head[:-1], [row[:-1] for row in rows]
     caption = (
         f"Against {baseline}, the first model; perplexities as ratios. Tested by {'; by '.join(used)}. "
         f"“p, all lines” has Holm's correction for looking at {len(rows)} lines; bold is below 0.05."
     )
+    differ = sum(p < LEVEL for p in adjusted)
     lead = (
         f"{differ} of {len(rows)} differences to {baseline} are larger than chance explains (5 %, all lines together)."
     )
     return Section("comparison", "Comparison", lead, [Table("Against the first model", head, rows, caption)])
 
 
-def _baseline(material: Material) -> str:
-    return next(row.model for row in material.rows if not row.result.metric.startswith((SKIPPED, KVCOMM)))
-
-
-def _families(material: Material, metric: str) -> Iterator[Series]:
+def _families(material: Material, metric: str, baseline: str) -> Iterator[Series]:
     """A metric's series with the baseline first; lm-eval's are RULER's and each other task's, measured apart."""
-    baseline = _baseline(material)
-    wanted: list[Callable[[dict[str, Any]], bool]] = [lambda context: True]
-    if metric == "lm_eval":
-        tasks = dict.fromkeys(r.result.context["task"] for r in material.rows if r.result.metric == metric)
-        wanted = [lambda context: "length" in context]
-        wanted += [lambda c, task=task: "length" not in c and c["task"] == task for task in tasks]
-    for where in wanted:
-        series = by_model(material.rows, metric, where)
+    wanted = [lambda row: True]
+    if metric == ruler.METRIC:
+        others = [row.result for row in material.rows if row.result.metric == metric and not ruler.is_ruler(row.result)]
+        tasks = dict.fromkeys(row.context["task"] for row in others)
+        # `task=task` binds the loop's value now; the function is called later.
+        wanted = [ruler.is_ruler]
+        wanted += [lambda row, task=task: not ruler.is_ruler(row) and row.context["task"] == task for task in tasks]
+    for of_family in wanted:
+        series = by_model(material.rows, metric, of_family)
         if baseline in series:
             yield {baseline: series.pop(baseline)} | series
 
 
-def _lines(metric: str, series: Series) -> Iterator[Compared]:
+def _lines(series: Series) -> Iterator[Compared]:
     """Every model against the first: cell by cell where they are few, and all cells together."""
     (_, baseline), *others = series.items()
-    before = {place_of(row.result): row.result for row in baseline}
+    before = {row.key: row for row in baseline}
     for other, rows in others:
-        found = ((before.get(place_of(row.result)), row.result) for row in rows)
-        pairs = [(a, b) for a, b in found if a is not None and comparable(a, b)]
+        pairs = [(a, b) for b in rows if (a := before.get(b.key)) is not None and a.same_text(b)]
+        if not pairs:
+            continue
+        metric = pairs[0][1].metric
+        # A RULER grid of 13 tasks and 6 lengths would be 78 lines, and Holm's correction would hide most of them.
         if len(pairs) <= FEW:
             for a, b in pairs:
                 if (found := difference(a, b)) is not None:
@@ -100,28 +102,29 @@ def _lines(metric: str, series: Series) -> Iterator[Compared]:
 
 
 def _what(result: Result) -> str:
-    parts = []
-    for name in KEYS:
-        value = result.context.get(name)
-        if value is not None:
-            parts.append(f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int | float) else str(value))
-    return ", ".join(parts)
+    """Which number it is: niah_single_1, score, length 4,096."""
+    # Names first, so that lines of one task have the same beginning.
+    entries = sorted(result.where.items(), key=lambda entry: isinstance(entry[1], int | float))
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int | float) else str(value)
+        for name, value in entries
+    )
 
 
-def _row(line: Compared, adjusted: float) -> Sequence[Cell]:
+def _row(line: Compared, adjusted: float) -> list[Cell]:
     found = line.found
     form = "×{:.3f}" if found.is_ratio else "{:+.3f}"
     ends = f"{form} ({form} to {form})".format(found.value, found.low, found.high)
     measure = line.metric.replace("_", " ") + (f", {line.what}" if line.what else "")
     return [
-        Cell(measure, measure),
-        Cell(line.other, line.other),
-        measured(line.before) if line.before else Cell("–"),
-        measured(line.after) if line.after else Cell("–"),
+        text_cell(measure),
+        text_cell(line.other),
+        measured(line.before),
+        measured(line.after),
         Cell(ends, found.value),
         Cell(_probability(found.p), found.p),
         Cell(_probability(adjusted), adjusted, strong=adjusted < LEVEL),
-        Cell(found.test, found.test),
+        text_cell(found.test),
     ]
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from anchorctx.records.results import Result
-from anchorctx.report.blocks import Cell, Figure, Note, Section, Table
+from anchorctx.report.blocks import MISSING, Block, Cell, Figure, Note, Section, Table, text_cell
 from anchorctx.report.collect import Material
-from anchorctx.report.figures.precision import precision_charts
+from anchorctx.report.figures.precision import CHANGE, Study, precision_charts
 from anchorctx.report.numbers import number
-from anchorctx.report.precision_series import ARITHMETICS, WEIGHTS, Study
-from anchorctx.report.series import check_one_manifest
+from anchorctx.report.series import whole_evaluation
 
 PREFIX = "precision_"
 
 
 def build(material: Material) -> Section | None:
     """None without a precision study."""
-    found = studies(material)
-    if not found:
+    series = whole_evaluation(material.rows, PREFIX, "the precision study")
+    studies = [study for model, rows in series.items() if (study := Study(model, rows)).length]
+    if not studies:
         return None
-    blocks: list[Figure | Note | Table] = []
-    for study in found:
+    blocks: list[Block] = []
+    for study in studies:
+        prefix = f"{study.model}: " if len(studies) > 1 else ""
         blocks += _notes(study)
-        prefix = f"{study.model}: " if len(found) > 1 else ""
         blocks += [
             Figure(f"{prefix}{title}", chart, caption) for title, chart, caption in precision_charts(study) if chart
         ]
@@ -34,19 +34,6 @@ def build(material: Material) -> Section | None:
     return Section("precision", "RoPE in bfloat16", lead, blocks)
 
 
-def studies(material: Material) -> list[Study]:
-    """One study a model; UserError when one would mix manifests."""
-    rows = [row for row in material.rows if row.result.metric.startswith(PREFIX)]
-    found = []
-    for model in dict.fromkeys(row.model for row in rows if "model" in row.result.context):
-        mine = [row for row in rows if row.model == model]
-        check_one_manifest(mine, f"the precision study of {model}")
-        study = Study(model, [row.result for row in mine])
-        if study.by_shift():
-            found.append(study)
-    return found
-
-
 def _notes(study: Study) -> list[Note]:
     if study.verdict is None:
         return []
@@ -55,26 +42,25 @@ def _notes(study: Study) -> list[Note]:
 
 
 def _table(study: Study) -> Table:
-    at = {"rows": "shift", "layer": "all", "shift": study.shift, "length": study.length}
+    rows, at = study.rows, {"shift": study.shift, "length": study.length}
     body = []
-    for weights, suffix in WEIGHTS.items():
-        for arithmetic, name in ARITHMETICS.items():
-            where = at | {"weights": weights, "arithmetic": arithmetic}
-            kept = study.value("precision_attention_change", first="kept", **where)
-            if kept is None:
-                continue
-            values = (
-                study.value("precision_attention_change", first="hidden", **where),
-                study.value("precision_attention_change", first="dropped", **where),
-                study.value("precision_first_share", **(where | {"first": None})),
-                study.value("precision_first_attention", **(where | {"first": None})),
-            )
-            spoken = study.value("precision_logprob_change", **{k: v for k, v in where.items() if k != "layer"})
-            packed = study.value("precision_attention_change", rows="intra_doc", layer="all", first="kept",
-                                 weights=weights, arithmetic=arithmetic)  # fmt: skip
-            body.append(
-                [Cell(name + suffix, name + suffix), *map(_share, (kept, *values)), _nats(spoken), _share(packed)]
-            )
+    for name, arm in study.arms():
+        whole = arm | at | {"rows": "shift", "layer": "all"}
+        kept = rows.find(CHANGE, first="kept", **whole)
+        if kept is None:
+            continue
+        shares = (
+            kept,
+            rows.find(CHANGE, first="hidden", **whole),
+            rows.find(CHANGE, first="dropped", **whole),
+            # None: not the rows of texts whose first token was dropped, where another token is first.
+            rows.find("precision_first_share", first=None, **whole),
+            rows.find("precision_first_attention", first=None, **whole),
+        )
+        # Of the whole model rather than of layers; and, last, of a training row, where the main shift has no meaning.
+        spoken = rows.find("precision_logprob_change", rows="shift", **arm, **at)
+        packed = rows.find(CHANGE, rows="intra_doc", layer="all", first="kept", **arm)
+        body.append([text_cell(name), *map(_share, shares), _nats(spoken), _share(packed)])
     head = ("arithmetic", "attention that moves", "first token hidden", "first token dropped",
             "first token's share of the change", "its attention", "change of next token's log p (nats)",
             "training rows (intra_doc)")  # fmt: skip
@@ -87,8 +73,9 @@ def _table(study: Study) -> Table:
 
 
 def _share(row: Result | None) -> Cell:
-    return Cell("–") if row is None else Cell(f"{number(100 * row.value, digits=2)} %", row.value)
+    # Two digits, however small: a fixed number of decimals would show float32's errors as 0.
+    return MISSING if row is None else Cell(number(row.value, percent=True, digits=2), row.value)
 
 
 def _nats(row: Result | None) -> Cell:
-    return Cell("–") if row is None else Cell(number(row.value, digits=2), row.value)
+    return MISSING if row is None else Cell(number(row.value, digits=2), row.value)

@@ -53,3 +53,29 @@ def test_a_row_says_which_number_it_is_and_how_it_came_about():
     assert Rows([row, words, later]).find("m", model="a", length=512) is row
     assert Rows([row, words]).find("m", layer=0) is words
     assert Rows([row]).find("m", layer=0) is None and Rows([row]).find("n") is None
+
+
+def test_rows_can_be_chosen_and_the_latest_counts():
+    def row(value: float, metric: str = "m", **context: object) -> Result:
+        return Result(metric=metric, value=value, unit="1", n=1, context=context)
+
+    first, other = row(1.0, model="a", length=512, facts=3), row(2.0, model="a", length=1024)
+    again, theirs = row(3.0, model="a", length=512, facts=4), row(4.0, "n", model="b", first="kept")
+    rows = Rows([first, other, again, theirs])
+    assert rows.of("m", length=512) == [first, again] and rows.of(model="b") == [theirs]
+    assert rows.of(first=None) == [first, other, again]  # None: rows without the entry
+    assert rows.find("n", first=None) is None
+    assert rows.distinct("length") == [512, 1024] and rows.distinct("nothing") == []
+    assert rows.latest() == [again, other, theirs]  # facts do not tell two numbers apart
+    assert row(1.0, x=1, y=2).key == row(2.0, y=2, x=1, values=[1.0]).key != row(1.0, x=1).key
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [({"tokens": 5}, {"tokens": 5}, True), ({"tokens": 5}, {"tokens": 6}, False), ({}, {"tokens": 6}, True),
+     ({"documents": 2, "tokens": 5}, {"documents": 3, "tokens": 5}, False),
+     ({"tokens": "all"}, {"tokens": "first"}, True)],
+)  # fmt: skip
+def test_rows_about_as_much_text_can_be_compared(one: dict, two: dict, same: bool):
+    rows = [Result(metric="m", value=1.0, unit="1", n=1, context=context) for context in (one, two)]
+    assert rows[0].same_text(rows[1]) is same

@@ -1,7 +1,9 @@
-"""Folders as training, evaluation and the precision study leave them, with made-up but likely numbers."""
+"""Folders as training and the evaluations leave them, with made-up but likely numbers."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from anchorctx.records.results import Result, append_results, wilson_interval
 
 LENGTHS = (4096, 8192, 16384, 32768)
 TASKS = ("niah_multikey_2", "niah_multikey_3", "niah_single_1", "ruler_cwe", "ruler_fwe", "ruler_vt")
+ARMS = {"dense": 0.0, "naive": 1.2, "rotate": 0.25, "rotate_glue": 0.2, "anchored": 0.15}
+"""Divergence of each arm from dense, in nats."""
 ARITHMETICS = {"bfloat16": 6e-3, "float32_rotation": 3.9e-3, "float32": 5e-6}
 
 
@@ -141,7 +145,48 @@ def precision_rows(model: str) -> Iterator[Result]:
     yield Result(metric="precision_verdict", value=0.35, unit="1", n=3, low=0.3, high=0.4, context=context)
 
 
-def _stamped(row: Result, mark: str) -> Result:
-    from dataclasses import replace
+def make_reuse(folder: Path, model: str) -> Path:
+    """Rows of an evaluation of KV reuse: a task with answers, and one without."""
+    mark = write_manifest(folder, manifest("kvcomm", "2026-11-24T10:00:00+00:00", config={"model": model}))
+    append_results(folder / "results.jsonl", (_stamped(row, mark) for row in reuse_rows(model)))
+    return folder
 
-    return replace(row, manifest=mark)
+
+def reuse_rows(model: str) -> Iterator[Result]:
+    """Every arm's rows of two tasks, and how much a document's cache varies."""
+    for task, kinds in (("retrieval", ("all", "single", "two_hop")), ("copy", ())):
+        for arm, kl in ARMS.items():
+            at = {"model": model, "task": task, "kind": "all", "arm": arm}
+            yield from _arm_rows(kl, at)
+            for kind in kinds:
+                yield _reuse_row("accuracy", 0.9 - kl / 3, at | {"kind": kind})
+                yield _reuse_row("accuracy_difference", -kl / 3, at | {"kind": kind})
+            for shuffled in (False, True) if kinds else ():
+                yield _reuse_row("judge_consistency", 1 - kl / 2, at, shuffled=shuffled)
+    for cause, part, layer in itertools.product(("content", "shift"), ("key", "value"), range(4)):
+        yield _reuse_row("variation", 0.1 * layer, {"model": model}, cause=cause, part=part, layer=layer, tokens=256)
+
+
+def _arm_rows(kl: float, at: dict[str, Any]) -> Iterator[Result]:
+    arm = at["arm"]
+    yield _reuse_row("kl", kl, at, tokens="all")
+    yield _reuse_row("agreement", 1 - kl / 3, at, tokens="all")
+    for by in ("calls", "tokens", "flops"):
+        # What `anchored` looks up costs more than it saves: a share below 0.
+        saved = 0.0 if arm == "dense" else -0.2 if (arm, by) == ("anchored", "flops") else 0.7
+        yield _reuse_row("reuse", saved, at, by=by, by_construction=arm == "naive")
+    for quantile, seconds in (("p50", 0.08), ("p95", 0.11)):
+        seconds *= 2 if arm == "dense" else 1
+        yield _reuse_row("ttft", seconds, at, agent="request", quantile=quantile)
+    yield _reuse_row("kept_bytes", 0.0 if arm in ("dense", "naive") else 2.0**20, at)
+    for part, layer in itertools.product(("key", "value"), range(4)):
+        yield _reuse_row("kv_error", kl * layer, at, part=part, layer=layer, measure="relative")
+
+
+def _reuse_row(metric: str, value: float, at: dict[str, Any], **more: Any) -> Result:
+    return Result(metric=f"kvcomm_{metric}", value=value, unit="1", n=12, low=value - 0.01, high=value + 0.01,
+                  context=at | more)  # fmt: skip
+
+
+def _stamped(row: Result, mark: str) -> Result:
+    return dataclasses.replace(row, manifest=mark)

@@ -12,7 +12,7 @@ import pytest
 from anchorctx.cli.main import main
 
 from .browser import MISSING, Browser, browser
-from .fixtures import make_evaluation, make_packed, make_precision, make_run
+from .fixtures import make_evaluation, make_packed, make_precision, make_reuse, make_run
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 WIDTHS = (1280, 768, 390, 320)
@@ -27,6 +27,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_evaluation(root / "eval" / "before", "before", 0.2)
     make_evaluation(root / "eval" / "after", "after, with a name that is long enough to wrap on a phone", 0.9)
     make_precision(root / "precision", "after")
+    make_reuse(root / "reuse", "after")
     out = root.parent / "report.html"
     assert main(["report", str(root), f"out={out}", "pretraining_length=8192"]) == 0
     return out
@@ -51,6 +52,14 @@ def test_the_page_fits_and_is_legible(chromium: Browser, page: Path, tmp_path: P
         return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1;
     }).map(t => t.textContent)"""
     assert chromium.run(outside) == []
+    overlapping = """return [...document.querySelectorAll('svg')].flatMap(svg => {
+        const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+        return texts.flatMap(([one, a], i) => texts.slice(0, i).filter(([, b]) =>
+            Math.min(a.right, b.right) - Math.max(a.left, b.left) > 0.5 &&
+            Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2
+        ).map(([other]) => [svg.getAttribute('aria-label'), one, other]));
+    })"""
+    assert chromium.run(overlapping) == []
     small = """return Math.min(...[...document.querySelectorAll('svg text')].map(t => {
         const svg = t.closest('svg');
         return parseFloat(getComputedStyle(t).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
@@ -104,6 +113,25 @@ def test_a_click_sorts_a_table_and_another_turns_it(chromium: Browser, page: Pat
     assert (first, second) == ("ascending", "descending")
     assert values == sorted(values) and len(set(values)) > 3
     assert [float(text.split(" ")[0]) for text in falling] == values[::-1]
+
+
+def test_the_pointer_meets_the_values_of_bars_that_are_too_small_to_see(chromium: Browser, page: Path):
+    chromium.open(page, 1280, dark=False)
+    met = chromium.run("""return [...document.querySelectorAll('#kvcomm svg')].map(svg => {
+        const row = svg.querySelector('.unseen');  // of the first arm, dense, whose bars are mostly 0
+        if (!row) return null;
+        row.scrollIntoView({block: 'center', behavior: 'instant'});
+        const {left, right, top, bottom} = row.getBoundingClientRect();
+        return document.elementFromPoint((left + right) / 2, (top + bottom) / 2).textContent;
+    })""")
+    assert met[:6] == [
+        "dense: 0",
+        "dense: single 90 %, two_hop 90 %",
+        "dense: the same order 100 %, another order 100 %",
+        "dense: calls 0 %, tokens 0 %, flops 0 %",
+        "dense: p50 160, p95 220",
+        "dense: 0",
+    ]
 
 
 def test_missing_values_stay_last(chromium: Browser, page: Path):

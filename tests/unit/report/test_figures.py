@@ -14,9 +14,12 @@ import pytest
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.records.results import Result
-from anchorctx.report.figures import chart, pattern, retrieval, style, training
-from anchorctx.report.figures.axes import Axis
-from anchorctx.report.figures.charts import Line, heat_map, histogram, line_chart, stacked_bars
+from anchorctx.report.figures import chart, curves, pattern, style
+from anchorctx.report.figures.chart import Axis
+from anchorctx.report.figures.charts import Bars, Grid, Line, bar_chart, heat_map, histogram, line_chart, stacked_bars
+from anchorctx.report.figures.reuse import draw_reuse
+
+from .fixtures import ARMS, reuse_rows
 
 LAYOUTS = [
     PackedLayout((0, 1, 30, 31, 64), 1),
@@ -75,7 +78,7 @@ def result(model: str, length: int, value: float) -> Result:
 def test_retrieval_lines_are_the_rows(saved: list[Any], tmp_path: Path):
     rows = [result("before", 1024, 0.5), result("before", 512, 0.9), result("after", 512, 0.8)]
     other = Result(metric="perplexity", value=3.0, unit="1", n=1)
-    retrieval.retrieval_figure([*rows, other, result("after", 512, 0.7)], tmp_path / "r.png", pretraining_length=512)
+    curves.retrieval_figure([*rows, other, result("after", 512, 0.7)], tmp_path / "r.png", pretraining_length=512)
     (axes,) = saved[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines["before"] == [[512, 0.9], [1024, 0.5]]
@@ -83,19 +86,19 @@ def test_retrieval_lines_are_the_rows(saved: list[Any], tmp_path: Path):
     assert [text.get_text() for text in saved[0].legends[0].get_texts()] == ["before", "after"]
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(UserError, match="no retrieval_accuracy rows"):
-        retrieval.retrieval_figure([other], tmp_path / "none.png")
+        curves.retrieval_figure([other], tmp_path / "none.png")
 
 
 @pytest.mark.parametrize("steps", [3, 60])
 def test_loss_curves_are_the_rows(saved: list[Any], tmp_path: Path, steps: int):
     rows: list[dict[str, Any]] = [{"tokens": 10 * i, "train/loss": 5.0 - i / steps} for i in range(steps)]
     rows += [{"tokens": 10, "val/loss": 4.0}, {"tokens": 20, "train/loss": float("nan")}, {"step": 1}]
-    training.loss_figure(rows, tmp_path / "l.png")
+    curves.loss_figure(rows, tmp_path / "l.png")
     lines = saved[0].axes[0].lines
     assert lines[0].get_xydata().tolist() == [[row["tokens"], row["train/loss"]] for row in rows[:steps]]
     assert lines[-1].get_xydata().tolist() == [[10, 4.0]]
     with pytest.raises(UserError, match="no train/loss or val/loss"):
-        training.loss_figure([{"tokens": 1}], tmp_path / "none.png")
+        curves.loss_figure([{"tokens": 1}], tmp_path / "none.png")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,8 @@ def test_no_colour_stands_for_two():
 
 
 def test_heat_maps_leave_missing_cells_empty():
-    chart = heat_map({("a", "1"): 0.2, ("b", "2"): 1.0}, ["a", "b"], ["1", "2"], "d", row_label="r", column_label="c")
+    grid = Grid({("a", "1"): 0.2, ("b", "2"): 1.0}, ["a", "b"], ["1", "2"], row_label="r", column_label="c")
+    chart = heat_map(grid, "d")
     assert re.findall(r"fill:color-mix\(in oklab,var\(--heat-high\) (\d+)%", chart.svg) == ["20", "100"]
     assert re.findall(r"<title>(.*?)</title>", chart.svg) == ["a, 1: 0.20", "b, 2: 1.00"]
 
@@ -163,6 +167,45 @@ def test_bars_have_the_sizes_of_their_values():
     assert re.findall(r"<title>(.*?)</title>", counts) == ["16: 10", "32: 5"]
 
 
+def ends_of_bars(svg: str, color: int) -> list[tuple[float, float]]:
+    """Left and right ends of the bars of a colour, from above."""
+    found = re.findall(rf'<path d="M([\d.]+) [\d.]+L([\d.]+) [^"]*" style="fill:var\(--s{color}\)', svg)
+    return [(float(left), float(right)) for left, right in found]
+
+
+def test_rows_of_bars_begin_at_nothing_and_tell_their_values():
+    both = [Bars("x", [0.5, None, -0.25], 1), Bars("y", [0.25, 0.0, 0.125], 2)]
+    chart = bar_chart(["a", "b", "c"], both, Axis("share", percent=True), "d")
+    (zero, half), (_, down) = ends_of_bars(chart.svg, 1)
+    quarter, nothing, eighth = ends_of_bars(chart.svg, 2)
+    assert (quarter[0], nothing, eighth[0]) == (zero, (zero, zero), zero)
+    lengths = half - zero, 2 * (quarter[1] - zero), 2 * (zero - down), 4 * (eighth[1] - zero)
+    assert lengths == pytest.approx([lengths[0]] * 4, abs=0.5)  # the file has tenths of a point
+    titles = re.findall(r"<title>(.*?)</title>", chart.svg)
+    assert titles == ["a: x 50 %, y 25 %", "b: y 0 %", "c: x -25 %, y 12.5 %"]
+    assert chart.legend == [("x", 1, "fill"), ("y", 2, "fill")]
+
+
+def test_bars_of_a_logarithm_begin_at_its_low_end_and_have_their_values_behind_them():
+    axis = Axis("KL", log=10, low=1e-8)
+    chart = bar_chart(["a", "b", "c", "d"], [Bars("", [0.0, 1e-9, 1e-4, 1.0], 1)], axis, "d")
+    none, less, four, eight = ends_of_bars(chart.svg, 1)
+    assert none == less == (none[0], none[0]) and chart.legend == []
+    assert eight[1] - eight[0] == pytest.approx(2 * (four[1] - four[0]), abs=0.2)
+    assert all(f">{words}</text>" in chart.svg for words in ("0", "1e-9", "0.0001", "1"))
+
+
+def test_pictures_of_reuse_have_a_panel_for_what_was_measured(saved: list[Any], tmp_path: Path):
+    files = draw_reuse(list(reuse_rows("m")), tmp_path)
+    assert [path.name for path in files] == ["kvcomm_retrieval.png", "kvcomm_copy.png", "kvcomm_retrieval_cache.png"]
+    assert [len(figure.axes) for figure in saved] == [6, 4, 3]
+    assert "m: retrieval, 12 problems" in [text.get_text() for text in saved[0].texts]
+    for axes in saved[0].axes:
+        assert [text.get_text() for text in axes.get_yticklabels()] == list(ARMS)
+    two = draw_reuse([*reuse_rows("a/b"), *reuse_rows("c")], tmp_path)
+    assert [path.name for path in two][:2] == ["kvcomm_a_b_retrieval.png", "kvcomm_a_b_copy.png"] and len(two) == 6
+
+
 def test_charts_are_the_same_each_time():
     first, second = (line_chart([Line("a", [1, 2, 3], [3, 1, 2])], Axis("x"), Axis("y"), "d").svg for _ in range(2))
     assert first == second
@@ -170,7 +213,7 @@ def test_charts_are_the_same_each_time():
 
 def test_importing_figures_imports_neither_torch_nor_matplotlib():
     code = (
-        "import sys, anchorctx.report.render, anchorctx.report.figures.reuse, anchorctx.report.figures.precision; "
+        "import sys, anchorctx.report.plot, anchorctx.report.figures.reuse, anchorctx.report.figures.precision; "
         "print({'torch', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

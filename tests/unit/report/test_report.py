@@ -19,10 +19,20 @@ from anchorctx.records.results import Result, append_results, read_results
 from anchorctx.report.collect import collect
 from anchorctx.report.numbers import number
 from anchorctx.report.page import render_page
-from anchorctx.report.sections import comparison, data, kvcomm, pattern, precision, retrieval, ruler, training
+from anchorctx.report.sections import comparison, evaluations, inputs, precision, reuse, ruler, training
 from anchorctx.report.series import by_model
 
-from .fixtures import LENGTHS, TASKS, make_evaluation, make_packed, make_precision, make_run
+from .fixtures import (
+    ARMS,
+    LENGTHS,
+    TASKS,
+    make_evaluation,
+    make_packed,
+    make_precision,
+    make_reuse,
+    make_run,
+    reuse_rows,
+)
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -36,6 +46,7 @@ def project(tmp_path: Path) -> Path:
     make_evaluation(root / "eval" / "z_before", "before", 0.2)
     make_evaluation(root / "eval" / "after", "after", 0.9, "2026-11-22T10:00:00+00:00")
     make_precision(root / "precision", "after")
+    make_reuse(root / "reuse", "after")
     return root
 
 
@@ -75,8 +86,8 @@ def test_a_page_has_every_section_and_needs_no_network(project: Path, tmp_path: 
     assert check.open == [] and len(set(check.ids)) == len(check.ids)
     assert [link for link in check.links if not link.startswith("#")] == ["data:,"]
     assert not re.search(r"https?://|@import|url\(", page)
-    sections = ("retrieval", "perplexity", "ruler", "lm-eval", "needle", "comparison", "precision", "training", "speed",
-                "data", "pattern", "provenance")  # fmt: skip
+    sections = ("retrieval", "perplexity", "ruler", "lm-eval", "needle", "comparison", "precision", "kvcomm",
+                "training", "speed", "data", "pattern", "provenance")  # fmt: skip
     assert [i for i in check.ids if i != "theme"] == list(sections)
     assert [link[1:] for link in check.links if link.startswith("#")] == list(sections)
     assert "after: what was found." in page and "pretraining length" in page
@@ -93,6 +104,7 @@ def test_each_kind_of_folder_makes_a_page_alone(tmp_path: Path):
         "data": make_packed(tmp_path / "set" / "fff").parent,
         "ruler": make_evaluation(tmp_path / "eval", "m", 0.5),
         "precision": make_precision(tmp_path / "precision", "m"),
+        "kvcomm": make_reuse(tmp_path / "reuse", "m"),
     }
     for section, folder in made.items():
         page = render_page("alone", collect([str(folder)]))
@@ -101,7 +113,7 @@ def test_each_kind_of_folder_makes_a_page_alone(tmp_path: Path):
 
 def test_charts_and_tables_hold_the_rows(project: Path):
     material = collect([str(project)])
-    section = retrieval.build(material)
+    section = evaluations.build_retrieval(material)
     assert section is not None
     figure, table = section.blocks
     assert figure.chart.legend == [("before", 0, "line"), ("after", 1, "line")]  # type: ignore[union-attr]  # oldest first
@@ -125,7 +137,7 @@ def test_charts_and_tables_hold_the_rows(project: Path):
 
 
 def test_data_shows_the_account_and_the_mixture(project: Path):
-    section = data.build(collect([str(project)]))
+    section = inputs.build_data(collect([str(project)]))
     assert section is not None
     account, mixture = section.blocks[2:]
     assert [cell.sort for cell in account.rows[0]] == ["packed", 9, 410, 36, 3, 128, 360, 7]  # type: ignore[union-attr]
@@ -133,12 +145,19 @@ def test_data_shows_the_account_and_the_mixture(project: Path):
     assert [cell.text for cell in mixture.rows[1]] == ["books", "74", "25.0 %", "20.0 %", "2.10"]  # type: ignore[union-attr]
 
 
+def test_tokens_dropped_for_one_reason_are_those_of_all_sets(tmp_path: Path):
+    for name in ("one", "two"):
+        make_packed(tmp_path / name / f"{name}123")
+    section = inputs.build_data(collect([str(tmp_path)]))
+    assert section is not None and "too short: 72 tokens" in section.blocks[2].caption  # type: ignore[union-attr]
+
+
 def test_the_data_of_a_run_without_its_packed_set(tmp_path: Path):
     make_packed(tmp_path / "packed" / "abc")
     manifest = json.loads((tmp_path / "packed" / "abc" / "manifest.json").read_text())
     run = make_run(tmp_path / "run", steps=3)
     (run / "manifest.json").write_text(json.dumps({"command": "train", "config": {}, "data": manifest}))
-    section = data.build(collect([str(run)]))
+    section = inputs.build_data(collect([str(run)]))
     assert section is not None and "run's rows: 3 rows of 128 tokens" in section.lead
 
 
@@ -146,7 +165,7 @@ def test_the_pattern_is_the_layouts(project: Path):
     material = collect([str(project)])
     layout = PackedLayout((0, 1, 40, 100, 128), anchor_len=1)
     material.layouts = {project / "packed" / "abc123": Pattern.anchor.apply(layout)}
-    section = pattern.build(material)
+    section = inputs.build_pattern(material)
     assert section is not None and "3 documents" in section.lead
     whole, close = (figure.chart.svg for figure in section.blocks)  # type: ignore[union-attr]
     assert whole.count("<path") == 1 + 4 + 1  # causal, anchor and documents, anchor's band
@@ -235,7 +254,7 @@ def test_of_a_cell_measured_twice_the_later_counts(project: Path):
     row = next(row for row in read_results(path) if row.metric == "perplexity")
     append_results(path, [dataclasses.replace(row, value=1.5)])
     (found,) = by_model(collect([str(project)]).rows, "perplexity")["after"]
-    assert found.result.value == 1.5
+    assert found.value == 1.5
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -338,12 +357,38 @@ def test_reuse_is_shown_by_arm_and_never_mixed(tmp_path: Path):
         rows += [row("ttft", 0.125 - kl / 4, arm=arm, agent="request", quantile=q) for q in ("p50", "p95")]
         rows += [row("kv_error", kl, arm=arm, part="key", layer=i, measure="relative") for i in range(3)]
     append_results(tmp_path / "reuse" / "results.jsonl", rows)
-    section = kvcomm.build(collect([str(tmp_path)]))
+    section = reuse.build(collect([str(tmp_path)]))
     assert section is not None
-    shares, errors, table = section.blocks
+    *panels, errors, table = section.blocks
     assert [name for name, *_ in errors.chart.legend] == ["rotate"]  # type: ignore[union-attr]  # dense has no error
-    assert shares.chart.svg.count('class="cell"') == 4  # type: ignore[union-attr]
+    titles = [re.findall(r"<title>(.*?)</title>", panel.chart.svg) for panel in panels]  # type: ignore[union-attr]
+    assert titles == [
+        ["dense: 0", "rotate: 0.25"],
+        ["dense: calls 0 %, tokens 0 %, flops 0 %", "rotate: calls 50 %, tokens 50 %, flops 50 %"],
+        ["dense: p50 125, p95 125", "rotate: p50 62.5, p95 62.5"],
+    ]
     assert [cell.sort for cell in table.rows[1]] == ["rotate", 0.25, 0.75, 0.5, 0.5, 0.5, 0.0625, 0.0625]  # type: ignore[union-attr]
     append_results(tmp_path / "reuse" / "results.jsonl", [row("kl", 0.1, "two", arm="dense", tokens="all")])
     with pytest.raises(UserError, match="KV reuse of m has rows of different manifests"):
-        kvcomm.build(collect([str(tmp_path)]))
+        reuse.build(collect([str(tmp_path)]))
+
+
+def test_the_markdown_table_has_a_line_for_each_arm():
+    lines = reuse.reuse_table(list(reuse_rows("m"))).splitlines()
+    assert lines[0] == "**retrieval**" and "**copy**" in lines and lines[-1] == "* reuses everything by construction"
+    assert lines[3] == "|" + "---|" * 12 and [line.split(" ")[1] for line in lines[4:9]] == list(ARMS)
+    naive = "1.2 | 0.6000 | 0.500 (-0.400, -0.410 to -0.390) | 0.400 | 0.400 | 70%* | 70% | 70% | 80.0 | 110.0 | 0.0"
+    assert lines[5] == f"| naive | {naive} |"
+    assert "### a" in reuse.reuse_table([*reuse_rows("a"), *reuse_rows("b")])
+
+
+def test_a_figure_that_is_left_over_takes_the_whole_width(project: Path):
+    """Before a table, a note or the end: else half of the page beside it would be empty."""
+    page = render_page("t", collect([str(project)]))
+    for section in page.split("<section")[1:]:
+        blocks = re.findall(r'<(figure|div class="table"|p class="note")( class="wide")?', section)
+        runs: list[list[bool]] = [[]]
+        for kind, wide in blocks:
+            runs = [*runs[:-1], [*runs[-1], bool(wide)]] if kind == "figure" else [*runs, []]
+        for run in filter(None, runs):
+            assert run == [False] * (len(run) - 1) + [len(run) % 2 == 1]

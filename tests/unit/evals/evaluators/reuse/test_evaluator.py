@@ -25,8 +25,7 @@ from anchorctx.evals.evaluators.reuse.trial import Trial
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.records.results import Result, read_results
-from anchorctx.report.reuse_table import find
+from anchorctx.records.results import Result, Rows, read_results
 from anchorctx.testing.tiny import save, text_model
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
@@ -69,7 +68,7 @@ def rows(folder: Path) -> list[Result]:
 
 
 def value(rows: list[Result], metric: str, **context: Any) -> float:
-    found = find(rows, metric, **context)
+    found = Rows(rows).find(metric, **context)
     assert found is not None, (metric, context)
     return found.value
 
@@ -163,9 +162,9 @@ def test_reuse_and_accuracy_are_counted(rows: list[Result]) -> None:
     for by in ("calls", "tokens", "flops"):
         assert value(rows, "kvcomm_reuse", task="copy", arm="dense", kind="all", by=by) == 0.0
     assert value(rows, "kvcomm_reuse", task="copy", arm="rotate", kind="all", by="calls") == 1.0
-    mean = find(rows, "kvcomm_reuse", task="copy", arm="mean_offset", kind="all", by="calls")
+    mean = Rows(rows).find("kvcomm_reuse", task="copy", arm="mean_offset", kind="all", by="calls")
     assert mean is not None and mean.value == pytest.approx(1 / 3) and mean.context["by_construction"] is False
-    dense = find(rows, "kvcomm_accuracy_difference", task="retrieval", arm="dense", kind="all")
+    dense = Rows(rows).find("kvcomm_accuracy_difference", task="retrieval", arm="dense", kind="all")
     assert dense is not None and dense.value == 0.0 and dense.low is not None and dense.low < 0 < dense.high  # type: ignore
     assert value(rows, "kvcomm_judge_consistency", task="gsm8k", arm="dense", kind="all", shuffled=False) == 1.0
     assert value(rows, "kvcomm_judge_consistency", task="gsm8k", arm="dense", kind="all", shuffled=True) == 1.0
@@ -263,7 +262,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
     assert {r.context["kind"] for r in rows if "kind" in r.context} == {"all", "two_hop", "override"}
     for model in cells:
         for metric in ("kvcomm_kl", "kvcomm_agreement", "kvcomm_accuracy", "kvcomm_judge_consistency"):
-            row = find(rows, metric, model=model, arm="rotate", kind="all")
+            row = Rows(rows).find(metric, model=model, arm="rotate", kind="all")
             assert row is not None and row.n == len(row.context["values"]) == 6
             assert np.mean(row.context["values"]) == pytest.approx(row.value)
     assert value(rows, "kvcomm_kl", model="anchor", arm="rotate") != value(
