@@ -83,15 +83,17 @@ def compose_config(command: str, overrides: list[str], recipe: str | None = None
         path = Path(recipe).resolve()
         if not path.is_file():
             raise UserError(f"--recipe {recipe} is no file: name a recipe's .yaml, such as those under recipes/")
+        # the right side still has conf/ as `folder`: Hydra looks beside the recipe first, then in conf/
         folder, name, search = path.parent, path.stem, [f"hydra.searchpath=[file://{folder}]"]
+    # conf/train.yaml begins with `defaults: [train_schema, ...]`, so that its values are checked by the dataclass
     ConfigStore.instance().store(f"{command}_schema", node=_open_dicts(OmegaConf.structured(schema(command))))
-    GlobalHydra.instance().clear()
+    GlobalHydra.instance().clear()  # Hydra refuses a second composition in one process
     try:
         with initialize_config_dir(str(folder), version_base=None):
             return compose(name, [*search, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_sentence(error, command)) from error
-    except Exception as error:
+    except Exception as error:  # yaml's errors, by name: the import would slow every command
         if type(error).__module__.startswith("yaml"):
             raise UserError(f"a configuration file is not valid YAML: {' '.join(str(error).split())}") from error
         raise
@@ -100,6 +102,7 @@ def compose_config(command: str, overrides: list[str], recipe: str | None = None
 def _check_keys(command: str, overrides: list[str]) -> None:
     """Refuse unknown keys of typed parts without Hydra, whose import takes longer than all else; it sees the rest."""
     for word in overrides:
+        # +model.rope.extra.x=2: model and rope are dataclasses, extra is a free dictionary, where any key is right
         key, owner = word.lstrip("+~").partition("=")[0], schema(command)
         parts = [] if re.search("[^\\w.]", key) or key.startswith("hydra.") else key.split(".")
         for i, part in enumerate(parts):
@@ -127,6 +130,7 @@ def _sentence(error: BaseException, command: str) -> str:
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+    # Hydra wraps OmegaConf's errors, sometimes twice, and only the innermost knows the key
     chain = [error]
     while before := chain[-1].__cause__ or (isinstance(chain[-1], HydraException) and chain[-1].__context__):
         chain.append(before)

@@ -1,4 +1,6 @@
-"""Floating-point operations that a training step really does, counting only the attention that the layout allows.
+"""What a training step costs in floating-point operations, and how many of them each kind of GPU can do.
+
+Only the attention that the layout allows is counted.
 
 Model FLOPs as in PaLM (2204.02311, appendix B): 2 per weight and token forward, twice that backward, nothing for
 recomputation. Attention: 2 * 2 * D * Hq per allowed (query, key) pair and layer for q.k and p.v. MFU divides by the
@@ -7,31 +9,73 @@ device's dense peak, so that a masked row does not look faster than it is.
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A800": 312,
-    "H100": 989,
-    "H200": 989,
-    "H800": 989,
-    "B200": 2250,
-    "L40S": 362,
-    "A40": 150,
-    "A10G": 70,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One kind of GPU."""
+
+    name: str
+    """Part of the name that the driver reports, such as `H100` of `NVIDIA H100 80GB HBM3`."""
+    peak: float
+    """Dense bfloat16 FLOP/s, without sparsity."""
+    memory: float
+    """Bytes that the driver shows as total."""
+    link: float
+    """Bytes a second that a GPU sends to the others of its machine (NVLink, else PCIe), in one direction."""
+
+
+def _machine(name: str, tflops: float, gib: float, link_gb: float) -> Machine:
+    return Machine(name, tflops * 1e12, gib * GIB, link_gb * 1e9)
+
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        _machine("A100", 312, 80.0, 300),
+        _machine("A800", 312, 80.0, 200),  # an A100 with slower links, as the H800 is an H100
+        _machine("H100", 989, 79.6, 450),
+        _machine("H800", 989, 79.6, 200),
+        _machine("H200", 989, 140.4, 450),
+        _machine("B200", 2250, 179.0, 900),
+        _machine("L40S", 362, 45.0, 25),  # from here on without NVLink: PCIe
+        _machine("A40", 150, 45.0, 25),
+        _machine("A10G", 70, 22.5, 12),
+        _machine("RTX 4090", 165, 24.0, 25),
+        _machine("RTX 3090", 71, 24.0, 25),
+    )
 }
-"""Dense bfloat16 peak, in TFLOP/s, by a part of the device's name (vendors' data sheets, without sparsity)."""
+"""By name: TFLOP/s and links from the vendors' data sheets (half of a bidirectional figure), GiB as in nvidia-smi."""
+
+
+def machine(name: str) -> Machine:
+    """The GPU of that name; UserError suggests the nearest name."""
+    if name not in MACHINES:
+        near = difflib.get_close_matches(name.upper(), MACHINES, 1, cutoff=0.3)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"gpu={name} is not known: {hint}choose {', '.join(MACHINES)}; gpu_memory_gib= changes its memory"
+        )
+    return MACHINES[name]
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's dense bfloat16 peak in FLOP/s, or None where it is not known (CPUs)."""
+    return next((gpu.peak for name, gpu in MACHINES.items() if name in device_name), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +95,13 @@ class ModelFlops:
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        # a weight is multiplied and added (2) in the forward pass, and twice in the backward pass: for the gradients of
+        # its input and of itself. Likewise 2 x 2 x D for q.k and p.v of a pair in each head, three times.
         return cls(6.0 * _active_weights(model), 12.0 * head_dim * heads, layer_windows(config))
 
     def attention(self, layout: PackedLayout) -> float:
         """FLOPs of attention for one row, forward and backward."""
+        # pairs are counted once for each kind of layer: Gemma 3 has 5 of a window of 1,024 to one without
         counts = {window: self.windows.count(window) for window in set(self.windows)}
         return self.per_pair * sum(layout.attention_pairs(window) * layers for window, layers in counts.items())
 
@@ -79,14 +126,6 @@ def layer_windows(config: object) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def peak_flops(device_name: str) -> float | None:
-    """The device's dense bfloat16 peak in FLOP/s, or None where it is not known (CPUs)."""
-    for part, tflops in PEAK_TFLOPS.items():
-        if part in device_name:
-            return tflops * 1e12
-    return None
-
-
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """A parameter's shape, also where ZeRO 3 has left this process a flat share of it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -96,6 +135,7 @@ def _active_weights(model: PreTrainedModel) -> float:
     """Weights that multiply each token: the output head counts, the embedding table does not, experts by their use."""
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    # Mixtral has 8 experts, of which each token uses 2: a quarter of their weights multiply it
     used = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
     embedding: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     weights = 0.0
@@ -104,6 +144,7 @@ def _active_weights(model: PreTrainedModel) -> float:
         if len(shape) >= 2 and parameter is not embedding:
             weights += math.prod(shape) * (used if ".experts." in name else 1.0)
     head = model.get_output_embeddings()
+    # a tied head is the embedding table, left out above, but as the head it does multiply
     if head is not None and head.weight is embedding:
         weights += math.prod(whole_shape(embedding))
     return weights

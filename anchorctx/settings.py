@@ -48,6 +48,7 @@ def check_ranges(config: Any, section: str = "") -> None:
     from pydantic import ValidationError
 
     owner = type(config)
+    # asdict, because pydantic takes an instance of a dataclass as it is, without looking inside
     try:
         _adapter(owner).validate_python(dataclasses.asdict(config))
     except ValidationError as error:
@@ -57,11 +58,13 @@ def check_ranges(config: Any, section: str = "") -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as one writes it on the command line."""
+    """A value as it is written on the command line."""
     if isinstance(value, Enum):
         value = value.value
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
     return str(value)
 
 
@@ -86,6 +89,7 @@ def _sentence(owner: type, place: Sequence[int | str], value: Any, section: str)
     limits = _limits(metadata)
     if not limits or (isinstance(value, float) and math.isinf(value)):
         limits = "a finite number"
+    # metadata of workers: (Ge(1), "null chooses by the processors")
     remedy = "".join(f": {text}" for text in metadata if isinstance(text, str))
     default = _default(owner, place)
     if not remedy and default is not dataclasses.MISSING:
@@ -119,6 +123,7 @@ def _default(owner: type, place: Sequence[int | str]) -> Any:
     """The default of a key, of the whole list for one of its elements; MISSING where there is none."""
     first, *rest = place
     value = default_of(owner.__dataclass_fields__[first])  # type: ignore[attr-defined]
+    # LiveConfig's own default of perplexity.documents counts (16), not that of PerplexityConfig (200)
     for part in (part for part in rest if isinstance(part, str)):
         value = getattr(value, part) if dataclasses.is_dataclass(value) else dataclasses.MISSING
     return value

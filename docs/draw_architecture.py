@@ -12,11 +12,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anchorctx"
-FOUNDATION = ("records", "layout", "errors", "flops")
+FOUNDATION = ("records", "layout", "errors", "settings", "flops")
 """Every package may import these: they are drawn as the ground, without arrows."""
 LEFT_OUT = ("testing", "__main__", "__init__")
 WHAT = {
-    "cli": "one small file for each command",
+    "cli": "commands, their help, exit codes",
     "config": "YAML and key=value, checked",
     "train": "engine, loop, checkpoints, export",
     "evals": "one runner, the evaluators",
@@ -30,6 +30,7 @@ WHAT = {
     "records": "files, manifests, results, statistics",
     "layout": "documents of a row, what they see",
     "errors": "what a user can mend",
+    "settings": "ranges of numbers",
     "flops": "what a model costs",
 }
 """A package that is not in here is drawn with its name alone."""

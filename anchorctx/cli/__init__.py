@@ -1,1 +1,1 @@
-"""The command line: one small file a command."""
+"""The command line: `main` dispatches, `commands` has what each command does, `help` its keys."""

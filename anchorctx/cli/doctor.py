@@ -12,10 +12,9 @@ from anchorctx.cli.main import Arguments
 from anchorctx.errors import UserError
 from anchorctx.records.table import text_table
 
-REQUIRED = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "safetensors", "numpy")
+REQUIRED = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "safetensors", "numpy", "matplotlib")
 OPTIONAL = {
     "zstandard": ("reads .jsonl.zst", "anchorctx[zstd]"),
-    "matplotlib": ("draws pictures", "anchorctx[plots]"),
     "wandb": ("logs to Weights & Biases", "anchorctx[wandb]"),
     "flash-attn": ("the flash_attn backend on CUDA", "anchorctx[flash]"),
     "lm-eval": ("RULER and other tasks", "anchorctx[eval]"),
@@ -72,7 +71,7 @@ def _backends() -> Iterator[str | tuple[str, str]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     yield f"attention backends on {device.type}, {str(dtype).removeprefix('torch.')}"
     query = torch.randn(1, 4, 256, 64, device=device, dtype=dtype, requires_grad=True)
-    layout = PackedLayout((0, 1, 100, 256), anchor_len=1)
+    layout = PackedLayout((0, 1, 100, 256), anchor_len=1)  # the anchor, then documents of 99 and 156 tokens
     for name, backend in BACKENDS.items():
         refusal = backend.refusal(query, Score(0.125))
         if refusal is None:

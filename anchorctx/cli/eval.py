@@ -1,33 +1,12 @@
-"""`anchorctx eval`, also `torchrun --nproc_per_node N -m anchorctx eval`: what Hugging Face folders are worth."""
+"""The table of `anchorctx eval`; also `-m anchorctx.cli.eval`, which goes on working until 0.2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anchorctx.cli.configured import configuration
-from anchorctx.cli.main import Arguments, former_entry
+from anchorctx.cli.main import former_entry
 from anchorctx.records.results import Result
 from anchorctx.records.table import text_table
-
-EXAMPLE = """\
-anchorctx eval model=exported out_dir=results 'evals=[perplexity,needle]'
-anchorctx eval 'model=[base,exported]' out_dir=results 'evals=[ruler]' 'ruler.lengths=[8192,32768]' ruler.limit=50
-torchrun --nproc_per_node 8 -m anchorctx eval model=exported out_dir=results \\
-    'evals=[lm_eval]' 'lm_eval.tasks=[mmlu,hellaswag]' lm_eval.batch_size=8"""
-
-
-def run(arguments: Arguments) -> None:
-    """Evaluate models, write `results.jsonl` and print what it says of them."""
-    config = configuration("eval", arguments, EXAMPLE)
-    if config is None:
-        return
-    from anchorctx.evals.distribute import is_first
-    from anchorctx.evals.runner import evaluate
-
-    rows = evaluate(config)
-    if is_first():
-        print("\n".join(table(rows)))
-        print(f"\nwritten to {config.out_dir}/results.jsonl")
 
 
 def table(rows: Sequence[Result]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import logging
 import os
 import sys
@@ -83,7 +82,7 @@ def leave(code: int) -> NoReturn:
     """
     if "deepspeed" not in sys.modules:
         sys.exit(code)
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # W&B uploads its last rows there
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -102,12 +101,14 @@ def former_entry(command: str) -> NoReturn:
 
 
 def _guarded(command: str, argv: list[str]) -> int:
-    """Run a command, turning what the user can mend into one sentence on stderr."""
+    """Run a command; a user's mistake becomes one sentence on stderr."""
     _set_up_logging()
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
-        code = importlib.import_module(f"anchorctx.cli.{command}").run(parse(argv))
+        from anchorctx.cli.commands import run
+
+        code = run(command, parse(argv))
         sys.stdout.flush()
     except UserError as error:
         if _rank() > 0:
@@ -121,18 +122,19 @@ def _guarded(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"anchorctx {command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads our output, `head` say, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is anything to be said at the exit
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint about stdout at the exit either
         return 141  # 128 + SIGPIPE
     except OSError as error:
         if error.filename is None:
-            raise
+            raise  # not about a file that the user named: a traceback tells more
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
-    return code or 0
+    return code
 
 
 def _set_up_logging() -> None:
+    # eight processes would say everything eight times
     logging.basicConfig(level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s")
     for noisy in ("httpx", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,8 +1,8 @@
 """Where the stages of a preparation run: in this process, or on the workers of a Ray cluster.
 
-A stage is a function of one item (a part to tokenise, a shard to write) that leaves its result in a folder all workers
-see. What it makes depends on nothing but its arguments, so that the engine, the number of workers and a worker that
-died change nothing in the packed set.
+A stage is a function of one item (a part to tokenise, a shard to write) that leaves its result in a folder that all
+workers see. What it makes depends on its arguments alone, so that neither the engine nor the number of workers nor a
+worker that died changes the packed set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 RETRIES = 5
-"""Times that an item is done again because its Ray worker died, before the preparation gives up."""
+"""How often an item is tried again whose Ray worker died, before the preparation gives up."""
 
 
 class EngineName(StrEnum):
@@ -59,7 +59,7 @@ class LocalEngine:
 
 
 class RayEngine:
-    """On a Ray cluster: one item for each worker at a time, and one more for each that waits.
+    """On a Ray cluster: each worker has one item that it works on and one that waits.
 
     A worker that dies is replaced and its item done again; the result is the same.
     """
@@ -74,7 +74,7 @@ class RayEngine:
     ) -> Iterator[tuple[Item, Result]]:
         """Yield each item and its result, in order."""
         remote = self._ray.remote(num_cpus=1, max_retries=RETRIES)(function)
-        shared = self._ray.put(context)
+        shared = self._ray.put(context)  # sent to each machine once, not with every item
         waiting: deque[tuple[Item, Any]] = deque()
         try:
             for item in items:
@@ -84,7 +84,7 @@ class RayEngine:
             while waiting:
                 yield self._next(waiting)
         finally:
-            for _, reference in waiting:
+            for _, reference in waiting:  # after an error, or when the caller stopped asking
                 self._ray.cancel(reference, force=True)
 
     def _next(self, waiting: deque[tuple[Item, Any]]) -> tuple[Item, Any]:
@@ -104,7 +104,7 @@ class RayEngine:
 
 @contextmanager
 def open_engine(name: EngineName, workers: int | None) -> Iterator[Engine]:
-    """The engine, for as long as the context lasts; `workers` is for Ray: how many at once, None as many as fit."""
+    """The engine, as a context; `workers` is for Ray: how many run at once, None for as many as the cluster has."""
     if name is EngineName.local:
         yield LocalEngine()
         return
@@ -122,7 +122,7 @@ def _open_ray(workers: int | None) -> Iterator[RayEngine]:
     started = not ray.is_initialized()
     if started:
         options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "configure_logging": False}
-        if "RAY_ADDRESS" not in os.environ:
+        if "RAY_ADDRESS" not in os.environ:  # a running cluster has the workers that it has
             options["num_cpus"] = workers
         try:
             ray.init(**options)

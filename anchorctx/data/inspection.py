@@ -1,7 +1,7 @@
 """`prepare --dry-run`: what there is, what each policy would make of it and what it would lose; nothing is packed.
 
-The rows are planned for real, from the documents' lengths, so that the numbers are those of the packed set and not an
-estimate. What was tokenised for it is kept: the preparation that follows starts from there.
+The rows are really planned, from the documents' lengths, so that the numbers are those of the packed set and not an
+estimate. The tokens are kept: the preparation that follows starts from them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.pieces import Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows
-from anchorctx.data.prepare import Preparation, length_histogram, skipped
+from anchorctx.data.prepare import Preparation
 from anchorctx.records.files import in_use
 from anchorctx.records.table import text_table
 
@@ -27,20 +27,20 @@ BAR_WIDTH = 40
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a policy makes of the corpus; all in tokens unless they say otherwise."""
+    """What a policy would make of the corpus."""
 
     policy: Policy
     long_documents: LongDocuments
     rows: int
-    """Rows."""
     padding: int
-    """That fill rows up."""
+    """Tokens that fill rows up."""
     dropped: dict[str, int]
-    """In no row, by reason."""
+    """Tokens that would be in no row, by reason."""
     cut_documents: int
     """Documents in several pieces."""
     cost: float
-    """Sum over all rows of the squared lengths of their documents, in tokens squared: what attention costs."""
+    """Sum over all rows of the squared lengths of their documents and padding, in tokens squared: what attention
+    costs."""
 
 
 def inspect(config: PrepareConfig) -> list[Expected]:
@@ -64,16 +64,18 @@ def inspect(config: PrepareConfig) -> list[Expected]:
 def expect(
     plan: DocumentPlan, pack: PackConfig, preparation: Preparation, tags: Tags, domain_tags: list[np.ndarray]
 ) -> Expected:
-    """Plan all rows under `pack`, and count."""
+    """Plan all rows under `pack`, and count; the arguments after it are as for `plan_rows`."""
     capacity, accounting = preparation.shape.capacity, plan.accounting()
     rows = used = 0
     squares, seen = 0.0, [np.empty(0, np.int64)]
     for some in plan_rows(plan, pack, capacity, tags, domain_tags, accounting):
         sizes = some.pieces["size"].astype(np.float64)
+        # sizes = [3, 5, 4], rows of the first two pieces and of the third: filled = [8, 4]
         filled = np.add.reduceat(sizes, some.ends - some.counts)
         rows, used = rows + len(some), used + int(filled.sum())
         squares += float(sizes @ sizes + ((capacity - filled) ** 2).sum())
         seen.append(some.pieces["document"])
+    # document numbers [0, 1, 1, 2] of all pieces: pieces = [1, 2, 1], so one document was cut
     pieces = np.bincount(np.concatenate(seen)) if rows else np.zeros(1, np.int64)
     dropped = {reason: count for reason, count in accounting.total_dropped.items() if count}
     cut = int((pieces > 1).sum())
@@ -104,23 +106,23 @@ def _sources(corpus: Corpus) -> list[str]:
     rows: list[Sequence[object]] = [("source", "documents", "tokens", "longest")]
     totals = np.zeros(2, np.int64)
     for index, name in enumerate(corpus.names):
-        own = [part for part, source in zip(corpus.parts, corpus.sources, strict=True) if source == index]
-        lengths = [part.documents["length"] for part in own]
+        lengths = [part.documents["length"] for part in corpus.parts_of(index)]
         documents, tokens = sum(map(len, lengths)), sum(int(each.sum()) for each in lengths)
         longest = max((int(each.max()) for each in lengths if len(each)), default=0)
         rows.append((f"  {name}", documents, tokens, longest))
         totals += [documents, tokens]
     if len(corpus.names) > 1:
         rows.append(("  all", *totals))
-    rows += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(skipped(corpus).items())]
+    rows += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(corpus.skipped().items())]
     return text_table(rows, "<>")
 
 
 def _histogram(corpus: Corpus, capacity: int) -> list[str]:
-    counts = length_histogram(corpus)
+    counts = corpus.length_histogram()
     used = np.flatnonzero(counts)
     rows: list[Sequence[object]] = [("tokens in a document", "documents")]
     for power in range(used[0], used[-1] + 1) if len(used) else ():
+        # rounded up, so that a single document among millions still shows
         bar = "#" * -(-BAR_WIDTH * int(counts[power]) // int(counts.max()))
         note = "  longer than a row" if 2**power > capacity else ""
         rows.append((f"  {2**power:,} to {2 ** (power + 1) - 1:,}", counts[power], bar + note))

@@ -21,12 +21,12 @@ from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 
 IGNORE = -100
-"""Target of a token whose prediction is not trained."""
+"""Target of a token whose prediction is not trained: what torch's cross-entropy ignores, and so `models.loss` too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some rows, as a model takes them."""
+    """B rows of T tokens, as a model takes them."""
 
     input_ids: torch.Tensor
     """(B, T) int64."""
@@ -35,15 +35,15 @@ class Batch:
     loss_weights: torch.Tensor
     """(B, T) float32: the weight of each prediction; 0 where not trained."""
     layouts: tuple[PackedLayout, ...]
-    """One a row, the pattern applied."""
+    """One for each row, with the pattern applied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer update's data: this process's share, and what is known of the whole."""
+    """The data of one optimizer update: this process's batches, and figures of all processes'."""
 
     micro_batches: tuple[Batch, ...]
-    """This process's."""
+    """What this process runs."""
     rows: tuple[int, ...]
     """Rows of the global step."""
     weight: float
@@ -70,7 +70,18 @@ class RowLoader:
         shuffle: bool = True,
         balance: bool = True,
     ) -> None:
-        """`balance` has rows of like attention cost in a step, and deals them out evenly (see `order`)."""
+        """Read rows of `packed` under `pattern`.
+
+        Args:
+            packed: the set.
+            pattern: what a token may see.
+            rows_per_step: rows of a step, over all processes; a multiple of `micro_rows` x `world`.
+            micro_rows: rows of a micro-batch.
+            rank, world: this process's number, and how many there are; those that share a row count as one.
+            seed: of the order.
+            shuffle: a new random order in every epoch, else the set's order.
+            balance: rows of like attention cost in a step, dealt out evenly to the processes (see `order`).
+        """
         _check(rows_per_step, micro_rows, rank, world, seed)
         self._packed, self._pattern = packed, pattern
         self._rows_per_step, self._micro_rows = rows_per_step, micro_rows
@@ -82,10 +93,10 @@ class RowLoader:
         self._epoch_order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def step(self, index: int) -> Step:
-        """Step `index`, from 0; the next one is read meanwhile."""
+        """Step `index`, from 0; the next one is read in the background."""
         if self._ahead is not None and self._ahead[0] == index:
             step = self._ahead[1].result()
-        else:
+        else:  # in the pool too, so that a single thread makes steps
             step = self._pool.submit(self._make, index).result()
         self._ahead = index + 1, self._pool.submit(self._make, index + 1)
         return step
@@ -93,8 +104,8 @@ class RowLoader:
     def resume_at(self, step: int, tokens: int, rows: int | None = None) -> None:
         """Let step `step` begin where the run stands after `tokens` trained tokens.
 
-        `rows` is the number of rows that they were, which tells more where rows without trained tokens are among them.
-        UserError when no such number of rows trains so many tokens, so that they cannot be of this order of this set.
+        `rows` is how many rows those were; without it they are counted, which leaves rows without trained tokens open.
+        UserError when no number of rows trains exactly so many tokens: then they were of another set or order.
         """
         self._first_step, self._ahead = step, None
         self._first_row = self._rows_of(tokens) if rows is None else rows
@@ -107,10 +118,13 @@ class RowLoader:
 
     def rows_before(self, step: int) -> int:
         """Rows of the run that come before step `step`."""
+        # resumed at step 100 after 800 rows, now 16 rows a step: step 103 begins after 800 + 3 * 16 = 848
         return self._first_row + (step - self._first_step) * self._rows_per_step
 
     def _rows_of(self, tokens: int) -> int:
         """The least number of rows that train at least so many tokens."""
+        # rows that train 5, 3, 4 tokens in this epoch's order, an epoch 12: 20 tokens are an epoch and 8 of the next,
+        # totals = [5, 8, 12], so 3 + 2 rows
         epochs, rest = divmod(tokens, int(self._packed.row_trained.sum()))
         totals = np.cumsum(self._packed.row_trained[self._order(epochs)])
         return epochs * len(self._packed) + (int(np.searchsorted(totals, rest)) + 1 if rest else 0)
@@ -122,13 +136,14 @@ class RowLoader:
         return epochs * int(trained.sum()) + int(trained[self._order(epochs)[:within]].sum())
 
     def rows(self, index: int) -> np.ndarray:
-        """(rows_per_step,) the global rows of step `index`."""
+        """(rows_per_step,) the rows of step `index`, over all processes."""
+        # a set of 10 rows, 4 a step: step 2 has counters [8, 9, 10, 11], places 8, 9 of epoch 0 and 0, 1 of epoch 1
         counters = self.rows_before(index) + np.arange(self._rows_per_step)
         epochs, within = np.divmod(counters, len(self._packed))
         return np.concatenate([self._order(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def share(self, rows: np.ndarray) -> np.ndarray:
-        """(rows_per_step / world,) this process's of a step's `rows`, in the order in which it runs them."""
+        """(rows_per_step / world,) those of a step's `rows` that this process runs, in its order."""
         if not self._balance:
             return rows[self._rank :: self._world]
         return rows[deal(self._packed.row_cost[rows], self._world)[self._rank]]
@@ -137,7 +152,7 @@ class RowLoader:
         """(rows,) the order of an epoch's rows."""
         if not self._shuffle:
             return np.arange(len(self._packed))
-        cached = self._epoch_order
+        cached = self._epoch_order  # the last epoch's: an order of a million rows takes a while
         if cached[0] != epoch:
             fingerprint = int(self._packed.fingerprint, 16)
             order = epoch_order(self._packed.row_cost, self._seed, epoch, fingerprint, self._balance)
@@ -202,6 +217,7 @@ def validation_batches(
     """
     count = len(packed) if max_rows is None else min(len(packed), max_rows)
     unit = micro_rows * world
+    # 5 rows, 2 processes, micro_rows=1: process 0 reads rows 0, 2, 4, process 1 rows 1, 3 and row 4 again, masked
     for start in range(rank * micro_rows, -(-count // unit) * unit, unit):
         wanted = np.arange(start, start + micro_rows)
         batch = make_batch(packed, np.minimum(wanted, count - 1), pattern)

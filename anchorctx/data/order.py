@@ -2,10 +2,10 @@
 
 In packed rows attention costs the sum of the squared lengths of the documents (`PackedSet.row_cost`), which differs
 from row to row by a factor of ten and more. Processes that train together wait for the one with the costliest rows. So
-a shuffled epoch is cut into windows, and inside a window rows of like cost stand together: any run of 2**k rows that
-begins at a multiple of 2**k, up to BLOCK_ROWS, is of like rows, so that the steps of every batch size are. Runs, and
-the rows in them, are in random order. As with other length grouping, what a step sees is then less mixed than chance
-would have it (in lengths, not in content); `data.balance=false` leaves the epoch as it was shuffled.
+a shuffled epoch is cut into windows, and inside a window rows of similar cost stand together: any run of 2**k rows that
+begins at a multiple of 2**k, up to BLOCK_ROWS, is of similar rows, so that steps are too, whatever their size. Runs,
+and the rows in them, are in random order. As with other grouping by length, a step is then less mixed than by chance
+(in lengths, not in content); `data.balance=false` leaves the epoch as it was shuffled.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ from __future__ import annotations
 import numpy as np
 
 WINDOW_ROWS = 1024
-"""Rows among which like ones are looked for; a row moves no further than this."""
+"""Rows that are sorted by cost together; a row moves no further than this."""
 BLOCK_ROWS = 64
-"""Rows that stand together; a power of two."""
+"""Rows of similar cost that stand together; a power of two."""
 
 
 def epoch_order(costs: np.ndarray, seed: int, epoch: int, fingerprint: int, balance: bool) -> np.ndarray:
-    """(R,) the rows of an epoch, each once; `costs` (R,) is what each costs."""
+    """(R,) int64: the rows of an epoch, each once.
+
+    Args:
+        costs: (R,) what each row costs in attention, in tokens squared.
+        seed, epoch, fingerprint: of the run, from 0 on, and of the packed set as a number: they seed the shuffle.
+        balance: rows of similar cost stand together.
+    """
     rng = np.random.default_rng([seed, epoch, fingerprint])
     order = rng.permutation(len(costs))
     if not balance:
@@ -29,7 +35,7 @@ def epoch_order(costs: np.ndarray, seed: int, epoch: int, fingerprint: int, bala
 
 
 def _together(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sorted rows as blocks of neighbours, in random order, and turned at random inside."""
+    """Rows sorted by cost, as blocks of neighbours in random order; inside a block runs are swapped at random."""
     # 1,000 rows: whole = 960 in 15 blocks; the other 40 are neighbours too, cut out at a random place
     whole = len(rows) // BLOCK_ROWS * BLOCK_ROWS
     start = int(rng.integers(0, whole + 1))
@@ -53,8 +59,8 @@ def _turned(blocks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def deal(costs: np.ndarray, world: int) -> np.ndarray:
     """(world, n / world) a step's rows, as indices into `costs` (n,), by process.
 
-    The costliest first, so that what processes run at the same time is of like cost; of each `world` rows the least
-    burdened process gets the costliest.
+    The costliest rows come first, so that what the processes run at the same time costs about the same; of each `world`
+    rows the least burdened process gets the costliest.
     """
     # costs = [9, 1, 8, 2], world = 2: order = [[0, 2], [3, 1]]. Row 0 goes to process 0, row 2 to process 1, which is
     # less burdened then and gets row 3: shares = [[0, 1], [2, 3]], both of cost 10

@@ -10,12 +10,11 @@
       pointers_00000.npy       (rows + 1, 2) int64: where each row's boundaries and document ids begin
       rows.npz                 per row: sum of weights, trained tokens, documents, attention's cost
 
-It is written into a hidden folder beside and renamed when whole (`records.files`), so a set that exists is complete.
+It is written into a hidden folder and renamed when whole (`records.files`), so that a set that exists is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -27,16 +26,16 @@ import numpy as np
 from anchorctx.data.packing.shard import Row, Shard
 from anchorctx.data.tokens.store import token_dtype
 from anchorctx.errors import UserError
-from anchorctx.records.files import StagedFolder
+from anchorctx.records.files import StagedFolder, file_sha256
 from anchorctx.records.manifest import FILE, read_manifest, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHARD_TOKENS = 2**25
-"""Tokens in a shard, about: 64 or 128 MiB of token ids. Whoever makes a shard holds it in memory."""
+"""Tokens in a shard, about: 64 or 128 MiB of token ids. A process that makes a shard holds all of it in memory."""
 OPEN_SHARDS = 64
-"""Shards that are mapped at once, at most: each map holds a file open."""
+"""Shards that are mapped at once, at most: each of their maps keeps a file open."""
 ARRAYS = ("tokens", "weights", "offsets", "doc_ids", "pointers")
 
 
@@ -45,7 +44,7 @@ class ShardFiles:
     """One shard, written."""
 
     index: dict[str, np.ndarray]
-    """(R,) what is known of each of its rows, see `Shard.index`."""
+    """(R,) figures of each of its rows, see `Shard.index`."""
     files: dict[str, dict[str, Any]]
     """Size and sha256 of each of its files, by name."""
 
@@ -64,10 +63,10 @@ def rows_per_shard(row_length: int) -> int:
 
 
 class ShardWriter:
-    """A set in the making: becomes visible when it is whole.
+    """Writes a packed set, which becomes visible when it is whole.
 
-    Shards are given with `put` by whoever wrote them into `folder`, or made of single rows that are given with `add`. A
-    context manager: left without `close`, it removes what was written. Two may write the same set at once.
+    Either shards are written into `folder` by other code and announced with `put`, or single rows are given with `add`.
+    A context manager: left without `close`, it removes what was written. Two may write the same set at once.
     """
 
     def __init__(
@@ -98,11 +97,11 @@ class ShardWriter:
         return sum(int(shard.index["trained"].sum()) for shard in self._shards)
 
     def put(self, shard: ShardFiles) -> None:
-        """Take the next shard, which is in `folder` already; all but the last are full."""
+        """Take the next shard, whose files are in `folder` already; all shards but the last must be full."""
         self._shards.append(shard)
 
     def add(self, row: Row, documents: int) -> None:
-        """Append a row that holds so many documents (or pieces)."""
+        """Append a row that holds so many documents (or pieces); ValueError for an id beyond the vocabulary."""
         if int(row.input_ids.max()) >= self._vocab_size:
             raise ValueError(f"token id {row.input_ids.max()} is beyond the vocabulary of {self._vocab_size}")
         self._rows.append(row)
@@ -117,6 +116,7 @@ class ShardWriter:
         index = {name: np.concatenate([shard.index[name] for shard in self._shards]) for name in names}
         np.savez(folder / "rows.npz", **index)  # type: ignore[arg-type]
         files = {name: entry for shard in self._shards for name, entry in shard.files.items()}
+        # the shards' files were hashed by those who wrote them; what is left is rows.npz and the tokenizer
         others = (path for path in folder.rglob("*") if path.is_file() and path.name not in files)
         files |= {path.relative_to(folder).as_posix(): _entry(path) for path in others}
         rows = len(index["trained"])
@@ -166,7 +166,7 @@ class PackedSet:
             file = folder / name
             if not file.is_file() or file.stat().st_size != expected["bytes"]:
                 raise UserError(f"{file} is missing or cut short: remove {folder} and prepare it again")
-            if verify and _sha256(file) != expected["sha256"]:
+            if verify and file_sha256(file) != expected["sha256"]:
                 raise UserError(f"{file} was changed after it was written: remove {folder} and prepare it again")
         return cls(folder, manifest)
 
@@ -175,7 +175,7 @@ class PackedSet:
 
     @property
     def fingerprint(self) -> str:
-        """Names the set's content: sources, tokenizer and policies."""
+        """Twelve hex digits that name the set's content: sources, tokenizer and policies."""
         return self.manifest["fingerprint"]
 
     @property
@@ -193,11 +193,12 @@ class PackedSet:
         """Row `index`, 0 .. len-1."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        # 8,192 rows a shard: row 20,000 is row 3,616 of shard 2
         number, i = divmod(index, int(self.manifest["rows_per_shard"]))
         return self._shard(number).row(i, int(self.manifest["anchor_len"]))
 
     def _shard(self, number: int) -> Shard:
-        """The shard's memory-mapped arrays; those used longest ago are closed."""
+        """The shard, memory-mapped; of too many open ones the least recently used is closed."""
         with self._lock:
             if number not in self._shards:
                 arrays = [_map(_shard_file(self.folder, name, number)) for name in ARRAYS]
@@ -234,9 +235,4 @@ def _map(file: Path) -> np.ndarray:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,8 +1,8 @@
 """`prepare`: documents -> tokens -> packed rows on disk, with a fingerprint, progress and an account of every token.
 
-Three stages, each a pure function of what the one before left on disk: `ingest` tokenises the parts of the sources,
-`plan` decides from the lengths which documents share a row, and `write_rows` copies tokens into shards. The first and
-the last run on an `engine`; an interrupted preparation finds the parts that were whole.
+Three stages, each a pure function of what the one before left on disk: `run_part` tokenises the parts of the sources,
+`plan_rows` decides from the lengths which documents share a row, and `write_rows` copies tokens into shards. The first
+and the last run on an `engine`. After an interruption the parts that were whole are used again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from anchorctx.data.packing.config import Policy
 from anchorctx.data.packing.mixture import MixtureBy, check_names
 from anchorctx.data.packing.pieces import Rows, Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows, shards_of
-from anchorctx.data.sources.documents import Document, OnBadRow, Part, Reading
+from anchorctx.data.sources.documents import Document, Reading
 from anchorctx.data.sources.facts import FactTokens
 from anchorctx.data.sources.source import open_sources
 from anchorctx.data.tokens.encode import Encoder, tokenize
-from anchorctx.data.tokens.ingest import Ingest, Progress, ReadingBar
+from anchorctx.data.tokens.ingest import Ingest, ReadingBar, SourcePart, run_part
 from anchorctx.data.tokens.store import TokenPart
 from anchorctx.data.tokens.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
@@ -42,22 +42,22 @@ from anchorctx.records.files import in_use, remove_unused, sole_writer
 from anchorctx.records.manifest import FILE, build_manifest, fingerprint
 
 CODE_VERSION = 2
-"""Raised whenever the same inputs would give other rows, so that old packed sets are not taken for new ones."""
+"""To be raised when the same inputs would give other rows, so that old packed sets are not taken for new ones."""
 TOKENS = ".tokens"
 """Folder of the token stores, in `out_dir`."""
 
 
 def prepare(config: PrepareConfig) -> PackedSet:
-    """Make the packed set that the configuration describes, or open it where it exists already.
+    """Make the packed set that the configuration describes, or open it if it exists already.
 
-    Whatever goes wrong, nothing half-written is left behind; mistakes in the input are UserErrors. The parts of the
-    sources that were tokenised by then are kept, and not tokenised again.
+    Mistakes in the input are UserErrors. Whatever goes wrong, nothing half-written is left behind; the parts of the
+    sources that were tokenised by then are kept, so that the next attempt does not tokenise them again.
     """
     preparation = Preparation(config)
     folder = preparation.folder
     if packed := _existing(folder):
         return packed
-    with sole_writer(folder):
+    with sole_writer(folder):  # another process may have made it while we waited
         return _existing(folder) or preparation.run()
 
 
@@ -70,9 +70,10 @@ def _existing(folder: Path) -> PackedSet | None:
 
 
 class Preparation:
-    """One run through the corpus: everything that is known before the first document is read."""
+    """One run through the corpus, with everything that can be checked before the first document is read."""
 
     def __init__(self, config: PrepareConfig) -> None:
+        """UserError for settings, a tokenizer or sources that cannot be used."""
         config.validate()
         self.config = config
         self.tokenizer = load_tokenizer(config.tokenizer)
@@ -84,27 +85,29 @@ class Preparation:
         self.vocab_size = vocab_size(self.tokenizer)
         self.tokens_folder = Path(config.out_dir) / TOKENS
         self.ingest = Ingest(
-            self.tokens_folder,
-            Encoder.of(self.tokenizer),
-            tokenizer_fingerprint(self.tokenizer),
-            self.vocab_size,
-            self.special.eos if config.append_eos else None,
-            config.pack.domain_tags,
-            facts,
-            config.workers,
+            root=self.tokens_folder,
+            encoder=Encoder.of(self.tokenizer),
+            tokenizer=tokenizer_fingerprint(self.tokenizer),
+            vocab_size=self.vocab_size,
+            eos=self.special.eos if config.append_eos else None,
+            needs_domain=config.pack.domain_tags,
+            facts=facts,
+            workers=config.workers,
         )
         self.shape = RowShape(
-            config.row_length,
-            config.anchor_len,
-            self.special.anchor,
-            self.special.pad,
-            config.pack.interleave,
-            config.seed,
+            row_length=config.row_length,
+            anchor_len=config.anchor_len,
+            anchor_id=self.special.anchor,
+            pad_id=self.special.pad,
+            chunks=config.pack.interleave,
+            seed=config.seed,
         )
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides what the rows hold, as JSON; what it does not hold cannot change a row."""
+        """Everything that decides what the rows hold, as JSON; nothing else can change a row."""
+        # settings that change nothing are left out, so that the set that exists is found: the buffer without best_fit,
+        # the seed without interleaving, the mixture when every document is taken once
         config = self.config
         pack, mixture = dataclasses.asdict(config.pack), dataclasses.asdict(config.mixture)
         if config.pack.policy is not Policy.best_fit:
@@ -127,13 +130,13 @@ class Preparation:
 
     @property
     def folder(self) -> Path:
-        """Where the packed set is, or will be."""
+        """Where the packed set is, or will be: named by its fingerprint."""
         return Path(self.config.out_dir) / fingerprint(self.identity)
 
     def run(self) -> PackedSet:
         """Write the packed set and print the account."""
         began, config = time.perf_counter(), self.config
-        finished: list[str] = []
+        finished: list[str] = []  # folders of tokens that are not needed any more
         try:
             with in_use(self.tokens_folder), open_engine(config.engine, config.workers) as engine:
                 corpus = self.corpus(engine)
@@ -148,7 +151,7 @@ class Preparation:
         finally:
             remove_unused(self.tokens_folder, finished)
         print(accounting.table(config.row_length))
-        for reason, count in sorted(skipped(corpus).items()):
+        for reason, count in sorted(corpus.skipped().items()):
             print(f"skipped rows: {count:,} ({reason})")
         print(f"packed set: {self.folder}, {accounting.rows:,} rows, in {time.perf_counter() - began:.1f} s")
         return PackedSet.open(self.folder, verify=False)
@@ -156,28 +159,37 @@ class Preparation:
     def corpus(self, engine: Engine) -> Corpus:
         """The first stage: every source tokenised; UserError for a source without documents."""
         items = [
-            PartOf(index, source.on_bad_row, part) for index, source in enumerate(self.sources) for part in source.parts
+            SourcePart(index, source.on_bad_row, part)
+            for index, source in enumerate(self.sources)
+            for part in source.parts
         ]
+        # Ray's workers tokenise parts side by side, so that none of them needs processes of its own
         ingest = self.ingest if engine.is_local else dataclasses.replace(self.ingest, workers=1)
         with ReadingBar(self.sources, len(items)) as bar:
             done = engine.map(bar.running(run_part) if engine.is_local else run_part, ingest, items)
             stretches = [(item.source, folder) for item, folders in bar.counting(done) for folder in folders]
-        owners = [source for source, _ in stretches]
-        parts = [TokenPart.open(folder) for _, folder in stretches]
+        corpus = Corpus(
+            parts=[TokenPart.open(folder) for _, folder in stretches],
+            sources=[source for source, _ in stretches],
+            names=[source.name for source in self.sources],
+        )
         for index, source in enumerate(self.sources):
-            own = [part for part, owner in zip(parts, owners, strict=True) if owner == index]
-            reading = Reading(documents=sum(part.facts["read"] for part in own))
-            reading.skipped = sum((part.skipped for part in own), Counter())
+            parts = corpus.parts_of(index)
+            reading = Reading(documents=sum(part.facts["read"] for part in parts))
+            reading.skipped = sum((part.skipped for part in parts), Counter())
             try:
                 source.check_not_empty(reading)
-            except UserError:
-                for part in own:
+            except UserError:  # these stores are of no use: the source has to be changed
+                for part in parts:
                     shutil.rmtree(part.folder)
                 raise
-        return Corpus(parts, owners, [source.name for source in self.sources])
+        return corpus
 
     def tags(self, corpus: Corpus) -> tuple[Tags, list[np.ndarray]]:
-        """What is put in front of documents, and for each part the (number of domains,) tags of its domains."""
+        """What is put in front of documents, and for each part the (number of domains,) tags of its domains.
+
+        UserError for BOS without a BOS token, and for domain tags where a document has no domain.
+        """
         pack, tags, numbers = self.config.pack, Tags(), {}
         bos = [self.tokenizer.bos_token_id] if pack.prepend_bos else []
         if bos == [None]:
@@ -200,7 +212,14 @@ class Preparation:
         tags, domain_tags = self.tags(corpus)
         accounting, rows = plan.accounting(), rows_per_shard(self.config.row_length)
         planned = plan_rows(plan, self.config.pack, self.shape.capacity, tags, domain_tags, accounting)
-        making = Making(writer.folder, self.shape, tags, corpus.parts, rows, tuple(plan.names))
+        making = Making(
+            folder=writer.folder,
+            shape=self.shape,
+            tags=tags,
+            parts=corpus.parts,
+            rows_per_shard=rows,
+            names=tuple(plan.names),
+        )
         shards = enumerate(shards_of(planned, rows))
         with tqdm(unit="tok", unit_scale=True, desc="pack", mininterval=0.5) as bar:
             for (_, shard), (files, counted) in engine.map(write_rows, making, shards):
@@ -222,7 +241,7 @@ class Preparation:
             raise RuntimeError(f"{trained} trained tokens were packed, {writer.trained} written")
 
     def _manifest(self, corpus: Corpus, plan: DocumentPlan, accounting: Accounting) -> dict[str, Any]:
-        histogram = length_histogram(corpus)
+        histogram = corpus.length_histogram()
         return build_manifest(
             "prepare",
             dataclasses.asdict(self.config),
@@ -239,62 +258,37 @@ class Preparation:
             accounting=accounting.to_dict(),
             mixture=plan.report(accounting.content),
             document_lengths={str(2**i): int(histogram[i]) for i in np.flatnonzero(histogram).tolist()},
-            skipped_rows=dict(skipped(corpus)),
+            skipped_rows=dict(corpus.skipped()),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class PartOf:
-    """A part to tokenise."""
-
-    source: int
-    on_bad_row: OnBadRow
-    part: Part
-
-
-def run_part(ingest: Ingest, item: PartOf, progress: Progress | None = None) -> list[Path]:
-    """The first stage of one part."""
-    return ingest.run(item.part, item.on_bad_row, progress)
-
-
-@dataclass(frozen=True, slots=True)
 class Making:
-    """What all shards of a set share; can be sent to another process."""
+    """What writing any shard of a set needs; can be sent to another process."""
 
     folder: Path
+    """Where shards are written."""
     shape: RowShape
     tags: Tags
     parts: Sequence[TokenPart]
+    """The tokenised documents."""
     rows_per_shard: int
     names: tuple[str, ...]
+    """The sources (or domains) that tokens are counted under."""
 
 
 _workspace = Workspace()
-"""This process's, from shard to shard."""
+"""Memory of this process that is used for one shard after the other."""
 
 
 def write_rows(making: Making, item: tuple[int, Rows]) -> tuple[ShardFiles, Accounting]:
-    """The third stage of one shard: its number and planned rows, to files and what is in them."""
+    """The third stage: a shard's number and planned rows to its files, and an account of the tokens in them."""
     number, rows = item
     counted = Accounting(making.names)
     with ExitStack() as files:
+        # files are opened for this shard only: a corpus may have more parts than a process may hold open
         parts = np.unique(rows.pieces["part"]).tolist()
         texts = {part: files.enter_context(making.parts[part].text()) for part in parts}
         first = number * making.rows_per_shard
         shard = assemble(rows, making.shape, making.tags, texts, counted, first, _workspace)
     return write_shard(making.folder, number, shard), counted
-
-
-def length_histogram(corpus: Corpus) -> np.ndarray:
-    """(64,) documents of 2**i to 2**(i+1) - 1 tokens, an appended EOS not counted."""
-    counts = np.zeros(64, np.int64)
-    for part in corpus.parts:
-        documents = part.documents
-        lengths = documents["length"] - documents["eos"]
-        counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
-    return counts
-
-
-def skipped(corpus: Corpus) -> Counter[str]:
-    """Rows of all sources that were left out, by reason."""
-    return sum((part.skipped for part in corpus.parts), Counter())

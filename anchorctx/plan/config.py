@@ -1,4 +1,4 @@
-"""What a plan is asked: a run's own settings, the machine, the corpus, and what to assume of both."""
+"""What `anchorctx plan` can be told: a run's settings, the machine, the corpus, and assumptions about both."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le, Lt
 
 from anchorctx.errors import UserError
+from anchorctx.flops import Machine, machine
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
 from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
-from anchorctx.plan.machines import Machine, machine
 from anchorctx.settings import NonNegativeFloat, Positive, PositiveFloat, Seed, Share, check_ranges
 
 Rate = Annotated[float, Gt(0), Le(1)]
@@ -21,7 +21,7 @@ Rate = Annotated[float, Gt(0), Le(1)]
 
 @dataclass(kw_only=True, slots=True)
 class CorpusConfig:
-    """Lengths of documents: a packed set's own, a list, or a log-normal law."""
+    """Lengths of documents: those of a packed set, a list, or a log-normal law."""
 
     packed: str | None = None
     """Folder of a packed set: its rows are taken as they are."""
@@ -100,7 +100,7 @@ class PlanConfig:
         if self.simulate and self.out_dir is None:
             raise UserError("simulate=true draws a picture: give out_dir=..., the folder for it")
         machine(self.gpu)
-        if not self.search:
+        if not self.search:  # a search replaces both
             self.parallel.validate()
             self.memory.validate()
 

@@ -1,4 +1,4 @@
-"""Bytes in one process's device, by part, at the moments when a training step holds most.
+"""Bytes on one process's device, by part, at the moments of a training step that hold most.
 
 States follow ZeRO (arXiv 1910.02054, section 3): with P weights, N processes and weights of `e` bytes,
 
@@ -20,16 +20,18 @@ from anchorctx.parallel.config import BUCKET, LIVE, SUBGROUP, ParallelConfig
 from anchorctx.plan.trace import Traced
 
 MASTER, MOMENTS, SUMMED = 4, 8, 4
-"""Bytes a weight: DeepSpeed's float32 copy, also of float32 weights, Adam's two moments, and the sum of micro-batches'
-gradients at ZeRO 2 and 3 (`train.engine` asks for float32)."""
+"""Bytes for each weight: DeepSpeed's float32 copy (also of float32 weights), Adam's two moments, and the sum of the
+micro-batches' gradients at ZeRO 2 and 3 (`train.engine` asks for float32)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Bytes at the worst moment of a step, per device; `host` is beside it, in CPU memory or files, per process."""
+    """Bytes at the worst moment of a step, on each device; `host` comes on top, in CPU memory or files."""
 
     parameters: float
+    """Weights that stay on the device."""
     gradients: float
+    """Held between micro-batches, or being reduced."""
     optimizer: float
     """The float32 copy, the moments, and during the update its temporaries."""
     gathered: float
@@ -37,14 +39,15 @@ class Parts:
     activations: float
     """What the model keeps for the backward pass."""
     logits: float
-    """A tile's logits, their gradients and the head's gradient, where they are the worst moment."""
+    """A tile's logits, their gradients and the head's gradient, where the loss is the worst moment."""
     working: float
-    """What the layer (or update) at work needs beside."""
+    """Temporaries of the layer (or update) at work."""
     runtime: float
     """CUDA context, communication buffers and fragmentation; on a CPU the process itself."""
     host: float = 0.0
+    """What is offloaded, for each process."""
     moment: str = ""
-    """When the worst moment is: forward, loss, backward or update."""
+    """The worst moment: forward, loss, backward or update."""
 
     @property
     def total(self) -> float:
@@ -55,12 +58,12 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What is known of a model's weights."""
+    """How many weights a model has."""
 
     count: int
     """All of them."""
     largest: int
-    """In the largest module that ZeRO 3 gathers at once."""
+    """Those of the largest module, which ZeRO 3 gathers at once."""
     element: int
     """Bytes of one."""
 
@@ -88,9 +91,10 @@ def worst_moment(
     states, held = _states(weights, parallel, world), _gradients(weights, parallel, world, accumulation)
     bucket = min(weights.count, BUCKET) * weights.element * (2 if overlap else 1)
     spread = parallel.zero_stage == 3
+    # of what ZeRO 3 has gathered, DeepSpeed keeps `LIVE` weights for the next use, and gathers one more module
     whole = weights.element * min(weights.count, LIVE + weights.largest) if spread and world > 1 else 0.0
     resident = bucket if spread else 0.0  # ZeRO 3 keeps its bucket
-    transit = 2 * bucket / world if spread else bucket
+    transit = 2 * bucket / world if spread else bucket  # gradients on their way to the process that keeps them
     kept, update = traced.kept, _update(weights, parallel, world)
 
     def at(moment: str, gradients: float, gathered: float, working: float, *, logits: float = 0.0) -> Parts:
@@ -108,6 +112,7 @@ def worst_moment(
             moment=moment,
         )
 
+    # `traced` has the most that exists at a time; `kept` of it is in `activations`, the rest is the layer's at work
     moments = [
         at("forward", held.before, whole + resident + (bucket if whole else 0.0), traced.forward - kept),
         at("loss", held.before, whole + resident, 0.0, logits=traced.loss - kept),
@@ -125,11 +130,13 @@ class _States:
 
 
 def _states(weights: Weights, parallel: ParallelConfig, world: int) -> _States:
+    """What lies between steps, by ZeRO stage: see the table above."""
     share = weights.count / world
+    # 7 billion bfloat16 weights, 8 processes: parameters 14 GB, in stage 3 1.75 GB; master and moments 12 x 7 / 8 GB
     parameters = weights.element * (share if parallel.zero_stage == 3 else weights.count)
     master, host = (MASTER + MOMENTS) * share, 0.0
     if parallel.offload_optimizer:
-        spread = parallel.zero_stage == 3  # which has a buffer beside the gradients in float32
+        spread = parallel.zero_stage == 3  # which holds a float32 buffer for gradients there too
         master, host = 0.0, host + master + (MASTER + SUMMED * spread) * share
     if parallel.offload_parameters:
         parameters, host = 0.0, host + parameters
@@ -138,7 +145,7 @@ def _states(weights: Weights, parallel: ParallelConfig, world: int) -> _States:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Gradients that are held in the last micro-batch: before its backward pass, at most within it, and after it."""
+    """Bytes of gradients held in the last micro-batch: before its backward pass, at most during it, and after it."""
 
     before: float
     most: float
@@ -148,10 +155,13 @@ class _Held:
 def _gradients(weights: Weights, parallel: ParallelConfig, world: int, accumulation: int) -> _Held:
     whole, share = weights.element * weights.count, SUMMED * weights.count / world
     several = accumulation > 1
+    # offloaded, gradients leave for the CPU as they come (the buckets they pass through are in `gathered`)
     if parallel.offload_optimizer and parallel.zero_stage > 1:
         return _Held(0.0, 0.0, 0.0)
+    # stage 1 adds all gradients up on every process, and keeps its share when the last micro-batch is reduced
     if parallel.zero_stage == 1:
         return _Held(whole if several else 0.0, whole, whole / world)
+    # stage 2 reduces every micro-batch: its share exists twice while one is added to the sum of those before
     if parallel.zero_stage == 2:
         return _Held(share if several else 0.0, share * (2 if several else 1), share)
     return _Held(share, share, share)

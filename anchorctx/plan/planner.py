@@ -1,4 +1,7 @@
-"""One configuration, planned: does it fit, and how long does a step take?"""
+"""Plans one configuration: does it fit into the GPUs, and how long does a step take?
+
+The three questions are answered by `plan.trace` (activations), `plan.memory` (states by ZeRO stage, the worst moment)
+and `plan.compute` (operations, bytes sent, seconds)."""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from anchorctx.errors import UserError
-from anchorctx.flops import ModelFlops
+from anchorctx.flops import GIB
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import ActivationStore, MemoryConfig
 from anchorctx.models.presets import planned_config
@@ -19,7 +22,6 @@ from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.mesh import check_mesh
 from anchorctx.plan.compute import Cost, Job, Shape, cost
 from anchorctx.plan.config import PlanConfig
-from anchorctx.plan.machines import GIB
 from anchorctx.plan.memory import Parts, Weights, worst_moment
 from anchorctx.plan.rows import typical_rows
 from anchorctx.plan.trace import Traced, meta_model, trace
@@ -30,10 +32,15 @@ class Plan:
     """What a configuration needs and costs."""
 
     parallel: ParallelConfig
+    """ZeRO stage, sequence parallelism, offloading."""
     memory: MemoryConfig
+    """Recomputation, tiles, offloading of activations."""
     job: Job
+    """How the step is spread over the GPUs."""
     parts: Parts
+    """Bytes of one GPU at the worst moment."""
     cost: Cost
+    """Operations, bytes sent and seconds of a step."""
     usable: float
     """Bytes of a GPU that the parts may take."""
 
@@ -44,9 +51,13 @@ class Plan:
 
 
 class Planner:
-    """Plans configurations of one model, corpus and machine; traces are kept."""
+    """Plans configurations of one model, corpus and kind of GPU.
+
+    Tracing takes seconds, so traces are kept: configurations that differ only in ZeRO stage or offloading share one.
+    """
 
     def __init__(self, config: PlanConfig) -> None:
+        """UserError for a model that cannot be planned, and for settings that contradict each other."""
         config.validate()
         self.config = config
         self.hf_config = planned_config(config.model)
@@ -55,8 +66,8 @@ class Planner:
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
         text = self.hf_config.get_text_config()
         model = meta_model(self.hf_config, text.num_hidden_layers, self.dtype)
-        self.weights, self.shape = weights_of(model), _shape(model)
-        self._trace = functools.lru_cache(maxsize=None)(self._traced)
+        self.weights, self.shape = weights_of(model), Shape.of(model)
+        self._trace = functools.cache(self._traced)
 
     @property
     def row_length(self) -> int:
@@ -86,8 +97,8 @@ class Planner:
         check_mesh(gpus, parallel.sequence_parallel)
         ulysses.check_sizes(self.hf_config, parallel.sequence_parallel, gpus)
         groups = gpus // parallel.sequence_parallel
-        unit = groups * self.config.micro_rows
-        rows = self._rows_per_step(unit)
+        # 8 GPUs of which 4 share a row, micro_rows=1: 2 groups, so a step is a multiple of 2 rows
+        rows = self._rows_per_step(groups * self.config.micro_rows)
         return Job(gpus, rows, self.config.micro_rows, parallel, memory.checkpoint_every, bool(memory.mlp_tile))
 
     def cost(self, job: Job) -> Cost:
@@ -95,7 +106,7 @@ class Planner:
         return cost(self.shape, self.rows, job, self.config.machine, self.config.assume)
 
     def inputs(self, parallel: ParallelConfig) -> float:
-        """Bytes of the inputs of all layers, of one micro-batch in one process."""
+        """Bytes of the inputs of all layers, (B, T, D) each, of one micro-batch in one process."""
         text = self.hf_config.get_text_config()
         tokens = self.config.micro_rows * self.row_length / parallel.sequence_parallel
         return text.num_hidden_layers * tokens * text.hidden_size * self.dtype.itemsize
@@ -105,6 +116,7 @@ class Planner:
 
         A layer that is not recomputed keeps eight times as much as its input (q, k, v, o, two norms, the MLP's).
         """
+        # checkpoint_every=2: half of the layers keep their input alone, the other half eight times as much
         again = 1 / memory.checkpoint_every if memory.checkpoint_every else 0.0
         held = again if memory.offload_activations is ActivationStore.device else 0.0
         kept = self.inputs(parallel) * (held + (1 - again) * 8)
@@ -115,12 +127,14 @@ class Planner:
         ).total
 
     def traced(self, parallel: ParallelConfig, memory: MemoryConfig) -> Traced:
-        """The trace of one micro-batch."""
+        """The trace of one micro-batch; of equal settings only once."""
+        # a dataclass with a default `eq` cannot be a key of the cache, its fields can
         fields = {name: getattr(memory, name) for name in memory.__dataclass_fields__ if name != "sharded_loading"}
         return self._trace(memory.checkpoint_every, parallel.sequence_parallel, tuple(fields.items()))
 
     def _traced(self, every: int, sequence: int, fields: tuple[tuple[str, object], ...]) -> Traced:
         config = self.config
+        # activations depend on a row's length and hardly on its documents, so that one row stands for all
         layouts: tuple[PackedLayout, ...] = (self.rows[0],) * config.micro_rows
         return trace(
             self.hf_config,
@@ -134,11 +148,13 @@ class Planner:
         )
 
     def _row_length(self) -> int | None:
+        """The configured length; None leaves it to the packed set."""
         if self.config.row_length is not None:
             return self.config.row_length
         return None if self.config.corpus.packed is not None else self.config.model.max_length
 
     def _rows_per_step(self, unit: int) -> int:
+        """Rows of a step, a multiple of `unit`, the rows that all GPUs run at once."""
         tokens = self.config.tokens_per_step
         if tokens is None:
             return unit
@@ -153,23 +169,7 @@ class Planner:
 
 def weights_of(model: PreTrainedModel) -> Weights:
     """Counts of a whole model, which may be on the meta device."""
+    # by identity, since a tied head is the same parameter under a second name
     counts = {id(p): p.numel() for p in model.parameters()}
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
     return Weights(sum(counts.values()), max(own), model.dtype.itemsize)
-
-
-def _shape(model: PreTrainedModel) -> Shape:
-    config = model.config.get_text_config()
-    flops = ModelFlops.of(model)
-    mlp = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name and p.ndim > 1)
-    heads = config.num_attention_heads
-    return Shape(
-        flops,
-        sum(p.numel() for p in model.parameters()),
-        model.dtype.itemsize,
-        min(6 * mlp / flops.per_token, 1.0),
-        config.num_hidden_layers,
-        heads,
-        ulysses.key_heads(config),
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )

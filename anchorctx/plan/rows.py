@@ -1,4 +1,4 @@
-"""Layouts of typical rows: read from a packed set, or packed from a list or a law of document lengths."""
+"""Layouts of typical rows: read from a packed set, or packed from document lengths that are listed or drawn."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from anchorctx.plan.config import CorpusConfig
 
 
 def typical_rows(corpus: CorpusConfig, row_length: int | None) -> tuple[PackedLayout, ...]:
-    """`corpus.rows` rows of the corpus (all that a smaller packed set has), under AnchorAttention.
+    """`corpus.rows` rows of the corpus (all of a smaller packed set), with AnchorAttention's layout.
 
     Raises:
-        UserError: no row length, or a packed set of another one.
+        UserError: no row length, a packed set with rows of another length, or a file of lengths that cannot be used.
     """
     if corpus.packed is not None:
         return _packed(corpus.packed, corpus.rows, row_length)
@@ -36,16 +36,18 @@ def _packed(folder: str, rows: int, row_length: int | None) -> tuple[PackedLayou
             f"row_length={row_length} differs from the {packed.row_length} tokens of the rows in {folder}: leave "
             "row_length out, or prepare a set of that length"
         )
+    # evenly spread over the set; duplicates where it has fewer rows than asked for
     chosen = np.unique(np.linspace(0, len(packed) - 1, rows).astype(int))
     return tuple(packed.row(int(row)).layout for row in chosen)
 
 
 def _documents(corpus: CorpusConfig) -> Iterator[int]:
-    """Lengths in tokens, without end: drawn from the list, or from the law."""
+    """Lengths in tokens, without end: drawn from the list, or from a log-normal distribution."""
     rng = np.random.default_rng(corpus.seed)
     listed = None if corpus.lengths is None else _listed(Path(corpus.lengths))
     while True:
         if listed is None:
+            # the logarithm of a log-normal variable is normal, with mean log(median)
             yield max(int(rng.lognormal(np.log(corpus.median), corpus.sigma)), 1)
         else:
             yield int(rng.choice(listed))
@@ -66,6 +68,7 @@ def _listed(path: Path) -> np.ndarray:
 
 def _row(documents: Iterator[int], length: int) -> PackedLayout:
     """Documents one after the other behind an anchor; the last is cut at the row's end."""
+    # a row of 20 with documents of 7, 7, 7: offsets = [0, 1, 8, 15, 20]
     offsets = [0, 1]
     while offsets[-1] < length:
         offsets.append(min(offsets[-1] + next(documents), length))

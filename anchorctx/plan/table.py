@@ -1,11 +1,11 @@
-"""A plan as text: the table of bytes, the verdict, the step."""
+"""A plan as text and as JSON: the table of bytes, whether it fits, what a step costs."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from anchorctx.plan.machines import GIB
+from anchorctx.flops import GIB
 from anchorctx.plan.planner import Plan, Planner
 from anchorctx.records.table import text_table
 
@@ -22,12 +22,12 @@ PART_NOTES = {
 
 
 def text(planner: Planner, plan: Plan) -> str:
-    """The whole plan."""
+    """The whole plan, as `anchorctx plan` prints it."""
     return "\n".join([*_head(planner, plan), "", *_bytes(planner, plan), "", *_step(planner, plan)])
 
 
 def facts(planner: Planner, plan: Plan) -> dict[str, Any]:
-    """The same for a file: bytes, operations and seconds."""
+    """The same for `plan.json`: sizes in bytes, operations, seconds."""
     cost = plan.cost
     return {
         "settings": overrides(plan),
@@ -47,7 +47,7 @@ def facts(planner: Planner, plan: Plan) -> dict[str, Any]:
 
 
 def overrides(plan: Plan) -> list[str]:
-    """What to add to `anchorctx train` to run this plan."""
+    """Overrides that make `anchorctx train` run this plan."""
     parallel, memory = plan.parallel, plan.memory
     wanted = {
         "parallel.zero_stage": parallel.zero_stage,
@@ -78,7 +78,7 @@ def _head(planner: Planner, plan: Plan) -> list[str]:
 def _bytes(planner: Planner, plan: Plan) -> list[str]:
     parts = plan.parts
     moment = parts.moment if parts.moment in ("loss", "update") else f"{parts.moment} pass"
-    lines = [(name, getattr(parts, name), note) for name, note in PART_NOTES.items()]
+    lines = [(name, getattr(parts, name), note) for name, note in PART_NOTES.items()]  # bytes
     room = plan.usable - parts.total
     verdict = f"fits, {room / GIB:.1f} GiB to spare" if plan.fits else f"DOES NOT FIT, {-room / GIB:.1f} GiB too much"
     lines.append(("total", parts.total, f"of {plan.usable / GIB:.1f} usable: {verdict}"))
@@ -90,6 +90,8 @@ def _bytes(planner: Planner, plan: Plan) -> list[str]:
 
 
 def _kv(planner: Planner, plan: Plan) -> float:
+    """Bytes of one layer's keys and values in one process."""
+    # between the exchanges a process has all tokens of H / N heads; where there are fewer heads than processes, of one
     shape, sequence = planner.shape, plan.parallel.sequence_parallel
     heads = max(shape.kv_heads, sequence) / sequence
     return 2 * planner.config.micro_rows * planner.row_length * heads * shape.head_dim * shape.element

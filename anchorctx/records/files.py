@@ -1,15 +1,16 @@
 """Files and folders that appear whole, and locks on folders.
 
-Whatever takes long to write is written under a hidden name beside its own and renamed at the end, so that no reader
+Whatever takes long to write is written under a hidden name in the same folder and renamed at the end, so that no reader
 sees half of it. Locks are the kernel's (`flock`): a killed process leaves none behind. The `filelock` package is not
 used: it has no shared locks, cannot lock a folder, and on a file system without `flock` falls back to marker files,
-which outlive a killed process. Here a file system without locks never stops anyone: two processes may then do the same
-work, and the first to finish wins.
+which outlive a killed process. Here a file system without locks stops nobody: two processes may then do the same work,
+and the first to finish wins.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -26,7 +27,8 @@ LOCK = ".lock"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write the file beside `path` and rename it."""
+    """Write the file under a temporary name in the same folder and rename it to `path`."""
+    # renaming is atomic only within a file system, which another folder may not share
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(content)
@@ -36,12 +38,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def file_sha256(path: Path) -> str:
+    """64 hex digits over the file's content; OSError when it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class StagedFolder:
     """A folder that is written under a hidden name and then renamed.
 
-    Several processes may make the same folder at a time, each under a hidden name of its own: the first to finish gives
-    it its final name, and the others, whose content is the same, remove theirs. The hidden folder of a killed process
-    is removed by the next writer; a running process holds a lock on its own.
+    Several processes may make the same folder at a time, each under a different hidden name: the first to finish gives
+    its folder the final name, and the others, whose content is the same, remove theirs. A process locks the folder that
+    it writes, so that the next writer can tell that of a killed process, and removes it.
     """
 
     def __init__(self, final: Path, marker: str) -> None:
@@ -59,7 +67,7 @@ class StagedFolder:
             shutil.rmtree(self._final)  # never whole, so nobody reads it
         try:
             os.rename(self.folder, self._final)
-        except OSError:
+        except OSError:  # a folder that is not empty cannot be replaced: fine if it is another writer's whole one
             if not (self._final / self._marker).is_file():
                 raise
         self.discard()
@@ -117,7 +125,7 @@ def in_use(folder: Path) -> Iterator[None]:
 
 
 def remove_unused(folder: Path, names: Iterable[str]) -> None:
-    """Remove these sub-folders, and `folder` itself when nothing else is in it, unless another process uses it."""
+    """Remove these sub-folders, and `folder` itself if nothing else is in it, unless another process uses it."""
     if not folder.is_dir():
         return
     with (folder / LOCK).open("a") as file:

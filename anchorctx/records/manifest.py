@@ -1,4 +1,7 @@
-"""The manifest: what a run was, written before it starts; every result row carries its hash."""
+"""The manifest: describes a run, is written before it starts, and every result row carries its hash.
+
+Also JSON files in general: reading, atomic writing, and naming a value by a hash.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ FILE = "manifest.json"
 
 
 def build_manifest(command: str, config: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """Describe a run: the resolved `config`, code revision, versions, machine, and whatever `facts` the caller adds."""
+    """Describe a run: the resolved `config`, code revision, versions, machine, and any `facts` that the caller adds."""
     return {
         "command": command,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -61,6 +64,7 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
 
 def fingerprint(value: Any) -> str:
     """Twelve hex digits over any JSON value; independent of the order of keys."""
+    # 48 bits: among a million different values two are equal with a probability of one in 500
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -70,11 +74,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside `path` and rename, so that no reader ever sees half of it."""
+    """Write `value` as JSON, atomically; what JSON does not know, such as a path, is written as `str` shows it."""
     write_bytes(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
 def _revision() -> dict[str, Any]:
+    """The git commit of this package and whether files differ from it; None for both without git or a repository."""
+
     def git(*arguments: str) -> str | None:
         here = Path(__file__).parent
         try:

@@ -1,4 +1,4 @@
-"""Result rows: what an evaluation found, appended to `results.jsonl`; the only thing that evals and report share."""
+"""Result rows: what an evaluation measured, one JSON object a line in `results.jsonl`, which `report` reads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ABOUT = frozenset(
     ("loss_nats", "documents", "facts", "bos", "style", "distractors", "checkpoints", "asked")
     + ("values", "problems", "by_construction", "device", "head_dim", "theta", "sentence", "recommendation")
 )
-"""Names in a row's context that say how its number came about."""
+"""Names in a row's context that say how its number came about; all others say which number it is."""
 COUNTS = ("tokens", "rows")
-"""Names that do so where they are a number; a word there, such as `rows: intra_doc`, says which number it is."""
+"""Names of which a number says how it came about, and a word, such as `rows: intra_doc`, which number it is."""
 TEXT = ("documents", "tokens")
-"""Names that count the text a row is about."""
+"""Names that count the text that a number was measured on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class Result:
     manifest: str = ""
     """Hash of the manifest of the run that measured it."""
     context: dict[str, Any] = field(default_factory=dict)
-    """Whatever tells rows apart, and how the number came about: model, length in tokens, documents read."""
+    """What tells rows apart, and how the number came about: model, length in tokens, documents read."""
 
     @property
     def model(self) -> str:
@@ -102,16 +102,17 @@ def _is_about(key: str, value: Any) -> bool:
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
-    """Append rows to the JSON-lines file `path`, made with its folder if needed, in one write; on disk on return."""
+    """Append rows to the JSON-lines file `path`, made with its folder if needed; they are on disk on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(result)) + "\n" for result in results)
+    # one unbuffered write, so that the rows of two processes do not mix
     with path.open("ab", buffering=0) as file:
         file.write(text.encode())
         os.fsync(file.fileno())
 
 
 def read_results(path: Path) -> Iterator[Result]:
-    """Yield the rows of `path` in order; UserError for a missing file or a line that is no result row."""
+    """Yield the rows of `path` in order; UserError for a missing file or a line that is not a result row."""
     if not path.is_file():
         raise UserError(f"{path} is no file of results: evaluate a model first, with anchorctx eval out_dir=...")
     with path.open(encoding="utf-8") as file:
@@ -133,6 +134,7 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[float], z: float = 1.
     n, total = len(sums), math.fsum(counts)
     if n < 2 or not total:
         return None
+    # losses of 30 and 50 nats over 10 and 20 tokens: ratio 80 / 30 = 2.67, clusters off by 3.3 and -3.3
     ratio = math.fsum(sums) / total
     spread = math.fsum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True)) * n / (n - 1)
     half = z * math.sqrt(spread) / total
@@ -156,6 +158,7 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, floa
     """95 % confidence interval of a proportion (Wilson, JASA 1927), which stays in [0, 1] for few observations."""
     if n == 0:
         return 0.0, 1.0
+    # 10 of 10: the plain interval p +- z sqrt(p (1 - p) / n) would be 1 to 1, Wilson's is 0.72 to 1
     share, spread = hits / n, z * z / n
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)

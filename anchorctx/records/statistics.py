@@ -1,4 +1,4 @@
-"""Differences between two models and whether chance explains them: paired where possible, else from the intervals."""
+"""Differences between two models, and whether chance explains them: paired where possible, else from the intervals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from anchorctx.records.results import Result
 
 Z = 1.959964
+"""97.5 % quantile of the normal distribution."""
 PAIRED_T = "paired t"
 INTERVALS = "two intervals"
 SIGN_FLIP = "sign flips over cells"
@@ -22,8 +23,8 @@ EXACT_FLIPS = 14
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """`other - baseline`, or the ratio where `is_ratio`, with its 95 % interval and the probability under no
-    difference."""
+    """`other - baseline`, or the ratio if `is_ratio`, with its 95 % interval and the probability of one at least as
+    large if there is no difference."""
 
     value: float
     low: float
@@ -34,7 +35,7 @@ class Difference:
 
 
 def difference(baseline: Result, other: Result) -> Difference | None:
-    """The difference of one cell between two models; None where nothing is known of either's spread.
+    """The difference between two models in one number; None if the spread of either is unknown.
 
     Paired Student's t over `values` of the same items where both rows have them. Else from the two 95 % intervals, as
     if independent: the interval by MOVER (Zou & Donner 2008; for Wilson's intervals Newcombe 1998), the probability by
@@ -47,10 +48,13 @@ def difference(baseline: Result, other: Result) -> Difference | None:
     if None in (baseline.low, baseline.high, other.low, other.high):
         return None
     a, b = _levels(baseline, is_ratio), _levels(other, is_ratio)
+    # MOVER: the lower distance of a difference is made of other's lower and baseline's upper one. 5 (4 to 7) less
+    # 3 (2 to 4): value 2, down = hypot(1, 1) = 1.41, up = hypot(2, 1) = 2.24
     value = b[0] - a[0]
     down = math.hypot(b[0] - b[1], a[2] - a[0])
     up = math.hypot(b[2] - b[0], a[0] - a[1])
     towards = down if value > 0 else up
+    # `towards` is 1.96 standard errors; erfc(x / sqrt(2)) is the two-sided probability of x standard errors
     p = math.erfc(abs(value) / towards * Z / math.sqrt(2)) if towards else float(value == 0)
     ends = value, value - down, value + up
     value, low, high = (math.exp(x) for x in ends) if is_ratio else ends
@@ -58,11 +62,12 @@ def difference(baseline: Result, other: Result) -> Difference | None:
 
 
 def over_cells(pairs: Sequence[tuple[float, float]]) -> Difference | None:
-    """Mean of `other - baseline` over cells that both models have; None for fewer than six, which can show nothing.
+    """Mean of `other - baseline` over cells, such as tasks, that both models have; None for fewer than six.
 
-    The probability that random signs of the differences give a mean as large: exact for few cells. The interval is
-    Student's. Cells of one model are not quite independent, so that this is about these cells and no others.
+    `p` is the probability that random signs of the differences give a mean as large: exact for few cells. The interval
+    is Student's. Cells of one model are not quite independent, so that this is about these cells and no others.
     """
+    # five differences of the same sign have p = 2 / 2**5 = 0.06: fewer than six can show nothing at 5 %
     moved = np.array([b - a for a, b in pairs])
     if len(moved) < 6:
         return None
@@ -71,7 +76,8 @@ def over_cells(pairs: Sequence[tuple[float, float]]) -> Difference | None:
 
 
 def holm(probabilities: Sequence[float]) -> list[float]:
-    """Holm's adjusted probabilities (1979): against 0.05 they keep the chance of any false alarm below it."""
+    """Holm's adjusted probabilities (1979); compared with 0.05, the chance of any false alarm at all is below 0.05."""
+    # [0.01, 0.04, 0.03]: sorted 0.01 x 3, 0.03 x 2, 0.04 x 1, none below the one before: [0.03, 0.06, 0.06]
     order = sorted(range(len(probabilities)), key=probabilities.__getitem__)
     adjusted, highest = [0.0] * len(order), 0.0
     for rank, index in enumerate(order):
@@ -116,6 +122,7 @@ def _paired(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 def _sign_flips(moved: np.ndarray) -> float:
     if len(moved) <= EXACT_FLIPS:
+        # (2**n, n): all ways to choose the signs
         signs = np.array(list(itertools.product((1, -1), repeat=len(moved))))
     else:
         signs = np.random.default_rng(0).choice((1, -1), size=(20_000, len(moved)))

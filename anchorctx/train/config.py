@@ -92,6 +92,7 @@ class OptimConfig:
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of the update that completes step `step` (from 0) out of `steps`."""
+        # warmup_steps=3: lr/4, lr/2, 3/4 lr, and lr from step 3 on, which is where the cosine begins
         if step < self.warmup_steps:
             return self.lr * (step + 1) / (self.warmup_steps + 1)
         if self.schedule is Schedule.constant:
@@ -161,6 +162,7 @@ class TrainConfig:
 
     def rows_per_step(self, row_length: int, world: int) -> int:
         """Rows of one global step; UserError when the batch does not divide."""
+        # rows of 65,536 tokens, 1 at once, 4 processes: 262,144 tokens, so 524,288 a step are two micro-batches
         unit = row_length * self.micro_rows * world
         if self.tokens_per_step % unit:
             near = max(round(self.tokens_per_step / unit), 1) * unit

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from anchorctx.cli.commands import configured
 from anchorctx.cli.main import COMMANDS, parse
-from anchorctx.cli.plan import planned
 from anchorctx.config import SCHEMAS, compose_config
 from anchorctx.data.sources.stdlib import train_tokenizer
 
@@ -45,7 +45,7 @@ def test_commands_of_the_pages_compose(command: str, arguments: list[str], monke
     assert command in COMMANDS
     parsed = parse(arguments)
     if command == "plan":  # a recipe of its is a training run's
-        assert planned(parsed) is not None
+        assert configured("plan", parsed) is not None
     elif command in SCHEMAS and not parsed.help:
         folders = [word for word in parsed.overrides if command == "report" and "=" not in word]
         compose_config(command, [word for word in parsed.overrides if word not in folders], parsed.recipe)

@@ -15,16 +15,18 @@ CAME = {
     "eos_tokens": "+ EOS",
     "repeated": "+ repeated by the mixture",
 }
-"""What came in, of each source: its documents' tokens, EOS tokens appended to them, and tokens of further copies."""
+"""What each source brings: its documents' tokens, EOS tokens appended to them, and tokens of further copies."""
 WENT = {
     "trained": "  trained",
     "first_tokens": "  first of a piece",
     "zero_weight": "  loss weight 0",
 }
-"""What is in rows, of each source: tokens with a label, tokens without one because another document's token (or the
-anchor) comes before them in the row, and tokens without one because their loss weight is 0."""
+"""What rows hold of each source: trained tokens, tokens that are not trained because another document's token (or the
+anchor) comes before them in the row, and tokens that are not trained because their loss weight is 0."""
 CELLS = {"anchor": "+ anchors", "tags": "+ BOS and domain tags", "padding": "+ padding"}
-"""What is in rows and of no source."""
+"""What rows hold that is of no source."""
+SHORT, TRUNCATED, TOO_LONG = "shorter than min_length", "truncated", "longer than a row"
+"""Reasons why tokens of documents are in no row; the mixture has two more."""
 
 
 class Accounting:
@@ -43,17 +45,17 @@ class Accounting:
         """Documents or parts of documents in rows, each alone for the attention."""
 
     def add(self, name: str, sources: np.ndarray, tokens: np.ndarray) -> None:
-        """Count `tokens` (n,) under `name`, those of `sources` (n,)."""
+        """Count `tokens` (n,) under `name`; `sources` (n,) are indices of the sources that they are of."""
         self.counts[name] += _by_source(sources, tokens, len(self.sources))
 
     def drop(self, reason: str, sources: np.ndarray, tokens: np.ndarray) -> None:
-        """Count `tokens` (n,) that will be in no row."""
+        """Count `tokens` (n,) of `sources` (n,) that will be in no row."""
         if tokens.any():
-            known = self.dropped.setdefault(reason, np.zeros(len(self.sources), np.int64))
-            known += _by_source(sources, tokens, len(self.sources))
+            counts = self.dropped.setdefault(reason, np.zeros(len(self.sources), np.int64))
+            counts += _by_source(sources, tokens, len(self.sources))
 
     def merge_rows(self, other: Accounting) -> None:
-        """Add what `other` counted in rows."""
+        """Add what `other` counted in rows; what came in and was dropped is counted once, by the planner."""
         for name in WENT:
             self.counts[name] += other.counts[name]
         for name in CELLS:
@@ -72,15 +74,16 @@ class Accounting:
 
     @property
     def content(self) -> np.ndarray:
-        """(sources,) tokens of documents in rows: what the mixture really is."""
+        """(sources,) tokens of documents in rows: the mixture as it turned out."""
         return self._sum([self.counts[name] for name in WENT])
 
     def check(self, row_length: int) -> None:
         """Raise RuntimeError unless every token of every source, and every cell of the rows, is counted exactly once.
 
-        The two sides are counted apart: what came by the planner, what was dropped by the policies, the rest from the
-        rows that were made.
+        The sides are counted independently: what came in by the planner, what was dropped by the policies, the rest
+        from the rows as they were made.
         """
+        # documents of 100 tokens and 4 EOS = 80 trained + 5 first of a piece + 9 of weight 0 + 10 dropped
         came = self._sum([self.counts[name] for name in CAME])
         went = self.content + self._sum(list(self.dropped.values()))
         for source, before, after in zip(self.sources, came.tolist(), went.tolist(), strict=True):
@@ -90,7 +93,7 @@ class Accounting:
             raise RuntimeError(f"rows do not add up: {self.rows} x {row_length}, {self.to_dict()}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON for the manifest: totals, and under `sources` each source's own."""
+        """As JSON for the manifest: totals, and under `sources` the same for each source."""
         totals = {name: self.total(name) for name in self.counts} | {"dropped": dict(self.total_dropped)}
         sources = {source: self._of(index) for index, source in enumerate(self.sources)}
         return totals | self.cells | {"rows": self.rows, "pieces": self.pieces, "sources": sources}
@@ -122,6 +125,7 @@ class Accounting:
         content = self.content
         for index, source in enumerate(self.sources):
             came = sum(int(self.counts[name][index]) for name in CAME)
+            # content has all that came and was not dropped, see `check`
             share = 100 * content[index] / max(content.sum(), 1)
             name = source if len(source) <= 32 else f"...{source[-29:]}"
             rows.append((f"  {name}", came, came - content[index], content[index], f"{share:.2f} %"))

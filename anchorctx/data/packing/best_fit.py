@@ -1,4 +1,4 @@
-"""`best_fit`: best-fit decreasing over a buffer of documents; none that fits into a row is cut.
+"""`best_fit`: best-fit decreasing over a buffer of documents; no document that fits into a row is cut.
 
 The longest piece first, each goes into the fullest row that still has room for it: at most 11/9 of the least possible
 number of rows, and one (Johnson 1973). The buffer bounds the memory; the emptiest quarter of its rows is packed with
@@ -15,14 +15,14 @@ import numpy as np
 from anchorctx.data.packing.pieces import PIECE, Rows
 
 BUFFER_PIECES = 2**18
-"""Pieces that are taken in before they are packed, at most."""
+"""Pieces in a buffer, at most."""
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """(n,) int64: the row of each of `sizes` (n,) int64, 1..capacity; rows hold at most `capacity` tokens.
 
-    Among rows with the same room the one that changed last is taken. Deterministic. Equal sizes go into a row together,
-    and rows are found by bisection in the list of different rooms: some 0.3 us a piece.
+    Of rows with equal room the one that changed last is taken, so that the result is deterministic. Equal sizes are
+    handled together, and the row is found by bisection in the list of different rooms: some 0.3 us a piece.
     """
     if len(sizes) and not 0 < sizes.min() <= sizes.max() <= capacity:
         raise ValueError(f"sizes must be 1..{capacity}, got {sizes.min()}..{sizes.max()}")
@@ -70,8 +70,9 @@ class BestFit:
         self._tokens, self._added = 0, 0
 
     def add(self, pieces: np.ndarray) -> Iterator[Rows]:
-        """Keep the pieces; pack whenever the buffer is full. How they are dealt out over calls changes nothing."""
+        """Keep the pieces; pack whenever the buffer is full. How calls divide the pieces changes nothing."""
         while len(pieces):
+            # 60 tokens waiting, a limit of 100, sizes 30, 20, 10: totals = [90, 110, 120], so 2 pieces fill the buffer
             totals = self._tokens + np.cumsum(pieces["size"])
             full = int(np.searchsorted(totals, self._limit)) + 1  # pieces that fill the buffer
             taken = min(full, len(pieces), BUFFER_PIECES - self._added)
@@ -99,6 +100,7 @@ class BestFit:
     def _emptiest(self, filled: np.ndarray) -> np.ndarray:
         """(R,) bool: the rows to pack again."""
         count = max(len(filled) // 4, 1)
+        # of 8 rows the 2 emptiest, unless they are full: repacking a full row could not improve it
         emptiest = np.argsort(filled, kind="stable")[:count]
         kept = np.zeros(len(filled), bool)
         kept[emptiest] = filled[emptiest] < self._capacity

@@ -1,7 +1,7 @@
 """`concat_split`: documents end to end; what reaches over the row's end continues in the next row.
 
-The continuation is a document of its own for the attention. Only the last row is padded, except where `min_length`
-forbids a piece that would just fill a row up: such room is padded rather than filled with a piece that is dropped.
+The continuation is a new document for the attention. Only the last row is padded, except where the room left in a row
+is too little for a piece of `min_length`: then that room is padded too.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from anchorctx.data.packing.accounting import Accounting
-from anchorctx.data.packing.limits import SHORT
+from anchorctx.data.packing.accounting import SHORT, Accounting
 from anchorctx.data.packing.pieces import PIECE, Rows, cut_pieces
 
 
@@ -27,6 +26,7 @@ class ConcatSplit:
         if not len(pieces):
             return
         is_plain = self._min_length == 1 and bool((pieces["size"] == pieces["length"]).all())
+        # ends = [3, 5]: the first full row ends after the open pieces and cut[:3], the next after cut[3:5]
         cut, ends = (self._cut_plain if is_plain else self._cut_one_by_one)(pieces)
         if len(ends):
             yield Rows(np.concatenate([self._open, cut[: ends[-1]]]), ends + len(self._open))
@@ -54,7 +54,9 @@ class ConcatSplit:
         return cut_pieces(pieces[owner], cuts - starts, skip), np.searchsorted(cuts, row_ends) + 1
 
     def _cut_one_by_one(self, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same with tags, each piece's own again, and with pieces that must not be too short."""
+        """The same with tags, which each new piece repeats, and with a least length of pieces."""
+        # rows of 8, tags of 1, min_length 3, a document of 9: a piece of 7 (with its tag 8) fills a row, the other 2
+        # tokens are dropped; were the document of 10, they would be 3, a piece of the next row
         owner, skips, lengths, ends = [], [], [], []
         room = self._capacity - int(self._open["size"].sum())
         has_open = bool(len(self._open))

@@ -1,8 +1,8 @@
 """Which documents are packed, and how often: token weights, a repetition cap, length upsampling, exact deduplication.
 
-The tokens that each source (or domain) gets are the whole's times its weight; where it has fewer it is repeated, where
-it has more a part of it is drawn at random. Length upsampling divides a source's tokens between documents of at least
-`long_from` tokens and shorter ones, which keeps the sources' shares as they are (Fu et al., arXiv 2402.10171).
+Each source (or domain) gets its weight's share of all tokens: if it has fewer, its documents are repeated; if it has
+more, some are drawn at random. Length upsampling divides a source's tokens between documents of at least `long_from`
+tokens and shorter ones, which leaves the shares of the sources as they are (Fu et al., arXiv 2402.10171).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MixtureConfig:
 
 @dataclass(frozen=True, slots=True)
 class Stratum:
-    """The documents that are drawn alike: a source's, or its long or its short ones."""
+    """Documents that are drawn with the same probability: all of a source, or its long or its short ones."""
 
     name: str
     """For messages."""
@@ -80,6 +80,7 @@ class Stratum:
 
 def duplicates(hashes: np.ndarray) -> np.ndarray:
     """(D,) bool: documents with the same 128-bit hash (D, 2) as an earlier one."""
+    # hashes a, b, a, a: sorted they are documents 0, 2, 3, 1, and 2 and 3 equal the one before them
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: the earliest of equals comes first
     ordered = hashes[order]
     result = np.zeros(len(hashes), bool)
@@ -100,16 +101,19 @@ def draw(
         usable: (D,) bool, false for duplicates.
     """
     strata = _strata(config, names, group, lengths, usable)
+    # two sources of 100 and 50 tokens, equal shares, max_repeats 1: 200 would exhaust the first, 100 the second, so
+    # total is 100, of which the first gives half of its own
     total = config.tokens or min(config.max_repeats * s.tokens / s.share for s in strata)
     copies = np.zeros(len(lengths), np.int64)
     for number, stratum in enumerate(strata):
         passes = total * stratum.share / stratum.tokens
-        if passes > config.max_repeats * (1 + 1e-9):
+        if passes > config.max_repeats * (1 + 1e-9):  # equal but for rounding where `total` was computed from it
             raise UserError(
                 f"{stratum.name} has {stratum.tokens:,} tokens, but {stratum.share:.1%} of mixture.tokens={total:,} "
                 f"needs them {passes:.2f} times, above mixture.max_repeats={config.max_repeats:g}: lower tokens or its "
                 "weight, or raise max_repeats"
             )
+        # seeded apart, so that a change to one stratum leaves the draw of those before it alone
         rng = np.random.default_rng([config.seed, number])
         copies[stratum.members] = _copies(lengths[stratum.members], total * stratum.share, rng)
     return copies
@@ -133,20 +137,21 @@ def _strata(
     config: MixtureConfig, names: Sequence[str], group: np.ndarray, lengths: np.ndarray, usable: np.ndarray
 ) -> list[Stratum]:
     check_names(config, names)
+    # weights 3 and 1, long_share 0.4 of the first: strata of 0.3 (long), 0.45 (short) and 0.25 of all tokens
     whole = sum(config.weights.values())
     long = lengths >= (config.long_from or 0)
     strata = []
     for index, name in enumerate(names):
-        own, share = usable & (group == index), config.weights[name] / whole
+        members, share = usable & (group == index), config.weights[name] / whole
         long_share = config.long_share.get(name, config.long_share.get(OTHERS))
         if config.long_from is None or long_share is None:
-            strata.append(_stratum(name, index, share, own, lengths))
+            strata.append(_stratum(name, index, share, members, lengths))
             continue
         kinds = ((f"documents of {config.long_from:,} tokens or more", long, long_share),)
         kinds += ((f"documents of less than {config.long_from:,} tokens", ~long, 1 - long_share),)
         for kind, chosen, part in kinds:
             if part:
-                strata.append(_stratum(f"{name} ({kind})", index, share * part, own & chosen, lengths))
+                strata.append(_stratum(f"{name} ({kind})", index, share * part, members & chosen, lengths))
     return strata
 
 

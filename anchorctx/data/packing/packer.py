@@ -1,4 +1,8 @@
-"""Documents in, rows of pieces out, planned from lengths alone; every token that is in no row is counted."""
+"""Documents in, rows of pieces out, planned from lengths alone; every token that gets into no row is counted.
+
+`min_length` drops what is too short, `long_documents` cuts, truncates or drops what is too long for a row, and a policy
+(a `Placement`) decides which pieces share a row.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,11 @@ from typing import Protocol
 
 import numpy as np
 
-from anchorctx.data.packing.accounting import Accounting
+from anchorctx.data.packing.accounting import SHORT, TOO_LONG, TRUNCATED, Accounting
 from anchorctx.data.packing.best_fit import BestFit
 from anchorctx.data.packing.concat_split import ConcatSplit
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
-from anchorctx.data.packing.limits import drop_short, fit_long
-from anchorctx.data.packing.pieces import Rows
+from anchorctx.data.packing.pieces import Rows, cut_pieces
 from anchorctx.errors import UserError
 
 
@@ -45,7 +48,7 @@ class Packer:
     """Takes documents in order and gives rows back as they fill up; deterministic, however calls divide the corpus."""
 
     def __init__(self, config: PackConfig, capacity: int, longest_tag: int, accounting: Accounting) -> None:
-        """`capacity` is a row's tokens without the anchor; the tokens that are dropped go to `accounting`."""
+        """`capacity` is a row's tokens without the anchor; dropped tokens are counted in `accounting`."""
         config.validate(capacity)
         if longest_tag + config.min_length > capacity:
             raise UserError(
@@ -58,6 +61,8 @@ class Packer:
     def add(self, documents: np.ndarray) -> Iterator[Rows]:
         """Take (D,) PIECE, each a whole document, and yield the rows that are complete."""
         config = self._config
+        # concat_split cuts at the rows' ends by itself; the other policies get no piece longer than a row. Cutting and
+        # truncating leave remainders, which may be short again
         pieces = drop_short(documents, config.min_length, self._accounting)
         if config.policy is not Policy.concat_split or config.long_documents is not LongDocuments.split:
             pieces = fit_long(pieces, self._capacity, config.long_documents, self._accounting)
@@ -75,3 +80,41 @@ def _placement(config: PackConfig, capacity: int, accounting: Accounting) -> Pla
     if config.policy is Policy.concat_split:
         return ConcatSplit(capacity, config.min_length, accounting)
     return BestFit(capacity, config.buffer_tokens)
+
+
+def drop_short(pieces: np.ndarray, min_length: int, accounting: Accounting) -> np.ndarray:
+    """The pieces (P,) PIECE of at least `min_length` tokens."""
+    if min_length == 1:
+        return pieces
+    short = pieces["length"] < min_length
+    accounting.drop(SHORT, pieces["source"][short], pieces["length"][short])
+    return pieces[~short]
+
+
+def fit_long(pieces: np.ndarray, capacity: int, policy: LongDocuments, accounting: Accounting) -> np.ndarray:
+    """Pieces (Q,) PIECE of at most `capacity` tokens, tags included, made of `pieces` (P,)."""
+    long = pieces["size"] > capacity
+    if not long.any():
+        return pieces
+    if policy is LongDocuments.split:
+        return split(pieces, capacity)
+    if policy is LongDocuments.drop:
+        accounting.drop(TOO_LONG, pieces["source"][long], pieces["length"][long])
+        return pieces[~long]
+    # capacity 8, sizes = [5, 11]: excess = [0, 3], and the second piece keeps its first tokens
+    excess = np.maximum(pieces["size"] - capacity, 0)
+    accounting.drop(TRUNCATED, pieces["source"], excess)
+    return cut_pieces(pieces, pieces["length"] - excess)
+
+
+def split(pieces: np.ndarray, capacity: int) -> np.ndarray:
+    """Each piece (P,) cut into as many (Q,) as it needs: all but the last fill a row; each repeats the tag."""
+    # capacity 8, a piece of 20 tokens without a tag: room = [8], counts = [3], rank = [0, 1, 2], skip = [0, 8, 16],
+    # lengths = [8, 8, 4]
+    room = capacity - (pieces["size"] - pieces["length"])
+    counts = -(-pieces["length"] // room)
+    owner = np.repeat(np.arange(len(pieces)), counts)
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    skip = rank * room[owner]
+    lengths = np.minimum(pieces["length"][owner] - skip, room[owner])
+    return cut_pieces(pieces[owner], lengths, skip)

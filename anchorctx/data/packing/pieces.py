@@ -1,6 +1,6 @@
 """What packing works on: arrays of references to documents' tokens, never the tokens themselves.
 
-Everything that decides which tokens share a row (`limits` and the policies) reads and writes these arrays, so that a
+Everything that decides which tokens share a row (`packer` and the policies) reads and writes these arrays, so that a
 corpus is planned from its lengths alone and its tokens are copied once, by `assemble`.
 """
 
@@ -20,10 +20,10 @@ PIECE = np.dtype(
         ("length", "<i8"),  # its tokens, at least 1
         ("size", "<i8"),  # the tokens that it takes in a row: `length` and its tag's
         ("tag", "<i4"),  # which tag is put in front of it; 0 is none
-        ("source", "<i4"),  # whom its tokens are accounted to
+        ("source", "<i4"),  # the source (or domain) that its tokens are counted under
     ]
 )
-"""A document, or a part of one, that goes into a row: alone there for the attention."""
+"""A document, or a part of one, that goes into a row, where it is a document by itself for the attention."""
 
 
 def make_pieces(lengths: np.ndarray, **fields: np.ndarray | int) -> np.ndarray:
@@ -37,6 +37,7 @@ def make_pieces(lengths: np.ndarray, **fields: np.ndarray | int) -> np.ndarray:
 
 def cut_pieces(pieces: np.ndarray, lengths: np.ndarray, skip: np.ndarray | int = 0) -> np.ndarray:
     """The pieces with only `lengths` of their tokens, after the first `skip`; their tags stay."""
+    # a piece of 20 tokens from 100 on, tag of 2, cut to 8 after 8: start = 108, length = 8, size = 22 - 12 = 10
     cut = pieces.copy()
     cut["start"] += skip
     cut["size"] += lengths - pieces["length"]
@@ -71,6 +72,7 @@ class Rows:
     @classmethod
     def joined(cls, several: Iterable[Rows]) -> Rows:
         """All rows of `several`, in order."""
+        # ends [2, 3] and [1, 4] of 3 and 4 pieces: [2, 3, 4, 7]
         pieces, ends, total = [np.empty(0, PIECE)], [np.empty(0, np.int64)], 0
         for rows in several:
             pieces.append(rows.pieces)
@@ -83,7 +85,7 @@ class Rows:
 class Tags:
     """What stands in front of documents and is never trained: BOS (`prepend_bos`) and domain names (`domain_tags`).
 
-    Tags are numbered; tag 0 is none.
+    Tags are numbered; number 0 is the empty tag.
     """
 
     ids: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, np.uint32)])

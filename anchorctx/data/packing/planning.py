@@ -1,7 +1,8 @@
-"""The second stage: which documents, in which order, in which rows; from lengths alone, no token is read."""
+"""The second stage: which documents, in which order, in which rows. It goes by lengths alone and reads no token."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Corpus:
 
     parts: Sequence[TokenPart]
     sources: Sequence[int]
-    """The source of each part."""
+    """The source of each part, as an index into `names`."""
     names: Sequence[str]
     """The sources' names."""
 
@@ -33,15 +34,34 @@ class Corpus:
         """All domains, in order of appearance."""
         return list(dict.fromkeys(domain for part in self.parts for domain in part.domains))
 
+    def parts_of(self, source: int) -> list[TokenPart]:
+        """The parts of the source with this index."""
+        return [part for part, index in zip(self.parts, self.sources, strict=True) if index == source]
+
+    def skipped(self) -> Counter[str]:
+        """Rows of all sources that were left out, by reason."""
+        return sum((part.skipped for part in self.parts), Counter())
+
+    def length_histogram(self) -> np.ndarray:
+        """(64,) int64: entry i counts the documents of 2**i to 2**(i+1) - 1 tokens, an appended EOS left out."""
+        counts = np.zeros(64, np.int64)
+        for part in self.parts:
+            documents = part.documents
+            lengths = documents["length"] - documents["eos"]
+            # frexp gives x = m * 2**e with m in [0.5, 1): e - 1 is 3 for 8 and for 15, and 4 for 16
+            counts += np.bincount(np.frexp(lengths)[1] - 1, minlength=64)
+        return counts
+
 
 class DocumentPlan:
-    """How often each document is taken, and to whom its tokens are accounted."""
+    """How often each document is taken, and under which source (or domain) its tokens are counted."""
 
     def __init__(self, corpus: Corpus, config: MixtureConfig) -> None:
         self._corpus, self._config = corpus, config
         by_domain = config.by is MixtureBy.domain
         self.names: list[str] = corpus.domains() if by_domain else list(corpus.names)
-        """The sources (or domains) that tokens are accounted to."""
+        """The sources (or domains) that tokens are counted under."""
+        # for each part (D,): how often its documents are taken, and which repeat an earlier one; None takes all once
         self._copies: list[np.ndarray] | None = None
         self._duplicate: list[np.ndarray] | None = None
         if config.weights or config.deduplicate:
@@ -57,6 +77,7 @@ class DocumentPlan:
             accounting.add("eos_tokens", group, documents["eos"])
             if self._copies is None or self._duplicate is None:
                 continue
+            # a document of 50 tokens: taken 3 times, 100 are repeated; taken 0 times, 50 are dropped
             copies, duplicate = self._copies[index], self._duplicate[index]
             accounting.add("repeated", group, np.maximum(copies - 1, 0) * lengths)
             accounting.drop("duplicate", group, lengths * duplicate)
@@ -66,8 +87,11 @@ class DocumentPlan:
     def documents(self, tags: Sequence[np.ndarray], tag_lengths: np.ndarray) -> Iterator[np.ndarray]:
         """Yield all documents as (n,) PIECE: every one once, then the copies, pass by pass.
 
-        `tags` has, for each part, the (number of domains,) tags of its domains.
+        Args:
+            tags: for each part, the (number of domains,) tags of its domains.
+            tag_lengths: (number of tags,) tokens of each tag.
         """
+        # copies = [2, 0, 3, 1]: the first pass has documents 0, 2, 3, the second 0 and 2, the third 2
         number = 0
         for turn in range(self._passes()):
             for index, part in enumerate(self._corpus.parts):
@@ -90,18 +114,19 @@ class DocumentPlan:
     def report(self, content: np.ndarray) -> dict[str, Any]:
         """The mixture for the manifest: wanted and realised shares; `content` (names,) is what the rows hold."""
         asked, whole = self._config.weights, sum(self._config.weights.values())
-        taken, long = np.zeros((2, len(self.names)))
-        own = np.zeros(len(self.names))
+        # tokens of each source: every document once, as often as it is taken, and of the latter those of long ones
+        count = len(self.names)
+        available, taken, taken_long = np.zeros((3, count))
         for index, part in enumerate(self._corpus.parts):
             lengths, group = part.documents["length"], self._group(index)
             tokens = lengths if self._copies is None else lengths * self._copies[index]
-            own += np.bincount(group, lengths, len(own))
-            taken += np.bincount(group, tokens, len(own))
-            long += np.bincount(group, tokens * (lengths >= (self._config.long_from or 0)), len(own))
+            available += np.bincount(group, lengths, count)
+            taken += np.bincount(group, tokens, count)
+            taken_long += np.bincount(group, tokens * (lengths >= (self._config.long_from or 0)), count)
         realised = {
             name: {"tokens": int(content[i]), "share": content[i] / max(content.sum(), 1)}
-            | {"passes": taken[i] / max(own[i], 1)}
-            | ({"long_share": long[i] / max(taken[i], 1)} if self._config.long_from else {})
+            | {"passes": taken[i] / max(available[i], 1)}
+            | ({"long_share": taken_long[i] / max(taken[i], 1)} if self._config.long_from else {})
             for i, name in enumerate(self.names)
         }
         wanted = {name: weight / whole for name, weight in asked.items()}
@@ -122,11 +147,12 @@ class DocumentPlan:
         self._copies, self._duplicate = np.split(copies, ends), np.split(duplicate, ends)
 
     def _group(self, index: int) -> np.ndarray:
-        """(D,) to whom the documents of a part are accounted."""
+        """(D,) the source (or domain) of each document of a part, as an index into `names`."""
         part = self._corpus.parts[index]
         documents = part.documents
         if self._config.by is MixtureBy.source:
             return np.full(len(documents), self._corpus.sources[index])
+        # a part numbers the domains in the order in which it meets them: its [books, web] may be [3, 0] of all
         numbers = np.array([self.names.index(domain) for domain in part.domains], np.int64)
         return numbers[documents["domain"]]
 
@@ -165,6 +191,7 @@ def shards_of(several: Iterator[Rows], rows_per_shard: int) -> Iterator[Rows]:
         waiting.append(rows)
         count += len(rows)
         if count >= rows_per_shard:
+            # 3 rows a shard, 8 rows waiting: two shards of rows 0..3 and 3..6, rows 6 and 7 wait on
             joined = Rows.joined(waiting)
             whole = count - count % rows_per_shard
             for start in range(0, whole, rows_per_shard):

@@ -1,7 +1,8 @@
-"""Rows as the arrays of one shard: what `assemble` makes and `shards` stores."""
+"""Rows as the arrays of one shard: what `assemble` makes and `packed_set` stores."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,6 +10,29 @@ from itertools import pairwise
 import numpy as np
 
 from anchorctx.layout import PackedLayout
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """What all rows share."""
+
+    row_length: int
+    """Tokens in a row, `T`."""
+    anchor_len: int
+    """Anchor tokens at its start, at least 1."""
+    anchor_id: int
+    """Token id of the anchor."""
+    pad_id: int
+    """Token id of the padding."""
+    chunks: int = 1
+    """Chunks into which each document is scattered; 1 leaves it whole."""
+    seed: int = 0
+    """Seed of the scattering."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has for documents."""
+        return self.row_length - self.anchor_len
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +68,7 @@ class Shard:
         return len(self.tokens)
 
     def index(self) -> dict[str, np.ndarray]:
-        """What is known of each row (R,): see `RowIndex`."""
+        """Arrays (R,) about the rows, which a packed set keeps in memory: see `PackedSet.row_weight` and the others."""
         return {
             "weight": self.weights.sum(axis=1, dtype=np.float64),
             "trained": np.count_nonzero(self.weights, axis=1).astype(np.int64),
@@ -53,7 +77,7 @@ class Shard:
         }
 
     def row(self, index: int, anchor_len: int) -> Row:
-        """Row `index` by itself."""
+        """A single row, copied out of the arrays."""
         # pointers = [[0, 0], [4, 0], [9, 4]]: row 1 has offsets[4:9] and doc_ids[0:4]; row 0 has no doc_ids
         (a, c), (b, d) = self.pointers[index].tolist(), self.pointers[index + 1].tolist()
         doc_ids = tuple(self.doc_ids[c:d].tolist()) or None
@@ -62,7 +86,8 @@ class Shard:
 
     @classmethod
     def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Shard:
-        """Single rows together."""
+        """A shard of single rows, which have so many `documents` (or pieces) each; ids are stored as `dtype`."""
+        # rows of 4 and 3 segments, the second interleaved: pointers = [[0, 0], [5, 0], [9, 3]]
         weights = np.stack([row.loss_weights for row in rows]).astype(np.float16)
         doc_ids = [row.layout.doc_ids or () for row in rows]
         ends = [[len(row.layout.doc_offsets) for row in rows], [len(ids) for ids in doc_ids]]
@@ -76,17 +101,40 @@ class Shard:
         )
 
 
+class Workspace(threading.local):
+    """Memory that is used for one shard after the other: allocating it again would cost a quarter of the time.
+
+    The next shard overwrites the one before. Each thread has its own memory.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, np.ndarray] = {}
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        """Sent to another process, it arrives empty."""
+        return type(self), ()
+
+    def array(self, name: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """An array of whatever bytes were there before."""
+        size = shape[0] * shape[1] * dtype.itemsize
+        if name not in self._memory or len(self._memory[name]) < size:
+            self._memory[name] = np.empty(size, np.uint8)
+        return self._memory[name][:size].view(dtype).reshape(shape)
+
+
 def attention_costs(offsets: np.ndarray, doc_ids: np.ndarray, pointers: np.ndarray) -> np.ndarray:
     """(R,) float64: the sum of the squared lengths of each row's documents, in tokens squared.
 
     What attention costs, up to a factor that is the same for all rows. Anchor and padding count as documents: kernels
     compute them too.
     """
+    # offsets = [0, 1, 4, 9], no doc_ids: lengths 1, 3, 5, cost 1 + 9 + 25 = 35; were the second and third segment of
+    # one document (doc_ids = [0, 1, 1]): 1 + 8 * 8 = 65
     costs = np.empty(len(pointers) - 1)
     lengths = np.diff(offsets, prepend=0).astype(np.float64)  # wrong where a row begins, which is not used
     for row, ((a, c), (b, d)) in enumerate(pairwise(pointers.tolist())):
-        own = lengths[a + 1 : b]
-        if d > c:
-            own = np.bincount(doc_ids[c:d], own)
-        costs[row] = own @ own
+        documents = lengths[a + 1 : b]
+        if d > c:  # interleaved: the segments of a document count together
+            documents = np.bincount(doc_ids[c:d], documents)
+        costs[row] = documents @ documents
     return costs

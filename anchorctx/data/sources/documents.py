@@ -14,8 +14,8 @@ import numpy as np
 from anchorctx.errors import UserError
 
 MAX_DOCUMENT_BYTES = 2**26
-"""A longer text, or line of a file, is taken for a mistake (a whole corpus as one JSON array, say): a tokenizer needs
-some 100 bytes a token, all at once, so that such a text would take the machine's memory rather than an error."""
+"""A longer text, or line of a file, is taken for a mistake, such as a whole corpus in one JSON array. A tokenizer needs
+some 100 bytes a token, all at once, so that such a text would use up the memory instead of giving an error."""
 
 SHOWN_CHARS = 40
 """Characters of a wrong value in a message."""
@@ -46,7 +46,7 @@ class Tokens:
 
 
 class OnBadRow(StrEnum):
-    """What to do with a row that is no document: malformed, without text, or not UTF-8."""
+    """What to do with a row that is not a valid document: malformed, without text, or not UTF-8."""
 
     fail = "fail"
     """Stop with an error that names the row."""
@@ -55,16 +55,17 @@ class OnBadRow(StrEnum):
 
 
 class BadRow(Exception):
-    """A row that is no document."""
+    """A row that is not a valid document; `Reading.bad` decides what becomes of it."""
 
     def __init__(self, reason: str, sentence: str) -> None:
+        """`reason` is what such rows are counted under, `sentence` tells the user about this one, without a period."""
         super().__init__(sentence)
         self.reason, self.sentence = reason, sentence
 
 
 @dataclass(slots=True)
 class Reading:
-    """What was read of one source so far, and its policy for bad rows."""
+    """How much of a source was read so far, and what to do with bad rows."""
 
     on_bad_row: OnBadRow = OnBadRow.fail
     documents: int = 0
@@ -82,7 +83,7 @@ class Reading:
 
 
 class Part(Protocol):
-    """Some of a source's documents: what one worker reads, and what is not read again after an interruption.
+    """Some of a source's documents: what one worker reads, and, once it is tokenised, need not be read again.
 
     Can be sent to another process.
     """
@@ -94,7 +95,7 @@ class Part(Protocol):
 
     @property
     def size(self) -> int | None:
-        """What `Reading.bytes_read` will grow by; None where it cannot be known."""
+        """By how much `Reading.bytes_read` will grow; None where it cannot be known."""
         ...
 
     def documents(self, reading: Reading) -> Iterator[Document | Tokens]:
@@ -104,6 +105,7 @@ class Part(Protocol):
 
 def check_text(text: Any, where: str, what: str) -> None:
     """Raise BadRow unless `text` is a non-empty string that UTF-8 can hold."""
+    # `where` names the row, `what` the field: "a.jsonl:7 has 12 as field text, not a string: mend the row"
     if not isinstance(text, str):
         raise BadRow("text not a string", f"{where} has {shown(text)} as {what}, not a string: mend the row")
     if not text:
@@ -118,18 +120,19 @@ def check_text(text: Any, where: str, what: str) -> None:
 
 
 def too_long(where: str, what: str) -> str:
-    """The sentence about a line or a text that nothing should be as long as."""
+    """The sentence about a line or a text of more than MAX_DOCUMENT_BYTES."""
     limit = f"{MAX_DOCUMENT_BYTES:,} bytes, the most that a document may have"
     return f"{where} has {what} of more than {limit}: split it"
 
 
 def wrong_type(reason: str, where: str, value: Any, field_name: str | None, wanted: str) -> NoReturn:
-    """Raise BadRow about a field that holds something else than it should."""
+    """Raise BadRow about a field that does not hold what it should."""
     raise BadRow(reason, f"{where} has {shown(value)} as field {field_name}, not {wanted}: mend the row")
 
 
 def shown(value: Any) -> str:
-    """A value as its file has it, cut to what fits into a sentence."""
+    """A value as JSON, cut to what fits into a sentence."""
+    # cut before it is serialised: a row may have a million token ids
     few = value[:SHOWN_CHARS] if isinstance(value, str | list | np.ndarray) else value
     plain = few.tolist() if isinstance(few, np.ndarray) else few
     text = json.dumps(plain, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""Planted facts: key-value token pairs that a document states once and asks for again later.
+"""Planted facts: key-value pairs of tokens that a document states once and asks for again later.
 
 A *mention* is two tokens, `<key_07><val_33>`. A key's first mention in a document states the fact, drawn at random;
 every later one is a *query*: the key asks, the value is the *answer*. Answers can be predicted only by looking the key
@@ -55,6 +55,7 @@ class FactTokens:
 
     def mentions(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the facts are in one document's `ids` (T,): positions of stated keys, and of querying keys."""
+        # ids k1 v5 x k2 v9 k1 v5: pairs = [0, 3, 5], of which 0 and 3 state, and 5 queries
         pairs = np.flatnonzero(np.isin(ids[:-1], self.keys) & np.isin(ids[1:], self.values))
         stated = np.zeros(len(pairs), dtype=bool)
         stated[np.unique(ids[pairs], return_index=True)[1]] = True
@@ -85,6 +86,8 @@ def lines_of(text: str) -> list[str]:
 def plant(text: str, rng: np.random.Generator, facts: int, mentions: int = 2) -> str:
     """State `facts` facts (at most 64) in `text`, `mentions` times each, at random line boundaries; one document."""
     keys, values = _draw(rng, 1, facts, mentions)
+    # 3 lines have 4 slots, before each and at the end; the k-th mention goes into the k-th slot, so that a fact's first
+    # mention in `keys` is its first in the text
     lines = lines_of(text)
     slots = np.sort(rng.integers(0, len(lines) + 1, size=facts * mentions))
     inserted: list[list[str]] = [[] for _ in range(len(lines) + 1)]
@@ -134,7 +137,9 @@ def fact_rows(
     count = facts * mentions
     keys, values = _draw(rng, batch, facts, mentions)
     slots = _draw_slots(rng, line_start, count)  # (B, count), in text tokens
-    at = 1 + slots + 2 * np.arange(count)  # where each mention's key lands in the row
+    # where each mention's key lands: slots = [0, 3], so behind BOS, and behind 3 tokens of text and the first mention:
+    # at = [1, 6], the row being BOS k v t t t k v ...
+    at = 1 + slots + 2 * np.arange(count)
     rows = np.arange(batch)[:, None]
     is_text = np.ones((batch, 1 + length + 2 * count), dtype=bool)
     is_text[:, 0] = False
@@ -151,8 +156,10 @@ def _draw(rng: np.random.Generator, batch: int, facts: int, mentions: int) -> tu
     """Keys and values (B, facts * mentions) in 0..63, in the order of a row's mentions; a row's keys are distinct."""
     if not 0 < facts <= NUM_KEYS:
         raise ValueError(f"a document takes 1 to {NUM_KEYS} facts, one a key, got {facts}")
+    # sorting random numbers makes a random permutation of each row at once
     keys = np.argsort(rng.random((batch, NUM_KEYS)), axis=1)[:, :facts]
     values = rng.integers(0, NUM_KEYS, size=(batch, facts))
+    # a permutation of 0 .. 5 modulo 3 has each of 3 facts twice: [4, 0, 5, 3, 1, 2] -> [1, 0, 2, 0, 1, 2]
     order = np.argsort(rng.random((batch, facts * mentions)), axis=1) % facts
     return np.take_along_axis(keys, order, 1), np.take_along_axis(values, order, 1)
 

@@ -1,23 +1,24 @@
-"""Which fields of a row make its documents: a text, or token ids and the boundaries of the documents among them.
+"""Which fields of a row make its documents: a text, or token ids and where documents end among them.
 
-Rows that were tokenised before come in two layouts, and each row's boundaries say which it is:
+Rows of token ids come in two layouts, which are told apart by the boundaries of each row:
 
 - `source: [{"end": 812, ...}, ...]` beside `input_ids`, of Long-Context-Data-Engineering (Fu et al., arXiv 2402.10171);
-  where the entries name a `source`, that is the documents' domain;
+  if the entries name a `source`, it is the document's domain;
 - cumulative boundaries `indices: [0, 812, ...]`, or `[[0, 812], [812, 4096]]`, of ProLong (arXiv 2410.02660).
 
-Nothing of a row is left out: tokens after the last boundary are a document too.
+No token of a row is left out: those after the last boundary are a document too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from anchorctx.data.sources.documents import BadRow, Document, Tokens, check_text, shown, wrong_type
+from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens, check_text, shown, wrong_type
+from anchorctx.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,27 @@ class Fields:
         boundaries = self._get(row, self.boundaries, "boundaries_field", where)
         return cut_ids(ids, boundaries, where, self.boundaries, domain)
 
+    def read(
+        self, rows: Iterable[Any], where: str, reading: Reading, *, size: int, count: int, before: int = 0
+    ) -> Iterator[Document | Tokens]:
+        """Yield the documents of `rows`; a bad row is an error or counted, as `reading` has it.
+
+        Args:
+            rows: as `documents` takes them.
+            where: what the rows are of; messages append each row's number, from `before` + 1 on.
+            reading: its `bytes_read` grows by `size`, evenly over `count` rows.
+            before: rows that come before these.
+        """
+        begin = reading.bytes_read
+        for number, row in enumerate(rows, start=1):
+            reading.bytes_read = begin + size * number // max(count, 1)
+            try:
+                yield from self.documents(row, f"{where}:{before + number}")
+            except BadRow as bad:
+                reading.bad(bad)
+
     def columns(self, names: Any, where: str) -> list[str]:
-        """The columns among `names` that are read; raises BadRow when one is missing."""
+        """The columns among `names` that are read; UserError when one is missing: skipping rows would not help."""
         wanted = (
             ("text_field", self.text if self.tokens is None else None),
             ("domain_field", self.domain),
@@ -63,13 +83,15 @@ class Fields:
         found = []
         for option, name in wanted:
             if name is not None:
+                # `meta.url` is a column of that name, else a field of the objects in column `meta`
                 column = name if name in names else name.split(".")[0]
                 if column not in names:
-                    raise _missing(name, option, names, where)
+                    raise UserError(_missing(name, option, names, where).sentence)
                 found.append(column)
         return list(dict.fromkeys(found))
 
     def _get(self, row: Mapping[str, Any], name: str, option: str, where: str) -> Any:
+        """The value of field `name`, `a.b` being looked up step by step; `option` is what a user set it with."""
         if name in row:
             return row[name]
         value: Any = row
@@ -105,6 +127,7 @@ def cut_ids(ids: np.ndarray, boundaries: Any, where: str, name: str, domain: str
         name: the boundaries' field, for messages.
         domain: the documents' domain, unless their boundary says another.
     """
+    # 10 ids, boundaries [0, 4, 7]: ends = [4, 7], then [4, 7, 10] with the rest: ids[0:4], ids[4:7], ids[7:10]
     ends, domains = _ends(boundaries, where, name, domain)
     before = 0
     for end in ends:
@@ -120,11 +143,13 @@ def cut_ids(ids: np.ndarray, boundaries: Any, where: str, name: str, domain: str
         )
     if before < len(ids):
         ends, domains = [*ends, len(ids)], [*domains, domain]
-    return [Tokens(ids[start:end], where, own) for start, end, own in zip([0, *ends[:-1]], ends, domains, strict=True)]
+    starts = [0, *ends[:-1]]
+    return [Tokens(ids[start:end], where, of) for start, end, of in zip(starts, ends, domains, strict=True)]
 
 
 def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int], list[str]]:
-    """Where documents end, and their domains; a leading 0 is taken off."""
+    """Where documents end, and their domains; a leading 0 is left out."""
+    # [{"end": 4}, {"end": 7}], [[0, 4], [4, 7]], [0, 4, 7] and [4, 7] are all [4, 7]
     entries = boundaries.tolist() if isinstance(boundaries, np.ndarray) else boundaries
     if not isinstance(entries, list | tuple):
         wrong_type("bad boundaries", where, boundaries, name, "a list")
@@ -141,7 +166,7 @@ def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int
                 "mend the row",
             )
         entries = list(ends)
-    if any(not isinstance(end, int) or isinstance(end, bool) for end in entries):
+    if any(not isinstance(end, int) or isinstance(end, bool) for end in entries):  # True is an int in Python
         raise BadRow(
             "bad boundaries",
             f'{where} has {shown(boundaries)} as field {name}, neither ends, [start, end] nor {{"end": ...}}: '
@@ -151,6 +176,7 @@ def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int
 
 
 def _integers(value: Any) -> np.ndarray | None:
+    """(n,) of an integer type; None when the value is anything but a flat list of integers."""
     if not isinstance(value, list | tuple | np.ndarray):
         return None
     if not len(value):
@@ -167,14 +193,16 @@ def arrow_rows(batch: Any, tokens: str | None) -> Iterator[dict[str, Any]]:
     if tokens is None or tokens not in batch.schema.names:
         yield from batch.to_pylist()
         return
+    # to_pylist would make a Python integer of every id, at several times the memory and time
     others = batch.drop_columns([tokens]).to_pylist()
-    if not others:
+    if not others:  # there is no other column
         others = [{} for _ in range(batch.num_rows)]
     for row, ids in zip(others, _arrays(batch.column(tokens)), strict=True):
         yield row | {tokens: ids}
 
 
 def _arrays(column: Any) -> Iterator[Any]:
+    """The lists of a column as arrays without a copy; as Python lists where it holds nulls or something else."""
     import pyarrow
 
     for array in getattr(column, "chunks", [column]):
@@ -182,6 +210,7 @@ def _arrays(column: Any) -> Iterator[Any]:
         if not is_list or array.null_count or array.values.null_count:
             yield from array.to_pylist()
             continue
+        # [[5, 6], [], [7]] is offsets [0, 2, 2, 3] into values [5, 6, 7]
         offsets = array.offsets.to_numpy()
         values = array.values.to_numpy(zero_copy_only=False)
         for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import logging
 import os
 import zlib
@@ -18,6 +17,7 @@ from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.fields import Fields
 from anchorctx.data.sources.readers import COMPRESSIONS, READERS
 from anchorctx.errors import UserError
+from anchorctx.records.files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ PART_BYTES = 2**26
 
 @dataclass(frozen=True, slots=True)
 class FilesPart:
-    """Some files."""
+    """Some files of a source."""
 
     files: tuple[Path, ...]
     kind: str | None
@@ -63,6 +63,8 @@ def find_files(path: str, kind: str | None) -> list[Path]:
             "or set format=datasets if it is the name of a Hugging Face dataset"
         )
     found = [file for root in roots for file in (_in_folder(root) if root.is_dir() else [root])]
+    # A file that is named by itself is read whatever its ending. Of a folder or glob: without a kind, files of known
+    # endings; with one, those of its endings and of unknown ones; with text, all
     is_single = len(roots) == 1 and roots[0].is_file()
     files = [file for file in found if is_single or kind in (None, "text") or kind_of(file) in (kind, None)]
     if kind is None and not is_single:
@@ -74,19 +76,20 @@ def find_files(path: str, kind: str | None) -> list[Path]:
             f"path={path} holds no {kind or 'readable'} file: name one that has files ending in "
             f"{', '.join(KINDS)} (.jsonl also .gz or .zst), or set format"
         )
-    return list(dict.fromkeys(files))
+    return list(dict.fromkeys(files))  # a glob may name a folder and a file in it
 
 
 def kind_of(file: Path) -> str | None:
     """`jsonl`, `parquet` or `text` by the file's ending; None for others."""
-    suffixes = [s.lower() for s in file.suffixes]
+    suffixes = [s.lower() for s in file.suffixes]  # of web.jsonl.gz: [.jsonl, .gz]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
 def content_identity(files: list[Path]) -> list[dict[str, Any]]:
-    """Name (relative to what the files share), size and sha256 of each file: what was read, wherever it lies."""
+    """Name, size and sha256 of each file; names are relative to the folder that all share, so that a corpus that was
+    moved is the same corpus."""
     base = os.path.commonpath([file.parent.resolve() for file in files])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(_sha256, files))
@@ -103,7 +106,8 @@ def content_identity(files: list[Path]) -> list[dict[str, Any]]:
 def file_parts(
     files: list[Path], contents: list[dict[str, Any]], kind: str | None, fields: Fields, facts: dict[str, Any]
 ) -> list[FilesPart]:
-    """The files in parts of some PART_BYTES, in order; `contents` identifies each, `facts` belong to every identity."""
+    """The files in parts of about PART_BYTES, in order; `contents` identifies each, `facts` is in every identity."""
+    # files of 40, 40, 10 MiB and PART_BYTES of 64 MiB: the first two are a part, the third is the last one
     parts, begin, size = [], 0, 0
     for index, content in enumerate(contents):
         size += content["bytes"]
@@ -118,19 +122,18 @@ def read_files(
     files: Sequence[Path], kind: str | None, fields: Fields, reading: Reading
 ) -> Iterator[Document | Tokens]:
     """Yield the documents of all `files` in order; `kind` None goes by each file's ending."""
-    before = reading.bytes_read
     for file in files:
+        before = reading.bytes_read
         this = kind or kind_of(file)
         if this is None:
             raise UserError(f"{file} ends in none of {', '.join(KINDS)}: set format=jsonl, parquet or text")
         try:
-            yield from READERS[this](file, fields, reading, before)
+            yield from READERS[this](file, fields, reading)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(f"{file} is corrupt or cut short ({error}): fetch it again, or leave it out") from error
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror or error}): mend it, or leave it out") from error
-        before += file.stat().st_size
-        reading.bytes_read = before
+        reading.bytes_read = before + file.stat().st_size
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -140,7 +143,6 @@ def _in_folder(folder: Path) -> list[Path]:
 
 def _sha256(file: Path) -> str:
     try:
-        with file.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return file_sha256(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): mend it, or leave it out") from error

@@ -1,4 +1,4 @@
-"""Documents from any dataset of the `datasets` library: by name, or saved in a local folder."""
+"""Documents from any dataset of the `datasets` library: a name on the hub, or a folder saved by `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens
+from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.fields import Fields, arrow_rows
 from anchorctx.errors import UserError
 
@@ -82,7 +82,7 @@ def open_dataset(name: DatasetName) -> Any:
 
 
 def dataset_identity(dataset: Any, name: DatasetName) -> dict[str, Any]:
-    """What names the content: the library's own fingerprint; of a stream only its name, split and revision."""
+    """What identifies the content: the library's fingerprint; of a stream only its name, split and revision."""
     identity = {"subset": name.subset, "split": name.split}
     if name.streaming:
         return identity | {"path": name.path, "revision": name.revision}
@@ -100,6 +100,7 @@ def dataset_parts(dataset: Any, name: DatasetName, fields: Fields, facts: dict[s
     if name.streaming:
         return [DatasetPart(name, 0, None, fields, identity, size)]
     rows = len(dataset)
+    # only the rows' range is known of a part, not its bytes
     return [
         DatasetPart(name, start, stop := min(start + PART_ROWS, rows), fields, identity | {"rows": [start, stop]}, None)
         for start in range(0, rows, PART_ROWS)
@@ -110,18 +111,11 @@ def read_dataset(
     dataset: Any, name: DatasetName, fields: Fields, reading: Reading, start: int = 0
 ) -> Iterator[Document | Tokens]:
     """Yield the documents of a dataset in order; its first row is row `start` of the whole, for messages."""
-    if dataset.column_names is not None:
-        try:
-            dataset = dataset.select_columns(fields.columns(dataset.column_names, f"the dataset {name.path}"))
-        except BadRow as row:  # every row is without: no skipping will help
-            raise UserError(row.sentence) from row
-    before, size, rows = reading.bytes_read, dataset_bytes(dataset) or 0, 1 if name.streaming else max(len(dataset), 1)
-    for number, row in enumerate(_rows(dataset, name, fields), start=1):
-        reading.bytes_read = before + size * number // rows
-        try:
-            yield from fields.documents(row, f"{name.path}:{start + number}")
-        except BadRow as bad:
-            reading.bad(bad)
+    if dataset.column_names is not None:  # None for a stream that does not know them yet
+        dataset = dataset.select_columns(fields.columns(dataset.column_names, f"the dataset {name.path}"))
+    size, count = dataset_bytes(dataset) or 0, 1 if name.streaming else len(dataset)
+    rows = _rows(dataset, name, fields)
+    yield from fields.read(rows, name.path, reading, size=size, count=count, before=start)
 
 
 def _rows(dataset: Any, name: DatasetName, fields: Fields) -> Iterator[Any]:

@@ -15,12 +15,13 @@ from anchorctx.errors import UserError
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 2**18
 PARQUET_ROWS = 128
-"""Rows decoded at once: bounds the memory when rows are whole books."""
+"""Rows decoded at once; few, since a row may be a whole book."""
 PARQUET_READING = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": 2**18}
-"""Read as a stream: by default pyarrow holds all of a file that it has read, until the last row is through."""
+"""Read as a stream: by default pyarrow keeps all that it has read of a file until the last row is through."""
 
 
-def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
+def _read_jsonl(file: Path, fields: Fields, reading: Reading) -> Iterator[Document | Tokens]:
+    before = reading.bytes_read
     with file.open("rb") as raw:
         for number, line in enumerate(_lines(file, raw), start=1):
             reading.bytes_read = before + raw.tell()
@@ -28,7 +29,7 @@ def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> It
             try:
                 if line is None:
                     raise BadRow("too long", too_long(where, "a line"))
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
                 if line.strip():
                     yield from fields.documents(_parse(line, where), where)
             except BadRow as row:
@@ -37,7 +38,8 @@ def _read_jsonl(file: Path, fields: Fields, reading: Reading, before: int) -> It
 
 def _parse(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8").rstrip("\r\n"))  # else errors are in the next line, column 1
+        # without the line's end, behind which json would report what is missing: in line 2, column 1
+        return json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         sentence = f"{where} is not valid UTF-8 (byte {error.start}): convert the file"
         raise BadRow("invalid UTF-8", sentence) from error
@@ -50,7 +52,7 @@ def _parse(line: bytes, where: str) -> Any:
         raise BadRow("malformed JSON", f"{where} has a number too long to read: mend the line") from error
 
 
-def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document]:
+def _read_text(file: Path, fields: Fields, reading: Reading) -> Iterator[Document]:
     with file.open("rb") as raw:
         content = _whole(file, raw)
     try:
@@ -66,31 +68,23 @@ def _read_text(file: Path, fields: Fields, reading: Reading, before: int) -> Ite
         reading.bad(row)
 
 
-def _read_parquet(file: Path, fields: Fields, reading: Reading, before: int) -> Iterator[Document | Tokens]:
+def _read_parquet(file: Path, fields: Fields, reading: Reading) -> Iterator[Document | Tokens]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file, **PARQUET_READING) as parquet:
-            try:
-                columns = fields.columns(parquet.schema_arrow.names, str(file))
-            except BadRow as row:  # every row is without: no skipping will help
-                raise UserError(row.sentence) from row
-            size, rows, number = file.stat().st_size, max(parquet.metadata.num_rows, 1), 0
-            for batch in parquet.iter_batches(PARQUET_ROWS, columns=columns):
-                for row in arrow_rows(batch, fields.tokens):
-                    number += 1
-                    reading.bytes_read = before + size * number // rows
-                    try:
-                        yield from fields.documents(row, f"{file}:{number}")
-                    except BadRow as bad:
-                        reading.bad(bad)
+            columns = fields.columns(parquet.schema_arrow.names, str(file))
+            batches = parquet.iter_batches(PARQUET_ROWS, columns=columns)
+            rows = (row for batch in batches for row in arrow_rows(batch, fields.tokens))
+            size, count = file.stat().st_size, parquet.metadata.num_rows
+            yield from fields.read(rows, str(file), reading, size=size, count=count)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is no whole parquet file ({reason}): fetch it again, or leave it out") from error
 
 
-READERS: dict[str, Callable[[Path, Fields, Reading, int], Iterator[Document | Tokens]]] = {
+READERS: dict[str, Callable[[Path, Fields, Reading], Iterator[Document | Tokens]]] = {
     "jsonl": _read_jsonl,
     "text": _read_text,
     "parquet": _read_parquet,
@@ -107,7 +101,8 @@ def _chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _lines(file: Path, raw: IO[bytes]) -> Iterator[bytes | None]:
-    """The lines, ends kept; None for one longer than a document may be, whose bytes are passed over."""
+    """The lines with their ends; None for one longer than a document may be, which is skipped without being held."""
+    # bytes, not text: str.splitlines and universal newlines would also cut at \r, \x0b or \u2028 inside a string
     pending: list[bytes] = []
     size = 0
     for chunk in _chunks(file, raw):
@@ -156,6 +151,7 @@ def _zst_chunks(file: Path, raw: IO[bytes]) -> Iterator[bytes]:
     try:
         while chunk := raw.read(CHUNK_BYTES):
             while chunk:
+                # a file may be several frames end to end, as parallel compressors write it
                 frame = frame or decompressor.decompressobj()
                 yield frame.decompress(chunk)
                 chunk = frame.unused_data if frame.eof else b""

@@ -82,11 +82,11 @@ class Source:
     identity: dict[str, Any]
     """JSON that changes whenever the documents do: part of the packed set's fingerprint."""
     parts: Sequence[Part]
-    """What it is read in."""
+    """The parts that it is read in, in order."""
     total_bytes: int | None
     """What `Reading.bytes_read` will reach; None where it cannot be known."""
     on_bad_row: OnBadRow
-    """What to do with rows that are no documents."""
+    """What to do with rows that are not valid documents."""
 
     def documents(self, reading: Reading) -> Iterator[Document | Tokens]:
         """Yield the documents, in an order that never changes; UserError when there are none."""
@@ -111,12 +111,13 @@ class Source:
 
 
 def open_sources(configs: Sequence[SourceConfig]) -> list[Source]:
-    """All sources, under different names."""
+    """Open all sources and give each a name of its own; UserError when two are configured with the same name."""
     sources = [open_source(config) for config in configs]
     given = Counter(config.name for config in configs if config.name)
     for name, count in given.items():
         if count > 1:
             raise UserError(f"{count} sources have name={name}: give each a name of its own, or none")
+    # two files train.jsonl in different folders become "train.jsonl #1" and "train.jsonl #2"
     names = Counter(source.name for source in sources)
     numbered: Counter[str] = Counter()
     for index, source in enumerate(sources):

@@ -1,4 +1,4 @@
-"""The embedded corpus: the Python standard library's own sources, found on every machine that can run us.
+"""The embedded corpus: the sources of Python's standard library, which every machine has that can run this package.
 
 Some 11 to 13 MB of real text in documents of 10 to 300,000 characters, with no network. Optionally with planted facts
 (see `facts`): then files are cut at line boundaries into documents of log-normal lengths, so that what a document
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LEFT_OUT = frozenset(
     ("test tests idlelib idle_test lib2to3 turtledemo ensurepip site-packages dist-packages __pycache__").split()
 )
-"""Folders that are tests, applications, frozen history or not the library's own."""
+"""Folders of tests, applications, frozen history and other packages."""
 
 
 class Split(StrEnum):
@@ -98,7 +98,7 @@ def documents(config: StdlibConfig) -> Iterator[Document]:
         if not config.facts:
             yield Document(text=text, source=name, domain=domain)
             continue
-        rng = np.random.default_rng([config.seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")])
+        rng = np.random.default_rng([config.seed, _name_hash(name)])  # its own, whatever other files there are
         for number, piece in enumerate(_cut(text, config, rng)):
             facts = min(max(len(piece) // config.chars_per_fact, 1), NUM_KEYS)
             yield Document(text=plant(piece, rng, facts, config.mentions), source=f"{name}#{number}", domain=domain)
@@ -165,12 +165,17 @@ def _files(config: StdlibConfig) -> Iterator[tuple[str, str]]:
 
 
 def _is_held_out(name: str, share: float) -> bool:
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return _name_hash(name) < share * 2**64
+
+
+def _name_hash(name: str) -> int:
+    """A number in 0 .. 2**64 - 1, the same on every machine, unlike Python's `hash`."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def _cut(text: str, config: StdlibConfig, rng: np.random.Generator) -> Iterator[str]:
     """Cut at line boundaries into pieces of log-normal lengths; a line longer than a whole piece is cut inside."""
+    # max_chars = 9,000, a line of 20,000: three lines of 9,000, 9,000 and 2,000
     lines = [
         line[start : start + config.max_chars]
         for line in lines_of(text)

@@ -1,8 +1,8 @@
 """Texts to token ids, in parallel; the order and the ids are the same whatever the number of workers.
 
-With one worker the tokenizers library's own threads use all processors, on two batches at a time; the ids' way through
-Python integers holds the interpreter lock meanwhile, and that costs a tenth of the speed. With more workers each is a
-process that returns numpy arrays, and nothing waits. benchmarks/packing.md has the rates.
+With one worker the tokenizers library's threads use all processors, on two batches at a time. Their ids become Python
+integers under the interpreter lock, which costs a tenth of the speed. With more workers each is a process that returns
+numpy arrays, and nothing waits for the lock. benchmarks/packing.md has the rates.
 Workers import `tokenizers` and numpy, neither transformers nor torch.
 """
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_CHARS = 2**20
-"""Characters of text sent to a worker at once: some 150 ms of work of two cores: little time at the ends
-of batches, when few long texts are left, and little memory."""
+"""Characters of text sent to a worker at once, some 150 ms of work of two cores: little memory, and little time at the
+end of a batch, when the last long texts keep few threads busy."""
 BATCH_DOCUMENTS = 4096
 """Documents sent at once, at most."""
 
 PROCESSES_FROM_BYTES = 2**25
 """Bytes of text from which processes are worth their start."""
 ENCODING_THREADS = 2
-"""Batches that the tokenizers library's threads work on at the same time, so that none of them is idle when only one
-long text of a batch is left."""
+"""Batches that the tokenizers library's threads work on at the same time, so that they have work while one of them
+finishes the last long text of a batch."""
 
 Encoded = tuple[np.ndarray, np.ndarray]
-"""Token ids of several texts, flattened, uint32; and the number of tokens of each, int64."""
+"""Token ids of several texts end to end, uint32, and the number of tokens of each, int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,11 @@ class Encoder:
 
 
 def default_workers(size: int | None) -> int:
-    """For so many bytes of text: 1, that is threads, where they are few, else a process for each processor we may use.
+    """Workers for `size` bytes of text: 1, which uses threads, if they are few, else one for each usable processor.
 
     Starting processes takes as long as threads need for some megabytes. None is an unknown size, taken for a large one.
     """
+    # the affinity leaves out processors that a container or a batch system does not give us
     if size is not None and size < PROCESSES_FROM_BYTES:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -82,6 +83,7 @@ def tokenize(documents: Iterable[Document], encoder: Encoder, workers: int = 1) 
         pending: deque[tuple[list[Document], Future[Encoded]]] = deque()
         try:
             for batch in _batches(documents):
+                # first in, first out: batches come back in order, however long each takes
                 pending.append((batch, pool.submit(encode, [document.text for document in batch])))
                 if len(pending) > workers + 2:
                     yield from _unpack(*pending.popleft())
@@ -162,6 +164,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _unpack(batch: list[Document], future: Future[Encoded]) -> Iterator[Tokens]:
     flat, lengths = future.result()
+    # lengths = [3, 2, 4]: cut at [3, 5] into ids 0..3, 3..5 and 5..9
     parts = np.split(flat, np.cumsum(lengths)[:-1])
     for document, ids in zip(batch, parts, strict=True):
         yield Tokens(ids, document.source, document.domain)

@@ -1,4 +1,8 @@
-"""The first stage: the documents of one part of a source, to token ids on disk."""
+"""The first stage: tokenises the documents of one part of a source and stores the ids on disk.
+
+A part becomes one or more *stretches*, each a token store of some STRETCH_TOKENS, so that an interruption costs one
+stretch and not the whole part.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +28,18 @@ from anchorctx.errors import UserError
 from anchorctx.records.manifest import fingerprint
 
 STORE_VERSION = 2
-"""Raised whenever the same part would give other tokens or another format, so that no old store is read."""
+"""To be raised when the same part would give other tokens or another format, so that no old store is read."""
 STRETCH_TOKENS = 2**25
 """Tokens after which a part's next store begins: what an interruption, or a bad row, costs at most."""
 
 Done = TypeVar("Done")
 Progress = Callable[[Reading, int], None]
-"""Told, after every document, what was read of the part and how many tokens that made."""
+"""Called after every document with what was read of the part and how many tokens that made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ingest:
-    """What all parts share; can be sent to another process."""
+    """How parts are tokenised, the same for all; can be sent to another process."""
 
     root: Path
     """Folder of the token stores."""
@@ -46,7 +50,7 @@ class Ingest:
     vocab_size: int
     """Ids are below it."""
     eos: int | None
-    """Appended to documents; None appends nothing."""
+    """Token id that is appended to documents; None appends nothing."""
     needs_domain: bool
     """Are documents without a domain a mistake?"""
     facts: FactTokens | None
@@ -72,6 +76,7 @@ class Ingest:
         Nothing half-written is left behind. A stretch that is whole stays, whatever happens after it: its documents are
         read again, to get past them, but not tokenised.
         """
+        # two stretches of 30 and 25 documents are whole: reading starts behind document 55, with stretch 2
         done = self._whole(part, on_bad_row)
         folders, tokens = [stretch.folder for stretch in done], sum(stretch.facts["tokens"] for stretch in done)
         if done and done[-1].facts["is_last"]:
@@ -79,20 +84,23 @@ class Ingest:
         reading, is_last = Reading(on_bad_row, documents=sum(stretch.facts["read"] for stretch in done)), False
         with closing(self._tokens(part, reading)) as documents:
             while not is_last:
-                own, folder = Reading(on_bad_row), self.folder(part, len(folders))
+                counted, folder = Reading(on_bad_row), self.folder(part, len(folders))
                 with TokenWriter(folder, self.vocab_size, self.eos, self.facts is not None) as writer:
-                    for _ in self._fill(writer, documents, own):
+                    for _ in self._fill(writer, documents, counted):
                         if progress is not None:
                             progress(reading, tokens + writer.tokens)
+                    # the documents ran out; if they did just at a full stretch, an empty one follows, as the last
                     is_last = writer.tokens < STRETCH_TOKENS
-                    is_clean = not own.skipped and not reading.skipped
-                    own.skipped += reading.skipped if is_last else Counter()  # reading is ahead of the stretches
-                    folders.append(writer.close(own, is_last, is_clean))
+                    is_clean = not counted.skipped and not reading.skipped
+                    # `counted` has the rows that this stretch rejected. Those that the reader rejected are counted with
+                    # the last stretch: the reader is ahead, so that nobody knows to which one they belong
+                    counted.skipped += reading.skipped if is_last else Counter()
+                    folders.append(writer.close(counted, is_last, is_clean))
                 tokens += writer.tokens
         return folders
 
     def _whole(self, part: Part, on_bad_row: OnBadRow) -> list[TokenPart]:
-        """The first stretches, as far as they are there; where bad rows are an error, as far as they have none."""
+        """The stretches that exist already; where bad rows are an error, only those before the first bad row."""
         found: list[TokenPart] = []
         while not (found and found[-1].facts["is_last"]):
             folder = self.folder(part, len(found))
@@ -104,11 +112,11 @@ class Ingest:
             found.append(stretch)
         return found
 
-    def _fill(self, writer: TokenWriter, documents: Iterator[Tokens], own: Reading) -> Iterator[None]:
+    def _fill(self, writer: TokenWriter, documents: Iterator[Tokens], counted: Reading) -> Iterator[None]:
         """Write documents, one at a time, until the stretch is full."""
         for document in documents:
-            own.documents += 1
-            if self._is_usable(document, own):
+            counted.documents += 1
+            if self._is_usable(document, counted):
                 writer.add(document.ids, document.domain, self._weights(document.ids))
             yield
             if writer.tokens >= STRETCH_TOKENS:
@@ -137,6 +145,7 @@ class Ingest:
             sentence = f"{document.source} has a text that the tokenizer turns into no token: remove it"
             reading.bad(BadRow("no tokens", sentence))
             return False
+        # ids of a tokenised source may be of any integer type, also negative
         if int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size:
             wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             reading.bad(
@@ -155,8 +164,23 @@ class Ingest:
         return self.facts.loss_weights(ids if self.eos is None else np.append(ids, self.eos))
 
 
+@dataclass(frozen=True, slots=True)
+class SourcePart:
+    """A part to tokenise."""
+
+    source: int
+    """Index of its source."""
+    on_bad_row: OnBadRow
+    part: Part
+
+
+def run_part(ingest: Ingest, item: SourcePart, progress: Progress | None = None) -> list[Path]:
+    """The first stage: tokenise one part; returns the folders of its stretches."""
+    return ingest.run(item.part, item.on_bad_row, progress)
+
+
 class ReadingBar:
-    """Bytes read where this process reads, else parts done; a context manager."""
+    """The progress bar: bytes read if this process reads, parts done if others do; a context manager."""
 
     def __init__(self, sources: Sequence[Source], parts: int) -> None:
         sizes = [source.total_bytes for source in sources]
@@ -176,13 +200,14 @@ class ReadingBar:
         self._is_running = True
 
         def run(ingest: Ingest, item: Any) -> Any:
-            began = self._documents, self._tokens, self._before
+            began = self._documents, self._tokens, self._before  # where the bar stood before this part
 
             def follow(reading: Reading, tokens: int) -> None:
                 self._documents, self._tokens = began[0] + reading.documents, began[1] + tokens
                 self._move(began[2] + reading.bytes_read)
 
             folder = function(ingest, item, follow)
+            # a part that was tokenised before reads nothing, and one may read less than its size
             self._before = began[2] + (item.part.size or self._before - began[2])
             self._move(self._before)
             return folder

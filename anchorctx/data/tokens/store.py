@@ -1,4 +1,4 @@
-"""Tokenised documents on disk: what a part of a source becomes, once, before anything is packed.
+"""Tokenised documents on disk: what a stretch of a part of a source becomes, once, before anything is packed.
 
     FINGERPRINT/            of the part's content, the tokenizer, whatever else decides the tokens, and the stretch
       part.json             documents, skipped rows, domains, sizes; written last
@@ -6,8 +6,8 @@
       weights.bin           their loss weights, float16; only where documents have some
       documents.npy         (D,) DOCUMENT: where each lies, its domain and its hash
 
-Packing reads lengths first and tokens once, so that it needs memory for neither; and a preparation that was interrupted
-finds the stretches that were whole.
+Packing reads all lengths first, then each token once, so that the corpus need not fit into memory. A preparation that
+was interrupted goes on after the stretches that were whole.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
 
 @dataclass(frozen=True, slots=True)
 class TokenPart:
-    """A part that was tokenised; its arrays are read when they are asked for."""
+    """A stretch that was tokenised; its arrays are read when they are asked for."""
 
     folder: Path
     facts: dict[str, Any]
+    """What `part.json` says: see `TokenWriter.close`."""
 
     @classmethod
     def open(cls, folder: Path) -> TokenPart:
@@ -70,7 +71,7 @@ class TokenPart:
 
     @property
     def domains(self) -> list[str]:
-        """Different domains of its documents."""
+        """The different domains of its documents, which DOCUMENT's `domain` is an index into."""
         return self.facts["domains"]
 
     @property
@@ -91,7 +92,7 @@ class TokenPart:
 
 @dataclass(frozen=True, slots=True)
 class FileText:
-    """Tokens in files: read where they are needed, not mapped, so that what was read leaves the memory at once."""
+    """Tokens in files, read rather than mapped, so that pages of a large corpus do not pile up in memory."""
 
     dtype: np.dtype
     tokens: int
@@ -115,6 +116,7 @@ class FileText:
 
 def _read(file: int, start: int, into: np.ndarray) -> None:
     """Fill `into`, contiguous, from its `start`-th element on."""
+    # uint16, start = 100: byte 200 of the file; a read may return less than was asked for, then the rest follows
     left, at = into.view(np.uint8).data, start * into.itemsize
     while count := os.preadv(file, [left], at):
         if count == len(left):
@@ -148,6 +150,7 @@ class TokenWriter:
 
         `weights` are those of `ids` and of the EOS after them.
         """
+        # ids [5, 6], EOS 2, at token 100 of the store: start 100, length 3, eos 1; ids [5, 2]: length 2, eos 0
         content = ids.astype(self._dtype, copy=False).tobytes()
         eos = int(self._eos is not None and not content.endswith(self._eos))
         length = len(ids) + eos
@@ -159,6 +162,7 @@ class TokenWriter:
             assert weights is not None
             self._weights.write(stored_weights(weights[:length]).tobytes())
         number = self._domains.setdefault(domain, len(self._domains))
+        # without an appended EOS, so that append_eos does not decide which documents are duplicates
         digest = hashlib.blake2b(content, digest_size=16).digest()
         self._documents.append((self.tokens, length, eos, number, digest))
         self.tokens += length

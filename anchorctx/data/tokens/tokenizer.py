@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anchorctx.errors import UserError
+from anchorctx.records.manifest import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         "rules": serialized(tokenizer) or [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())],
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return fingerprint(content)
 
 
 def serialized(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -53,7 +53,7 @@ class RetrievalConfig:
     """Context lengths, in tokens."""
     rows: Positive = 32
     """Rows of each length."""
-    facts: Annotated[int, Ge(1), Le(64)] = 8
+    facts: Annotated[int, Ge(1), Le(64)] = 8  # data.sources.facts.NUM_KEYS, whose module imports numpy
     """Different facts in a row, whatever its length (at most 64)."""
     mentions: Annotated[int, Ge(2), "a fact is stated once, then asked for"] = 2
     """Times a fact appears in a row: stated once, then asked for."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from anchorctx import __version__
-from anchorctx.cli.configured import field_docs, help_text
+from anchorctx.cli.help import field_docs, help_text
 from anchorctx.cli.main import COMMANDS, main, parse
 from anchorctx.config import SCHEMAS, schema
 from anchorctx.data.sources.source import SourceConfig
@@ -45,8 +45,15 @@ def test_every_key_is_in_the_help_with_its_meaning(command: str, capsys: pytest.
 
 
 def test_the_help_has_the_keys_of_what_is_in_lists() -> None:
-    text = help_text("prepare", "x")
+    text = help_text("prepare")
     assert all(f"  sources[].{name}=" in text for name in (*keys_of(SourceConfig)[:-1], "stdlib.split"))
+
+
+def test_the_help_has_the_defaults_that_a_run_takes() -> None:
+    text = help_text("train")
+    for line in ("live.perplexity.documents=16", "live.corpus.stdlib.split=validation", "live.evals=[perplexity]"):
+        assert f"  {line}\n" in text
+    assert "  humaneval.max_new_tokens=384\n" in help_text("kvcomm")
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
@@ -68,7 +75,7 @@ def test_every_key_has_a_docstring(command: str) -> None:
 
 
 def test_ready_made_choices_are_listed() -> None:
-    text = help_text("train", "x")
+    text = help_text("train")
     assert "parallel=ulysses8|zero1|zero2|zero3|zero3_offload" in text
     assert "logging=local|wandb" in text
 
@@ -87,6 +94,9 @@ def test_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[st
         (["train", "--recipe"], "--recipe needs a file"),
         (["train", "steps=0", "out_dir=x", "data.train=y"], "steps=0 must be at least 1"),
         (["doctor", "x=1"], "takes no arguments"),
+        (["plan", "--dry-run", "--recipe", "x.yaml"], "--dry-run is an option of anchorctx prepare, not of plan"),
+        (["eval", "--dry-run", "--help"], "--dry-run is an option of anchorctx prepare, not of eval"),
+        (["report", "a", "runs=[b]"], "folders are given twice, as a and as runs=[...]: use one of the two"),
         (["plot", "out_dir=x"], "nothing to draw"),
     ],
 )
@@ -120,6 +130,7 @@ def test_doctor_calls_every_backend_that_it_says_works(capsys: pytest.CaptureFix
     assert "cpu           works" in text and "reference     works" in text
     assert "flash_attn    no: it runs on cuda" in text or "flash_attn    works" in text
     assert "pip install 'anchorctx[flash]'" in text or "flash-attn  " in text
+    assert "matplotlib   3" in text and "anchorctx[plots]" not in text
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

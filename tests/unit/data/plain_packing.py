@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from anchorctx.data.packing.assemble import RowShape
+from anchorctx.data.packing.assemble import RowShape, scatter
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
-from anchorctx.data.packing.interleave import scatter
 
 
 @dataclass

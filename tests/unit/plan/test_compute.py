@@ -17,7 +17,7 @@ from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.ulysses import bytes_sent
 from anchorctx.plan.planner import weights_of
-from anchorctx.plan.simulate import simulate
+from anchorctx.plan.search import simulate
 from anchorctx.plan.trace import meta_model
 from anchorctx.testing.tiny import ARCHITECTURES
 

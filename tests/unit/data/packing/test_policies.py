@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorctx.data.packing.accounting import Accounting
-from anchorctx.data.packing.assemble import RowShape, assemble
+from anchorctx.data.packing.assemble import RowShape, assemble, scatter
 from anchorctx.data.packing.best_fit import BestFit, best_fit_decreasing
 from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
-from anchorctx.data.packing.interleave import scatter
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import ArrayText, Rows, Tags, make_pieces
 from anchorctx.data.packing.shard import Shard
