@@ -40,7 +40,8 @@ from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, 
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
 from anchorctx.kvcomm.arms.offsets import KvcommUngated, MeanOffset
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.session import Session, Turn
+from anchorctx.kvcomm.session import Session
+from anchorctx.kvcomm.turn import Turn
 from anchorctx.records.manifest import build_manifest, write_json
 from anchorctx.testing.tiny import word_tokenizer
 

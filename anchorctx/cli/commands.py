@@ -146,7 +146,7 @@ def precision(config: PrecisionConfig) -> None:
     """Study a model's rotation in bfloat16; prints a table and the verdict, and draws."""
     from anchorctx.evals.commands import evaluate_precision
     from anchorctx.evals.distribute import is_first
-    from anchorctx.evals.evaluators.precision.table import table
+    from anchorctx.evals.evaluators.precision.verdict import table
     from anchorctx.records.results import Rows
     from anchorctx.report.figures.precision import Study, precision_figure
 

@@ -1,4 +1,4 @@
-"""What an evaluation is: it takes a model and yields results, piece by piece, and says how far it has come."""
+"""What an evaluation is: it takes a model, yields results unit by unit, and reports its progress."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from anchorctx.errors import UserError
 from anchorctx.records.results import Result
 
 Progress = Callable[[int, int], None]
-"""Called with (what was done since the last call, all there is of it in this unit), in what the evaluator `counts`."""
+"""Called with (done since the last call, total of this unit), in what the evaluator `counts`."""
 Unit = dict[str, Any]
-"""What of a result's `context` names one piece of an evaluation, such as `{"length": 4096}`; `{}` is all of it."""
+"""The part of a result's `context` that names one unit of an evaluation, such as `{"length": 4096}`; `{}` is all of
+it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model under evaluation, ready to be read by."""
+    """A model under evaluation, loaded."""
 
     model: PreTrainedModel
     """In evaluation mode, on its device(s)."""
     tokenizer: PreTrainedTokenizerBase
     root: torch.nn.Module | None = None
-    """While a model trains: the engine's module, whose call its hooks (ZeRO-3's gathering) hang on."""
+    """While a model trains: the engine's module. It must be called through this one, so that ZeRO-3's hooks gather."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,11 @@ class Evaluator(Protocol):
         ...
 
     def settings(self) -> dict[str, Any]:
-        """JSON of everything that its numbers depend on, beside the model, the documents, the seed and its units."""
+        """JSON of everything that its numbers depend on, except the model, the documents, the seed and its units."""
         ...
 
     def units(self) -> list[Unit]:
-        """The pieces that are run, written and remembered one by one; a piece's numbers do not depend on the others."""
+        """The units, which are run and written one by one; the numbers of one do not depend on the others."""
         ...
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -69,16 +70,16 @@ class Evaluator(Protocol):
         ...
 
     def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
-        """Evaluate one unit; yields rows without manifest, which the runner fills in, with `unit` in their context.
+        """Evaluate one unit; yields rows with `unit` in their context and without manifest, which the runner fills in.
 
-        Under several processes each calls it, and all yield the same rows.
+        With several processes, each of them calls it, and all yield the same rows.
         """
         ...
 
 
 @runtime_checkable
 class Concluding(Protocol):
-    """An evaluation with rows that follow from all its others."""
+    """An evaluation with closing rows that follow from all its other rows."""
 
     def conclude(self, rows: Sequence[Result]) -> list[Result]:
         """Rows without manifest, from those of all units."""

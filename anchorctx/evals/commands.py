@@ -9,18 +9,18 @@ from typing import Any
 from anchorctx.errors import UserError
 from anchorctx.evals.config import EvalConfig, EvalName, KvcommConfig
 from anchorctx.evals.evaluators.precision.config import PrecisionConfig
-from anchorctx.evals.evaluators.reuse.gate import Verdict, judge
+from anchorctx.evals.evaluators.reuse.rows import Verdict, judge
 from anchorctx.evals.runner import evaluate
 from anchorctx.records.results import Result
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What `anchorctx kvcomm` found."""
+    """The result of `anchorctx kvcomm`."""
 
     rows: list[Result]
     verdict: Verdict | None
-    """Of the gate, where one was asked for."""
+    """The gate's, where one was asked for."""
 
 
 def evaluate_precision(config: PrecisionConfig) -> list[Result]:

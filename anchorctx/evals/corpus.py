@@ -43,6 +43,7 @@ class Corpus(Sequence[str]):
         """The first texts, without reading on."""
         if self._texts is not None:
             return self._texts[:count]
+        # A new reading, which stops early: for studies that need a few texts of a large corpus.
         documents = self._source.texts(Reading(on_bad_row=self._on_bad_row))
         return [document.text for document in itertools.islice(documents, count)]
 

@@ -1,7 +1,7 @@
 """One evaluation over several processes: each takes some of the batches, and all get all results.
 
-Batches are the same whatever the number of processes, so the numbers are too. Every process makes equally many calls
-of the model, repeating its last batch where they run out: under ZeRO-3 each call gathers parameters from all.
+The batches do not depend on the number of processes, so neither do the numbers. Every process calls the model equally
+often, and repeats the last batch when there are no more: under ZeRO-3 each call gathers parameters from all processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Batch = TypeVar("Batch")
 Found = TypeVar("Found")
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """(rank, processes); (0, 1) outside of any process group."""
     if not torch_dist.is_initialized():
         return 0, 1
@@ -27,7 +27,7 @@ def place() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Does this process write files and talk to the user? Also before and after there is a process group."""
+    """Whether this process writes files and talks to the user; works without a process group too."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -35,7 +35,8 @@ def spread(
     batches: Sequence[Batch], work: Callable[[Batch], Found], sizes: Sequence[int], progress: Progress
 ) -> list[Found]:
     """`[work(batch) for batch in batches]`, the calls divided over the processes; `sizes` are tokens, for progress."""
-    rank, world = place()
+    # 5 batches, 2 processes: rounds [0 1] [2 3] [4 4]. Both compute the last, and one of the equal results is kept.
+    rank, world = rank_and_size()
     mine: dict[int, Found] = {}
     for first in range(0, math.ceil(len(batches) / world) * world, world):
         index = min(first + rank, len(batches) - 1)
@@ -47,7 +48,7 @@ def spread(
 
 def same_everywhere(value: Found) -> Found:
     """The first process's `value`, on every process."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return value
     box = [value]
     torch_dist.broadcast_object_list(box)
@@ -55,14 +56,14 @@ def same_everywhere(value: Found) -> Found:
 
 
 def by_first(work: Callable[[], Found]) -> Found:
-    """What `work` gives on the first process, on every process."""
-    return same_everywhere(work() if place()[0] == 0 else None)  # type: ignore[return-value]
+    """Run `work` on the first process alone; its result, on every process."""
+    return same_everywhere(work() if rank_and_size()[0] == 0 else None)  # type: ignore[return-value]
 
 
 def gather(part: Any) -> list[Any]:
     """Every process's `part`, in rank order."""
-    if place()[1] == 1:
+    if rank_and_size()[1] == 1:
         return [part]
-    parts: list[Any] = [None] * place()[1]
+    parts: list[Any] = [None] * rank_and_size()[1]
     torch_dist.all_gather_object(parts, part)
     return parts

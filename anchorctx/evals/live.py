@@ -1,7 +1,7 @@
-"""Cheap evaluations of a model while it trains: the same evaluators, on the weights of the moment.
+"""Cheap evaluations of a model while it trains: the same evaluators, on the current weights.
 
-They follow `train.callbacks.Probe` without either side importing the other; the command line puts them together. The
-model attends by layouts and may be spread over processes (ZeRO-3): `forward.score` gives it the layout of one document
+`LiveEvals` fits `train.callbacks.Probe`, but neither side imports the other; the command line puts them together. The
+model attends by layouts and may be spread over processes (ZeRO-3): `scoring.score` gives it a layout of one document
 a row and calls it through the engine's module, whose hooks gather one layer at a time.
 """
 
@@ -17,9 +17,8 @@ from anchorctx.errors import UserError
 from anchorctx.evals.base import Evaluator, Subject
 from anchorctx.evals.config import LiveConfig, LiveName
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.evaluators.context import ContextPerplexity
 from anchorctx.evals.evaluators.needle import NeedleMap
-from anchorctx.evals.evaluators.perplexity import Perplexity
+from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity
 from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.models import reach
 from anchorctx.records.results import Result
@@ -56,6 +55,7 @@ class LiveEvals:
 
     def measure(self, root: torch.nn.Module, model: PreTrainedModel, tokenizer: Any) -> dict[str, float]:
         """Metrics named eval/..., the same on every process."""
+        # Evaluators see an ordinary Subject; `root` alone tells the scoring that the parameters may be sharded.
         subject = Subject(model, tokenizer, root)
         return {
             name: row.value
@@ -68,6 +68,7 @@ class LiveEvals:
 
 def _names(row: Result) -> Iterator[str]:
     """`eval/retrieval_accuracy_4096`; none for perplexity by position, which would be a dozen curves."""
+    # Rows by position are those with a `start`.
     if "start" not in row.context:
         where = [str(row.context[key]) for key in ("length", "context_length", "depth") if key in row.context]
         yield "_".join([f"eval/{row.metric}", *where])

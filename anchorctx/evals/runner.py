@@ -1,7 +1,8 @@
 """`evaluate`: run evaluations on models and write `results.jsonl`; what it holds already is not measured again.
 
-Everything that can be refused is refused before the first weight is loaded. Under torchrun (or accelerate launch) each
-process loads every model and takes its share of the batches; the first one writes.
+A *job* is one model under one evaluation, and its *units* are measured and written one by one. Everything that can be
+refused is refused before the first weight is loaded. Under torchrun (or accelerate launch) each process loads every
+model and takes its share of the batches; the first one writes.
 """
 
 from __future__ import annotations
@@ -23,22 +24,28 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
-from anchorctx.evals.attention import attention_name
-from anchorctx.evals.average import average
 from anchorctx.evals.base import Candidate, Concluding, Evaluator, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.distribute import is_first, place, same_everywhere
-from anchorctx.evals.evaluators.context import ContextPerplexity
+from anchorctx.evals.distribute import is_first, rank_and_size, same_everywhere
 from anchorctx.evals.evaluators.lm_eval import LmEval, lm_eval_version
 from anchorctx.evals.evaluators.needle import NeedleMap
-from anchorctx.evals.evaluators.perplexity import Perplexity
+from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity
 from anchorctx.evals.evaluators.precision.study import Precision
 from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.evals.evaluators.reuse.evaluator import Reuse
 from anchorctx.evals.evaluators.ruler import Ruler
-from anchorctx.evals.journal import Journal, code_fingerprint, run_facts
-from anchorctx.evals.subject import check_reach, device_of, identity, load, models_of, read_config, read_tokenizer
+from anchorctx.evals.journal import Journal, average, code_fingerprint, run_facts
+from anchorctx.evals.subject import (
+    attention_name,
+    check_reach,
+    device_of,
+    identity,
+    load,
+    models_of,
+    read_config,
+    read_tokenizer,
+)
 from anchorctx.models.load import check_weights
 from anchorctx.parallel import dist
 from anchorctx.records.manifest import write_manifest
@@ -63,15 +70,15 @@ EVALUATORS: dict[EvalName, Callable[[EvalConfig, Corpus, Candidate], Evaluator]]
 }
 """How each evaluation of a model is made from the configuration and the held-out texts."""
 STUDIES = {EvalName.precision: "precision_", EvalName.kvcomm: "kvcomm_"}
-"""Evaluations whose rows of a model are one table in a report, by what these rows' names begin with."""
+"""Evaluations whose rows of a model make one table in a report, with the prefix of these rows' metrics."""
 LOADS_ITSELF = (EvalName.precision,)
-"""Evaluations that read the weights in several ways of their own."""
+"""Evaluations that load the weights themselves, in several dtypes."""
 BY_LM_EVAL = (EvalName.ruler, EvalName.lm_eval)
-"""Evaluations whose documents and seeds are lm-eval's own."""
+"""Evaluations that take documents and seeds from lm-eval, so that corpus and seed do not identify their numbers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Job:
     """One model under one evaluation."""
 
     model: EvaluatedModel
@@ -83,10 +90,14 @@ class Task:
 
 
 def evaluate(config: EvalConfig, command: str = "eval", asked: Any = None) -> list[Result]:
-    """Run the evaluations on every model, in order; returns their rows, those measured earlier included.
+    """Run the evaluations on every model, in order; returns their rows, including those measured earlier.
 
-    The manifest has the `command` that was typed and its settings, `asked`, where these are not `eval` and `config`.
+    Args:
+        config: what to evaluate, and how.
+        command: the command that was typed, for the manifest.
+        asked: its settings, where they are not `config`.
     """
+    # Under torchrun, and not within a training run that has a process group already.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized()
     if several:
         dist.start()
@@ -98,61 +109,65 @@ def evaluate(config: EvalConfig, command: str = "eval", asked: Any = None) -> li
 
 
 def _evaluate(config: EvalConfig, facts: dict[str, Any]) -> list[Result]:
-    disable_progress_bar()  # ours are enough
+    disable_progress_bar()  # transformers', while weights load: there is one of ours already
     models = models_of(config)
-    tasks = plan(config, models)
+    jobs = plan(config, models)
     with contextlib.closing(Journal(Path(config.out_dir))) if is_first() else contextlib.nullcontext() as journal:
         if journal is not None:
-            _refuse_mixtures(tasks, journal)
-        wanted = [(task, unit) for task in tasks for unit in task.evaluator.units()]
+            _refuse_mixtures(jobs, journal)
+        # wanted, rows and pending belong together: rows[i] are those of wanted[i], and i is in pending while there are
+        # none. Only the first process has a journal; all processes have the same rows.
+        wanted = [(job, unit) for job in jobs for unit in job.evaluator.units()]
         rows = _known(wanted, journal)
         pending = [i for i, known in enumerate(rows) if not known]
         if len(pending) < len(wanted):
             logger.info("%d of %d pieces are in %s already", len(wanted) - len(pending), len(wanted), config.out_dir)
-        if journal is not None and pending:
+        if journal is not None and pending:  # a run that measures nothing leaves the folder as it is
             write_manifest(Path(config.out_dir), facts)
         _measure(config, wanted, pending, rows, journal, facts)
-        found = [row for task in tasks for row in _all_rows(task, wanted, rows, journal)]
+        found = [row for job in jobs for row in _all_rows(job, wanted, rows, journal)]
         plain = [row for row in found if not row.metric.startswith(tuple(STUDIES.values()))]
         return found if journal is None else found + average(plain, models, journal)
 
 
-def _refuse_mixtures(tasks: Sequence[Task], journal: Journal) -> None:
-    """UserError where a study would stand beside another one of the same model, which no report could tell apart."""
-    for task in tasks:
-        prefix, key = STUDIES.get(EvalName(task.evaluator.name)), journal.key(task.identity)
+def _refuse_mixtures(jobs: Sequence[Job], journal: Journal) -> None:
+    """UserError where a study would stand beside another one of the same label: no report could tell them apart."""
+    for job in jobs:
+        # A run with the same hash goes on; another one of the same label would be read as the same table.
+        prefix, key = STUDIES.get(EvalName(job.evaluator.name)), journal.key(job.identity)
         if prefix and any(
-            row.metric.startswith(prefix) and row.context.get("model") == task.model.label and row.manifest != key
+            row.metric.startswith(prefix) and row.context.get("model") == job.model.label and row.manifest != key
             for row in journal.rows
         ):
             raise UserError(
-                f"{journal.path} holds another {task.evaluator.name} study of {task.model.label} (of another model, "
+                f"{journal.path} holds another {job.evaluator.name} study of {job.model.label} (of another model, "
                 "with other settings, or by another version): name another out_dir or label, or remove that file"
             )
 
 
 def _all_rows(
-    task: Task, wanted: Sequence[tuple[Task, Unit]], rows: Sequence[list[Result]], journal: Journal | None
+    job: Job, wanted: Sequence[tuple[Job, Unit]], rows: Sequence[list[Result]], journal: Journal | None
 ) -> list[Result]:
-    """The rows of all units, and those that follow from them, which are written unless they are there."""
-    found = [row for (of, _), part in zip(wanted, rows, strict=True) if of is task for row in part]
-    if not isinstance(task.evaluator, Concluding):
+    """The rows of all units, and those that follow from them, which are written if they are new."""
+    found = [row for (of, _), part in zip(wanted, rows, strict=True) if of is job for row in part]
+    if not isinstance(job.evaluator, Concluding):
         return found
-    last = [_stamp(row, task, found[0].manifest) for row in task.evaluator.conclude(found)]
+    last = [_stamp(row, job, found[0].manifest) for row in job.evaluator.conclude(found)]
     if journal is not None and (new := [row for row in last if row not in journal.rows]):
         journal.add(new)
     return found + last
 
 
-def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Task]:
+def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Job]:
     """Every model under every evaluation; UserError for whatever can be refused without loading weights."""
     if not config.evals:
         raise UserError(f"evals=[] asks for nothing: choose from {', '.join(EvalName)}")
     check_ranges(config)
     corpus = Corpus(config.corpus)
-    tasks = []
+    jobs = []
     for model in models:
         hf_config, tokenizer = read_config(model), read_tokenizer(model)
+        # From the files' headers: names and shapes, before any evaluation is made.
         check_weights(model.path, hf_config)
         who = identity(model, hf_config)
         candidate = Candidate(str(model.label), model.path, hf_config, tokenizer, model.config)
@@ -161,16 +176,17 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Task]:
             check_reach(model, hf_config, evaluator)
             evaluator.check(tokenizer)
             what = {"evaluation": name.value, "model": who, "settings": evaluator.settings(), **_conditions(config)}
+            # Changes of corpus or seed do not concern lm-eval's tasks, and its version does not concern the others.
             if name in BY_LM_EVAL:
                 what["versions"] |= {"lm_eval": lm_eval_version()}
             else:
                 what |= {"seed": config.seed, "corpus": corpus.identity}
-            tasks.append(Task(model, hf_config, tokenizer, evaluator, what))
-    return tasks
+            jobs.append(Job(model, hf_config, tokenizer, evaluator, what))
+    return jobs
 
 
 def _conditions(config: EvalConfig) -> dict[str, Any]:
-    """What the numbers depend on beside the model and the evaluation; batch sizes and processes are not among it."""
+    """What the numbers depend on beside model and evaluation; they do not depend on batch sizes and processes."""
     device = device_of(config)
     attention_name(config.attention, config.rope_dtype)  # refuses what does not go together
     return {
@@ -183,38 +199,39 @@ def _conditions(config: EvalConfig) -> dict[str, Any]:
     }
 
 
-def _known(wanted: Sequence[tuple[Task, Unit]], journal: Journal | None) -> list[list[Result]]:
-    """For each piece the rows that are there already, the same on every process."""
+def _known(wanted: Sequence[tuple[Job, Unit]], journal: Journal | None) -> list[list[Result]]:
+    """For each unit the rows that are there already, the same on every process."""
     rows: list[list[Result]] = []
     if journal is not None:
-        for task, unit in wanted:
-            rows.append(journal.find(journal.key(task.identity), str(task.model.label), unit))
+        for job, unit in wanted:
+            rows.append(journal.find(journal.key(job.identity), str(job.model.label), unit))
     return same_everywhere(rows)
 
 
 def _measure(
     config: EvalConfig,
-    wanted: Sequence[tuple[Task, Unit]],
+    wanted: Sequence[tuple[Job, Unit]],
     pending: Sequence[int],
     rows: list[list[Result]],
     journal: Journal | None,
     facts: dict[str, Any],
 ) -> None:
-    """Fill in the rows of the pending pieces, each written as soon as it is known; a model is loaded once."""
+    """Fill in the rows of the pending units, each written as soon as it is measured; a model is loaded once."""
     subject, loaded, bar = None, None, None
     for i in pending:
-        task, unit = wanted[i]
-        if task.evaluator.name in LOADS_ITSELF:
+        job, unit = wanted[i]
+        # Units are in the order of models and evaluations, so that a model is loaded when the first of its units comes.
+        if job.evaluator.name in LOADS_ITSELF:
             subject = loaded = None
-        elif subject is None or loaded is not task.model:
-            subject = None  # its memory is needed
-            subject, loaded = load(task.model, task.config, task.tokenizer, config), task.model
-        if bar is None or bar.task is not task:
+        elif subject is None or loaded is not job.model:
+            subject = None  # free the last model before the next is loaded
+            subject, loaded = load(job.model, job.config, job.tokenizer, config), job.model
+        if bar is None or bar.job is not job:
             if bar is not None:
                 bar.close()
-            bar = Bar(task, [wanted[j][1] for j in pending if wanted[j][0] is task])
+            bar = Bar(job, [wanted[j][1] for j in pending if wanted[j][0] is job])
         bar.start(unit)
-        rows[i] = _stamped(task, subject, unit, bar, journal, facts)
+        rows[i] = _stamped(job, subject, unit, bar, journal, facts)
         if journal is not None:
             journal.add(rows[i])
     if bar is not None:
@@ -222,40 +239,42 @@ def _measure(
 
 
 def _stamped(
-    task: Task, subject: Subject | None, unit: Unit, bar: Bar, journal: Journal | None, facts: dict[str, Any]
+    job: Job, subject: Subject | None, unit: Unit, bar: Bar, journal: Journal | None, facts: dict[str, Any]
 ) -> list[Result]:
-    """The rows of one piece, with the manifest and the model's label."""
-    manifest = "" if journal is None else journal.open(task.identity, facts)
-    found = task.evaluator.run(subject, unit, bar.advance)  # type: ignore[arg-type]  # None where it loads itself
-    return [_stamp(row, task, manifest) for row in found]
+    """The rows of one unit, with the manifest and the model's label."""
+    manifest = "" if journal is None else journal.open(job.identity, facts)
+    found = job.evaluator.run(subject, unit, bar.advance)  # type: ignore[arg-type]  # None where it loads itself
+    return [_stamp(row, job, manifest) for row in found]
 
 
-def _stamp(row: Result, task: Task, manifest: str) -> Result:
-    return dataclasses.replace(row, manifest=manifest, context={"model": task.model.label} | row.context)
+def _stamp(row: Result, job: Job, manifest: str) -> Result:
+    return dataclasses.replace(row, manifest=manifest, context={"model": job.model.label} | row.context)
 
 
 class Bar:
     """Tokens (or requests) done of one model under one evaluation, with rate and time left, on the first process only.
 
-    A piece's total is known once it runs; those of later pieces are estimated from their lengths.
+    A unit's total is known once it runs; those of later units are estimated from their lengths.
     """
 
-    def __init__(self, task: Task, units: Sequence[Unit]) -> None:
-        self.task, self._lengths = task, sum(map(_length, units))
+    def __init__(self, job: Job, units: Sequence[Unit]) -> None:
+        self.job, self._lengths = job, sum(map(_length, units))
         self._tokens = self._done = self._current = self._total = 0
-        desc = f"{task.evaluator.name} of {task.model.label}"
+        desc = f"{job.evaluator.name} of {job.model.label}"
         self._bar = tqdm(
-            unit=task.evaluator.counts, unit_scale=True, desc=desc, dynamic_ncols=True, disable=place()[0] > 0
+            unit=job.evaluator.counts, unit_scale=True, desc=desc, dynamic_ncols=True, disable=rank_and_size()[0] > 0
         )
 
     def start(self, unit: Unit) -> None:
-        """The piece before, if any, is done, and this one begins."""
+        """Begin a unit; the one before, if any, is done."""
         self._tokens, self._done = self._tokens + self._total, self._done + self._current
         self._current, self._total = _length(unit), 0
 
     def advance(self, done: int, total: int) -> None:
-        """Progress of the evaluator within the piece."""
+        """Progress of the evaluator within the unit."""
         self._total = total
+        # Units of 512 and 2,048 tokens: when the first turns out to have 10,000 tokens to do, the whole is put at
+        # 10,000 * 2,560 / 512 = 50,000.
         self._bar.total = round((self._tokens + total) * self._lengths / (self._done + self._current))
         self._bar.update(done)
 

@@ -1,4 +1,4 @@
-"""How a model predicts chosen tokens: losses and guesses, without a row's logits ever existing in full.
+"""How a model predicts chosen tokens: losses and hits, without a row's logits ever existing in full.
 
 At 64K tokens and a vocabulary of 128,256 these would take 33.6 GB in float32; here the head sees one tile of the chosen
 tokens at a time. Rows are padded on the right, which causal attention needs no mask for: no token sees what follows it.
@@ -6,6 +6,7 @@ tokens at a time. Rows are padded on the right, which causal attention needs no 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from anchorctx.data.sources.facts import FactTokens
 from anchorctx.evals.base import Subject
 from anchorctx.layout import PackedLayout
 from anchorctx.models.loss import LogitTransform, call_as, default_tile
@@ -29,7 +31,21 @@ class Scores:
     """(N,) bool: is it the most likely of the whole vocabulary?"""
 
 
-@torch.no_grad()  # not inference mode: parameters gathered under it could not be trained afterwards
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One input: a document, or a window of it, behind the anchor."""
+
+    document: int
+    """Its number."""
+    ids: np.ndarray
+    """(T,) int64, the anchor first."""
+    first: int
+    """Index of the first token that is scored here: 2 at a document's start, whose first token is given, as in
+    training; later windows score what no earlier one did."""
+
+
+# Not inference mode: parameters that ZeRO-3 gathers under it could not be trained afterwards.
+@torch.no_grad()
 def score(subject: Subject, ids: np.ndarray, chosen: np.ndarray) -> Scores:
     """Predict the `chosen` (B, T) bool among the tokens `ids` (B, T), each from those before it in its row.
 
@@ -39,10 +55,37 @@ def score(subject: Subject, ids: np.ndarray, chosen: np.ndarray) -> Scores:
     tokens, wanted = (torch.from_numpy(x).to(subject.model.device) for x in (ids, chosen))
     if subject.root is None:
         found = _score(subject.model, tokens, wanted, live=False)
-    else:  # as one call of the module that the engine knows: its hooks gather the parameters
+    else:  # one call of the module that the engine knows, so that its hooks gather the parameters
         found = call_as(subject.root, lambda _, *x: _score(subject.model, *x, live=True), tokens, wanted)
     loss, hit = found
     return Scores(loss.double().cpu().numpy(), hit.cpu().numpy())
+
+
+def score_pieces(
+    subject: Subject, pieces: Sequence[Piece], facts: FactTokens | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each piece, the positions (n,) of its scored tokens and their losses (n,) in nats; `facts` are left out."""
+    ids = pad([piece.ids for piece in pieces])
+    chosen = np.zeros(ids.shape, dtype=bool)
+    for row, piece in zip(chosen, pieces, strict=True):
+        row[piece.first : len(piece.ids)] = True
+        if facts is not None:
+            row[: len(piece.ids)] &= ~facts.is_fact(piece.ids)
+    loss = score(subject, ids, chosen).loss
+    # Losses come row by row: rows with 3, 0 and 2 scored tokens end at [3, 3, 5].
+    ends = np.cumsum(chosen.sum(1))
+    return [(np.flatnonzero(row), loss[end - row.sum() : end]) for row, end in zip(chosen, ends.tolist(), strict=True)]
+
+
+def batches(pieces: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
+    """Pieces of similar lengths together, so that little is padded."""
+    groups: list[list[Piece]] = []
+    # Lengths 3 4 4 9 at 12 tokens a batch: [3 4 4] (padded to 4 each, 12 in all) and [9].
+    for piece in sorted(pieces, key=lambda piece: len(piece.ids)):
+        if not groups or len(piece.ids) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(piece)
+    return groups
 
 
 def pad(rows: list[np.ndarray], value: int = 0) -> np.ndarray:
@@ -59,11 +102,13 @@ def _score(
     """(N,) losses in float32 (float64 for a float64 model), and (N,) hits."""
     body = model.base_model(input_ids=ids, use_cache=False, **_layouts(model, ids))
     hidden = body.last_hidden_state[:, :-1]  # (B, T-1, D), of several devices' last where the model is spread
+    # Token t is predicted from the hidden state at t - 1.
     chosen = chosen[:, 1:].to(hidden.device)
     hidden, targets = hidden[chosen], ids[:, 1:].to(hidden.device)[chosen]  # (N, D), (N,)
     head = model.get_output_embeddings()
     assert isinstance(head, torch.nn.Linear)
     transform = LogitTransform.of(model.config)
+    # Tokens of a tile, so that its logits take a bounded part of the memory.
     tile = default_tile(model.config.get_text_config().vocab_size, hidden.shape[1])
     if not live:
         return _tiles(head, hidden, targets, transform, tile)
@@ -75,9 +120,9 @@ def _tiles(
     head: Any, hidden: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses, hits = [hidden.new_zeros(0, dtype=torch.float32)], [targets.new_zeros(0, dtype=torch.bool)]
-    for start in range(0, len(targets), tile):
+    for start in range(0, len(targets), tile):  # L tokens and their logits (L, V) at a time
         logits = head(hidden[start : start + tile])
-        logits = transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))  # (L, V)
+        logits = transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         y = targets[start : start + tile].to(logits.device)
         losses.append(F.cross_entropy(logits, y, reduction="none").to(hidden.device))
         hits.append((logits.argmax(-1) == y).to(hidden.device))

@@ -1,7 +1,8 @@
-"""Agents and their prompts: fixed text (glue) with placeholders for what others share.
+"""Agents, their prompts' templates, and the prompts in tokens.
 
-A prompt is tokenised piece by piece, so that a placeholder's tokens are the same in every prompt: BOS, then each glue
-and each placeholder's text on its own. Placeholders may touch each other, stand at either end, or be empty.
+A template is fixed text (glue) with placeholders for what others share. A prompt is tokenised piece by piece, so that a
+placeholder's tokens are the same in every prompt: BOS, then each glue and each placeholder's text on its own.
+Placeholders may touch each other, stand at either end, or be empty.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from string import Formatter
 
 from anchorctx.errors import UserError
+
+Ids = tuple[int, ...]
+Encode = Callable[[str], Ids]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Slot:
 class Template:
     """Glue and placeholders (Slot) in order. Glue is text, or a tuple of token ids where its length must be exact."""
 
-    parts: tuple[str | tuple[int, ...] | Slot, ...]
+    parts: tuple[str | Ids | Slot, ...]
 
     @classmethod
     def parse(cls, text: str) -> Template:
@@ -37,8 +41,10 @@ class Template:
                 f"the template {text[:60]!r} has a brace without its other half ({error}): close the placeholder, or "
                 "write {{ and }} for single braces"
             ) from error
-        parts: list[str | tuple[int, ...] | Slot] = []
+        parts: list[str | Ids | Slot] = []
         glue = ""
+        # "Solve {q} now" gives ("Solve ", "q", "", None) and (" now", None, None, None). A literal ends at "{{" too, so
+        # glue is gathered until a placeholder follows.
         for literal, name, spec, conversion in fields:
             glue += literal
             if name is None:
@@ -54,22 +60,22 @@ class Template:
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """Names in order, repeated where they are."""
+        """Names in order, as often as they occur."""
         return tuple(part.name for part in self.parts if isinstance(part, Slot))
 
     @classmethod
     def of(cls, template: str | Template) -> Template:
-        """Parsed where it is not yet."""
+        """A template, parsed from text if need be."""
         return cls.parse(template) if isinstance(template, str) else template
 
     def reordered(self, names: Mapping[str, str]) -> Template:
-        """The same with placeholders exchanged: `names` says what stands where each name stood."""
+        """The same with placeholders exchanged: `names` maps each name to the one that takes its place."""
         return Template(tuple(Slot(names.get(p.name, p.name)) if isinstance(p, Slot) else p for p in self.parts))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an agent said, and how sure it was."""
+    """What an agent said, and how sure it was of it."""
 
     text: str
     """Empty when it said nothing."""
@@ -133,3 +139,101 @@ def check_placeholders(agent: Agent, template: Template, texts: Collection[str],
                 f"agent {agent.name!r} has the placeholder {{{name}}}, but the request and the topology give it "
                 f"{known}: correct the name, or connect the agents"
             )
+
+
+# -- prompts in tokens ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of a prompt's tokens: one glue text, or one placeholder's content."""
+
+    name: str | None
+    """The placeholder's name; None for glue."""
+    ids: Ids
+    start: int
+    """Slot and position of its first token."""
+    number: int
+    """Its place among the prompt's segments."""
+    occurrence: int = 0
+    """How often its placeholder stood in the prompt before."""
+
+    @property
+    def length(self) -> int:
+        """Tokens; 0 for an empty answer."""
+        return len(self.ids)
+
+    @property
+    def stop(self) -> int:
+        """Slot behind its last token."""
+        return self.start + len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """All of one agent's segments; the first is glue that begins with BOS."""
+
+    agent: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def ids(self) -> Ids:
+        """All tokens."""
+        return tuple(i for segment in self.segments for i in segment.ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.segments[-1].stop
+
+    @property
+    def placeholders(self) -> tuple[Segment, ...]:
+        """The segments that come from others."""
+        return tuple(segment for segment in self.segments if segment.name is not None)
+
+    def glue_after(self, segment: Segment) -> Segment | None:
+        """The fixed text right behind a placeholder; None at the end or before another placeholder."""
+        follower = self.segments[segment.number + 1 : segment.number + 2]
+        return follower[0] if follower and follower[0].name is None else None
+
+
+class Frame:
+    """A template in tokens, which makes prompts from contents."""
+
+    def __init__(self, agent: str, template: Template, encode: Encode, bos: int) -> None:
+        self.agent, self._encode = agent, encode
+        self._parts: list[tuple[str | None, Ids]] = [(None, (bos,))]
+        for part in template.parts:
+            name, ids = (part.name, ()) if isinstance(part, Slot) else (None, _tokens(part, encode))
+            if name is None and self._parts[-1][0] is None:  # BOS and a first text are one segment
+                self._parts[-1] = (None, self._parts[-1][1] + ids)
+            else:
+                self._parts.append((name, ids))
+
+    def prompt(self, contents: Mapping[str, Ids]) -> Prompt:
+        """The prompt with these contents."""
+        segments: list[Segment] = []
+        seen: dict[str, int] = {}
+        # Parts [BOS a], {x}, [b], {x} with x of 3 tokens: segments start at 0, 2, 5, 6; the second x has occurrence 1.
+        start = 0
+        for number, (name, ids) in enumerate(self._parts):
+            occurrence = 0
+            if name is not None:
+                ids, occurrence = contents[name], seen.get(name, 0)
+                seen[name] = occurrence + 1
+            segments.append(Segment(name, ids, start, number, occurrence))
+            start += len(ids)
+        return Prompt(self.agent, tuple(segments))
+
+    def skeleton(self) -> Prompt:
+        """The prompt with each placeholder's name as its content: the base KV of the glue is taken from it."""
+        return self.prompt({name: self._encode(name) for name, _ in self._parts if name is not None})
+
+
+def _tokens(glue: str | Ids, encode: Encode) -> Ids:
+    return encode(glue) if isinstance(glue, str) else glue
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens in which both agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

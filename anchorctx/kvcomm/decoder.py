@@ -18,8 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from anchorctx.errors import UserError
 from anchorctx.flops import layer_windows
 from anchorctx.kvcomm import grouped
-from anchorctx.kvcomm.cache import KV
-from anchorctx.kvcomm.rotary import Rope
+from anchorctx.kvcomm.cache import KV, Rope
 
 ATTENTION = ("sdpa", "eager", grouped.NAME)
 """Implementations that take the mask which scattered tokens need."""
@@ -92,6 +91,7 @@ class Decoder:
 
     def buffer(self, capacity: int, batch: int = 1) -> Buffer:
         """An empty buffer; what is never written is never read."""
+        # empty, not zeros: every slot is written before anything attends to it.
         heads, key_dim, value_dim = self._head_shape
         shape = (self.layers, batch, heads, capacity)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
@@ -125,12 +125,14 @@ class Decoder:
             shift: positions are slots plus this; -1 puts them one position earlier than their slots say.
             keep: how many of the last tokens' logits are wanted; 0 gives none.
         """
+        # A range from slot 0 is a plain causal prompt, for which attention needs no mask and no chunks.
         if isinstance(slots, range) and slots.start and len(slots) > CHUNK:
             return self._chunked(ids, buffer, slots, shift, keep)
         where = torch.arange(slots.start, slots.stop) if isinstance(slots, range) else slots
         where = where.to(self.device)
         stop = int(slots[-1]) + 1
         cache = _ScatterCache(buffer, slots if isinstance(slots, range) else where, stop)
+        # Slots [2, 5, 7]: the new KV goes to these places, and each token sees the slots up to its own, of 8 in all.
         mask = None if isinstance(slots, range) else self._mask(where, stop)
         out = self.model(
             input_ids=ids,
@@ -146,24 +148,21 @@ class Decoder:
         found = []
         for first in range(0, len(slots), CHUNK):
             part = slots[first : first + CHUNK]
+            # keep 700 of 1,200 tokens in chunks of 512, 512 and 176: the last 12, 512 and 176 of each.
             wanted = min(max(keep - (slots.stop - part.stop), 0), len(part))
             found.append(self.forward(ids[:, first : first + CHUNK], buffer, part, shift=shift, keep=wanted))
         return torch.cat(found, dim=1)
 
     def encode(self, ids: torch.Tensor, *, position: int = 0, behind: KV | None = None) -> KV:
         """The rotated KV of `ids` (B, T) from `position` on, which see `behind` (such as an anchor) and themselves."""
+        # `behind` takes the slots 0 .. ahead - 1, and `ids` follow; their positions are slots + shift, which need not
+        # continue those of `behind`.
         ahead = 0 if behind is None else behind.length
         buffer = self.buffer(ahead + ids.shape[1], ids.shape[0])
         if behind is not None:
             buffer.keys[:, :, :, :ahead], buffer.values[:, :, :, :ahead] = behind.keys, behind.values
         self.forward(ids, buffer, range(ahead, buffer.capacity), shift=position - ahead, keep=0)
         return buffer.kv(ahead, buffer.capacity, position)
-
-    def to_cache(self, kv: KV) -> DynamicCache:
-        """A cache for the model's own forward or `generate`, from rotated entries that begin at position 0."""
-        if kv.rotated_at != 0:
-            raise ValueError(f"a prompt's cache begins at position 0, got rotated_at={kv.rotated_at}: place it first")
-        return DynamicCache(ddp_cache_data=list(zip(kv.keys.unbind(0), kv.values.unbind(0), strict=True)))
 
     def from_cache(self, cache: Cache) -> KV:
         """A finished cache's entries, rotated, from position 0 on; a copy."""
@@ -172,7 +171,8 @@ class Decoder:
 
     def _mask(self, where: torch.Tensor, stop: int) -> torch.Tensor:
         """(1, 1, S, stop), additive: each token sees the slots up to its own. In the model's dtype, so that no layer
-        has to convert it; grouped attention has it as many times as it lays queries behind one another."""
+        has to convert it; grouped attention needs its rows once for every query head of a group."""
+        # where [2, 5], stop 6: rows 0 0 0 - - - and 0 0 0 0 0 0, with - for the lowest number of the dtype.
         hidden = torch.arange(stop, device=where.device)[None, :] > where.repeat(grouped.copies(self.model))[:, None]
         zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=where.device)
         return zeros.masked_fill_(hidden, torch.finfo(self.dtype).min)[None, None]
@@ -188,9 +188,9 @@ class Decoder:
     def _probe(self) -> tuple[int, int, int]:
         """Heads and head dimensions, after a check on the model itself that its keys move as we move them.
 
-        RoPE is relative: a whole prompt that moves keeps its un-rotated keys. Two tokens are run at two places; where
-        these keys differ, that layer rotates in another way (pairs of neighbours, as GPT-J does) or not at all, as
-        every fourth of SmolLM3 does.
+        RoPE is relative, so a prompt that moves as a whole keeps its un-rotated keys. Two tokens are run at two places.
+        A layer where their un-rotated keys differ rotates in another way (pairs of neighbours, as GPT-J does), or not
+        at all (every fourth layer of SmolLM3).
         """
         name = type(self.model).__name__
         try:
@@ -205,10 +205,11 @@ class Decoder:
         if len(layers) != self.layers or len(shapes) != 1:
             raise UserError(f"{name} does not cache the same keys in each layer: use a model whose layers are alike")
         here, there = (self.from_cache(cache) for cache in caches)
+        # The second cache says that it begins at 0; it was run at _PROBED. |here - moved| / |here| by layer.
         moved = self.rope.unrotated(KV(there.keys, there.values, _PROBED)).keys
         apart = (self.rope.unrotated(here).keys - moved).double().flatten(1).norm(dim=1)
         errors = (apart / here.keys.double().flatten(1).norm(dim=1)).tolist()
-        for layer, error in enumerate(errors):
+        for layer, error in enumerate(errors):  # not `>=`, so that nan is refused too
             if not error < _LIMIT:
                 raise UserError(
                     f"{name} rotates the keys of layer {layer} in another way than halves, or not at all (moving them "
@@ -240,7 +241,7 @@ class _ScatterLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None and self.values is not None
         for held, new in ((self.keys, key_states), (self.values, value_states)):
-            if isinstance(self._slots, range):
+            if isinstance(self._slots, range):  # neighbours: a slice is quicker than an index
                 held[:, :, self._slots.start : self._slots.stop] = new
             else:
                 held.index_copy_(2, self._slots, new.to(held.dtype))

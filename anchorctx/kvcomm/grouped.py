@@ -2,8 +2,8 @@
 
 transformers' own `sdpa` repeats each key head for its group of query heads as soon as there is a mask and more than one
 query: for 20 recomputed tokens behind 3,500 cached ones that copy takes longer than the attention. Here the queries of
-a group are laid one behind the other instead, so that one call serves the key head as it is. Same numbers; a model has
-to be loaded or set to it, nothing is patched.
+a group are laid one behind the other instead, so that one call serves the key head as it is. The numbers are the same.
+A model has to be loaded with this implementation or set to it; nothing is patched.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def register() -> str:
 
 
 def copies(model: PreTrainedModel) -> int:
-    """How often a mask's rows are needed by a model with this implementation; 1 with any other."""
+    """How often a model with this implementation needs the rows of a mask; 1 with any other implementation."""
     config = model.config.get_text_config()
     if config._attn_implementation != NAME:
         return 1
@@ -53,6 +53,8 @@ def grouped_attention(
     if attention_mask is None and length > 1:
         out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1, **options)
         return out.transpose(1, 2).contiguous(), None
+    # Hq = 4, H = 2, S = 3: heads 0 and 1 share key head 0, and their queries become its rows 0-2 and 3-5. So the mask's
+    # three rows are needed twice.
     packed = query.reshape(batch, key.shape[1], groups * length, query.shape[-1])
     mask = attention_mask
     if mask is not None and mask.shape[2] == length:

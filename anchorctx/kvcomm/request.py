@@ -1,5 +1,5 @@
-"""What an arm sees when an agent is about to speak, and the request's own state: nothing here is global or shared
-between requests.
+"""What an arm sees when an agent is about to speak, and the state of a request. Nothing here is global, and requests
+share nothing but what a session encodes once.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from anchorctx.kvcomm.agents import Frame, Ids, Prompt, Segment
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Buffer, Decoder
-from anchorctx.kvcomm.prompts import Frame, Ids, Prompt, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +36,21 @@ class Tally:
 
     def count(self, tokens: int, ahead: int = 0) -> None:
         """`tokens` were run behind `ahead` others."""
+        # Each new token sees all those ahead, and the new ones up to itself.
         self.tokens += tokens
         self.pairs += tokens * ahead + tokens * (tokens + 1) // 2
 
 
 @dataclass(slots=True)
 class RequestState:
-    """One request: its texts and messages in tokens, and what is known of their KV."""
+    """One request: its texts and messages, and the KV that was computed for them."""
 
     number: int
     """Requests are numbered as they are started."""
     contents: dict[str, Ids] = field(default_factory=dict)
+    """By placeholder: texts and messages in tokens."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """By placeholder: those of the contents that came as text, as they came."""
     shared: dict[str, Shared] = field(default_factory=dict)
     anchored: dict[tuple[Ids, int], KV] = field(default_factory=dict)
     """Documents encoded behind the anchor alone, by tokens and position."""
@@ -54,9 +58,14 @@ class RequestState:
     """KVCOMM: from its contents to exemplars, by placeholder and the exemplar's request."""
 
     def fork(self) -> RequestState:
-        """The same knowledge, which goes its own way from here."""
+        """A copy, independent from here on."""
         return RequestState(
-            self.number, dict(self.contents), dict(self.shared), dict(self.anchored), dict(self.distances)
+            self.number,
+            dict(self.contents),
+            dict(self.texts),
+            dict(self.shared),
+            dict(self.anchored),
+            dict(self.distances),
         )
 
 
@@ -79,6 +88,8 @@ class Prefixes:
         """By segment number. One run of the skeleton; a prefix stays rotated, the rest is kept un-rotated."""
         if frame not in self._glue:
             skeleton, rope = frame.skeleton(), self._decoder.rope
+            # Glue behind a placeholder depends on what stands there; the placeholder's name stands in for it. Copies,
+            # so that the rest of the run is freed.
             whole = self._decoder.encode(self._decoder.tensor(skeleton.ids))
             pieces = {s.number: (s, whole.cut(s.start, s.stop)) for s in skeleton.segments if s.name is None}
             self._glue[frame] = {
@@ -100,6 +111,7 @@ class Placement:
 
     def write(self, decoder: Decoder, buffer: Buffer) -> None:
         """Place the entries: keys rotated once, values as they are."""
+        # `naive` differs from `rotate` only here: it rotates to where the entries were computed, not to their slots.
         span = slice(self.start, self.start + self.kv.length)
         rotation = self.start if self.rotation is None else self.rotation
         decoder.rope.write(self.kv, rotation, buffer.keys[:, :, :, span])
@@ -107,8 +119,8 @@ class Placement:
 
 
 @dataclass(slots=True)
-class Scene:
-    """One agent's turn."""
+class TurnContext:
+    """What an arm sees of an agent's turn: the prompt, and the base KV of its parts, computed when first asked for."""
 
     decoder: Decoder
     prompt: Prompt
@@ -116,7 +128,7 @@ class Scene:
     request: RequestState
     prefixes: Prefixes
     keep: bool = True
-    """May the arm learn from this turn?"""
+    """Whether the arm may learn from this turn."""
     tally: Tally = field(default_factory=Tally)
 
     def glue(self, segment: Segment) -> Shared:
@@ -130,6 +142,7 @@ class Scene:
     def base(self, name: str) -> Shared:
         """Base KV of a placeholder's content: a message's own, or the text encoded behind BOS and header, once."""
         if name not in self.request.shared:
+            # BOS and the header stand in for the prompts that the text will be read in; their own KV is cut off.
             header, ids = self.prefixes.header, self.request.contents[name]
             whole = self._timed(lambda: self.decoder.encode(self.decoder.tensor([*header, *ids])))
             self.tally.count(len(header) + len(ids))
@@ -139,6 +152,7 @@ class Scene:
 
     def anchored(self, segment: Segment) -> KV:
         """The segment as a document of AnchorAttention: behind the anchor alone, at its own position; exact there."""
+        # Exact only where the same tokens stand at the same position; read by several agents, it is encoded once.
         key = (segment.ids, segment.start)
         if key not in self.request.anchored:
             anchor, ids = self.prefixes.anchor(), self.decoder.tensor(segment.ids)
@@ -148,7 +162,7 @@ class Scene:
         return self.request.anchored[key]
 
     def observed(self, buffer: Buffer, segment: Segment) -> KV:
-        """What this prompt's own run left for a segment, un-rotated."""
+        """What this prompt's run computed for a segment, un-rotated."""
         return self.decoder.rope.unrotated(buffer.kv(segment.start, segment.stop))
 
     def _timed(self, run: Callable[[], KV]) -> KV:

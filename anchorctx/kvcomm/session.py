@@ -1,62 +1,25 @@
 """A session: agents that run one checkpoint, who hears whom, and one arm; and the requests that go through it.
 
-Several requests may be open at once: each has its own state, and only what an arm learns from them is the session's.
-A session is for one thread.
+Several requests may be open at once: each has its own state, and only what an arm learns from them belongs to the
+session. A session is for one thread.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
-from anchorctx.kvcomm.agents import Agent, Answer, Template, check_agents, check_placeholders
+from anchorctx.kvcomm.agents import Agent, Answer, Frame, Ids, Prompt, Template, check_agents, check_placeholders
 from anchorctx.kvcomm.arms.basic import Arm, Dense
-from anchorctx.kvcomm.arms.registry import make_arm
+from anchorctx.kvcomm.arms.names import make_arm
 from anchorctx.kvcomm.decoder import Buffer, Decoder
-from anchorctx.kvcomm.prompts import Frame, Ids, Prompt
-from anchorctx.kvcomm.request import Prefixes, RequestState, Scene, now
+from anchorctx.kvcomm.request import Prefixes, RequestState, TurnContext, now
 from anchorctx.kvcomm.topology import TOPOLOGIES, Topology
-from anchorctx.kvcomm.turn import Prefill, keep_message, prefill, recite, speak, total
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one agent did."""
-
-    agent: str
-    prompt: Prompt
-    computed: int
-    """Prompt tokens that were run with this prompt."""
-    hidden: int
-    """Tokens that were run beside it: base texts, anchored documents, the message's own KV."""
-    reused: tuple[bool, ...]
-    """For each non-empty placeholder: did any of its KV come from elsewhere?"""
-    flops: float
-    """Forward FLOPs of the prefill with all hidden work."""
-    dense_flops: float
-    """Those of a dense prefill."""
-    seconds: dict[str, float]
-    """By part; see `engine`."""
-    answer: Answer
-    ids: Ids
-    """The answer's tokens."""
-    message: Ids
-    """What it passed on, in tokens."""
-    logits: torch.Tensor
-    """(n, V) that predicted the answer's tokens when it was given; (1, V), the first ones, otherwise."""
-    buffer: Buffer
-    """The prompt's KV."""
-
-    @property
-    def ttft(self) -> float:
-        """Seconds to the first token with all hidden work, upkeep too."""
-        return total(self.seconds)
+from anchorctx.kvcomm.turn import Turn, finished, keep_message, prefill, recite, speak
 
 
 class Session:
@@ -128,11 +91,13 @@ class Session:
         if clash:
             raise UserError(f"the request's text {clash[0]!r} has an agent's name: rename one")
         contents = {n: self.encode(x) if isinstance(x, str) else tuple(x) for n, x in texts.items()}
-        return Request(self, RequestState(next(self._numbers), contents))
+        plain = {n: x for n, x in texts.items() if isinstance(x, str)}
+        return Request(self, RequestState(next(self._numbers), contents, plain))
 
     def check(self, texts: Mapping[str, str | Sequence[int]]) -> None:
         """UserError where a request's prompts could grow past the model's length: every answer as long as it may be."""
         contents = dict(self.start(texts).state.contents)
+        # The longest prompts there can be: which tokens they have does not matter, so all are 0.
         contents |= {name: (0,) * agent.longest_message for name, agent in self.agents.items()}
         for name, frame in self.frames.items():
             self.check_length(name, frame.prompt(contents).length, self.agents[name].max_new_tokens)
@@ -183,9 +148,10 @@ class Request:
         session = self.session
         agent, decoder = session.agents[name], session.decoder
         prompt = self._prompt(name, frame, agent.max_new_tokens if answer is None else len(answer))
-        scene = Scene(decoder, prompt, frame or session.frames[name], self.state, session.prefixes, keep)
+        context = TurnContext(decoder, prompt, frame or session.frames[name], self.state, session.prefixes, keep)
+        # Room in the buffer: for the longest answer, or the given one.
         arm, room = session.arm_of(name), agent.max_new_tokens if answer is None else len(answer)
-        found = prefill(scene, arm, room)
+        found = prefill(context, arm, room)
         confidence = float(found.logits.float().softmax(-1).max())
         if answer is None:
             stop = None if agent.stop is None else lambda ids: agent.stop(session.decode(ids))  # type: ignore
@@ -195,18 +161,23 @@ class Request:
             ids, filled = answer, len(answer)
             logits = recite(decoder, found.buffer, prompt.length, found.logits, ids)
         said = Answer(session.decode(ids), confidence)
-        if message is None:
-            message = ids if agent.speak is None else session.encode(agent.speak(said, self._texts(prompt)))
+        text = None  # of the message, where it is not only tokens
+        if message is None and agent.speak is not None:
+            text = agent.speak(said, self._texts(prompt))
+            message = session.encode(text)
+        elif message is None:
+            text, message = said.text, ids
         began = now(decoder.device)
-        if keep:
-            arm.observe(scene, found.buffer, found.given)
+        if keep:  # the arm learns first: the message that follows may move the buffer to a larger one
+            arm.observe(context, found.buffer, found.given)
             self.answers[name] = said
-            self._keep(scene, found.buffer, message, filled if message[: len(ids)] == ids else 0)
+            # A message that begins with the answer has the KV of its first tokens in the buffer already.
+            self._keep(context, found.buffer, message, text, filled if message[: len(ids)] == ids else 0)
         seconds = found.seconds | {"upkeep": now(decoder.device) - began}
-        return _turn(session, scene, found, seconds, said, ids, message, logits)
+        return finished(session.flops, context, found, seconds, said, ids, message, logits)
 
     def fork(self) -> Request:
-        """The request as it stands, to try something on: what is worked out there is not known here."""
+        """A copy of the request as it stands, to try something on: what is computed there is not known here."""
         other = Request(self.session, self.state.fork())
         other.answers = dict(self.answers)
         return other
@@ -220,55 +191,29 @@ class Request:
         return prompt
 
     def _texts(self, prompt: Prompt) -> dict[str, str]:
-        return {s.name: self.session.decode(s.ids) for s in prompt.placeholders if s.name is not None}
+        """What stands in a prompt's placeholders as text; only what came as tokens is decoded."""
+        names = [segment.name for segment in prompt.placeholders if segment.name is not None]
+        known, contents = self.state.texts, self.state.contents
+        return {name: known[name] if name in known else self.session.decode(contents[name]) for name in names}
 
-    def _keep(self, scene: Scene, buffer: Buffer, message: Ids, filled: int) -> None:
+    def _keep(self, context: TurnContext, buffer: Buffer, message: Ids, text: str | None, filled: int) -> None:
         """Make a message known to those who hear it; its first `filled` tokens have their KV in the buffer."""
-        session, name = self.session, scene.prompt.agent
-        if scene.prompt.length + len(message) > session.decoder.reach:
+        session, name = self.session, context.prompt.agent
+        if context.prompt.length + len(message) > session.decoder.reach:
             raise UserError(
-                f"agent {name!r} has a prompt of {scene.prompt.length} tokens and a message of {len(message)}, but the "
-                f"model reaches {session.decoder.reach}: shorten what it passes on"
+                f"agent {name!r} has a prompt of {context.prompt.length} tokens and a message of {len(message)}, but "
+                f"the model reaches {session.decoder.reach}: shorten what it passes on"
             )
         self.state.contents[name] = message
-        known = self.state.distances  # of what it said before, where it speaks a second time
+        self.state.texts.pop(name, None)  # of what the agent said before, where it speaks a second time
+        if text is not None:
+            self.state.texts[name] = text
+        known = self.state.distances
+        # Distances are of the agent's former message; those of other contents stay.
         self.state.distances = {key: distance for key, distance in known.items() if key[0] != name}
         heard = any(name in inputs for inputs in session.topology.inputs.values())
         if session.arm.shares and heard:
-            self.state.shared[name] = keep_message(scene, buffer, message, filled)
-
-
-def _turn(
-    session: Session,
-    scene: Scene,
-    found: Prefill,
-    seconds: dict[str, float],
-    answer: Answer,
-    ids: Ids,
-    message: Ids,
-    logits: torch.Tensor,
-) -> Turn:
-    tally, length, flops = scene.tally, scene.prompt.length, session.flops
-    layers = len(flops.windows)
-
-    def forward(tokens: int, pairs: int) -> float:
-        return (flops.per_token * tokens + flops.per_pair * pairs * layers) / 3  # ModelFlops counts the backward too
-
-    return Turn(
-        agent=scene.prompt.agent,
-        prompt=scene.prompt,
-        computed=found.computed,
-        hidden=tally.tokens,
-        reused=found.reused,
-        flops=forward(found.computed + tally.tokens, found.pairs + tally.pairs),
-        dense_flops=forward(length, length * (length + 1) // 2),
-        seconds=seconds,
-        answer=answer,
-        ids=ids,
-        message=message,
-        logits=logits,
-        buffer=found.buffer,
-    )
+            self.state.shared[name] = keep_message(context, buffer, message, filled)
 
 
 def _topology(topology: str | Topology, names: list[str]) -> Topology:

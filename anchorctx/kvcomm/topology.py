@@ -30,6 +30,7 @@ class Topology:
         order: list[str] = []
         path: list[str] = []
 
+        # Depth first: an agent comes after all that it hears, and meeting one that is still on the path closes a cycle.
         def visit(name: str) -> None:
             if name in path:
                 cycle = " -> ".join([*path[path.index(name) :], name])
@@ -48,7 +49,7 @@ class Topology:
 
     @property
     def last(self) -> tuple[str, ...]:
-        """Those whom nobody hears."""
+        """The agents that no other agent hears."""
         heard = {other for inputs in self.inputs.values() for other in inputs}
         return tuple(name for name in self.order if name not in heard)
 
@@ -74,6 +75,7 @@ def full(names: Sequence[str]) -> Topology:
 
 def mesh(names: Sequence[str]) -> Topology:
     """A square grid, row by row: each hears its left and its upper neighbour."""
+    # 5 agents, width 3: rows (0 1 2) and (3 4); agent 4 hears 1 (above) and 3 (to its left).
     width = math.isqrt(max(len(names) - 1, 0)) + 1
     return _from(names, lambda i: [*([i - width] if i >= width else []), *([i - 1] if i % width else [])])
 
@@ -82,6 +84,7 @@ def layered(names: Sequence[str], width: int = 2) -> Topology:
     """Layers of `width` agents: each hears the whole layer before its own."""
     if width < 1:
         raise UserError(f"a layered topology of width {width} has no agents in a layer: give a width of at least 1")
+    # Width 2: agents 4 and 5 hear 2 and 3. In the first layer the range is negative, which `_from` leaves out.
     return _from(names, lambda i: list(range((i // width - 1) * width, i // width * width)))
 
 

@@ -1,6 +1,6 @@
 """One agent's turn: fill the prompt's cache, compute the rest, speak, and keep the message's KV. One path for all arms.
 
-Seconds are taken on the same path for every arm, and nothing is left out of time to first token but decoding:
+All arms are timed on the same path, and nothing but decoding is left out of the time to first token:
 `match` (deciding, approximating), `encode` (base KV, anchored documents), `assemble` (placing), `forward` (the first
 token), `upkeep` (observing offsets, keeping the message).
 """
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from anchorctx.flops import ModelFlops
+from anchorctx.kvcomm.agents import Answer, Ids, Prompt
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.decoder import Buffer, Decoder
-from anchorctx.kvcomm.prompts import Ids
-from anchorctx.kvcomm.request import Placement, Scene, Shared, now
+from anchorctx.kvcomm.request import Placement, Shared, TurnContext, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,46 @@ class Prefill:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one agent did."""
+
+    agent: str
+    prompt: Prompt
+    computed: int
+    """Prompt tokens that were run with this prompt."""
+    hidden: int
+    """Tokens that were run beside it: base texts, anchored documents, the message's own KV."""
+    reused: tuple[bool, ...]
+    """For each non-empty placeholder: did any of its KV come from elsewhere?"""
+    flops: float
+    """Forward FLOPs of the prefill with all hidden work."""
+    dense_flops: float
+    """Those of a dense prefill."""
+    seconds: dict[str, float]
+    """By part; see the module."""
+    answer: Answer
+    ids: Ids
+    """The answer's tokens."""
+    message: Ids
+    """What it passed on, in tokens."""
+    logits: torch.Tensor
+    """(n, V) that predicted the answer's tokens when it was given; (1, V), the first ones, otherwise."""
+    buffer: Buffer
+    """The prompt's KV."""
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token with all hidden work, upkeep too."""
+        return total(self.seconds)
+
+
 @torch.no_grad()
-def prefill(scene: Scene, arm: Arm, room: int) -> Prefill:
+def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
     """Place what the arm gives, run the model on every other token; the buffer has `room` for what follows."""
-    decoder, prompt = scene.decoder, scene.prompt
+    decoder, prompt = context.decoder, context.prompt
     clock = [now(decoder.device)]
-    given = tuple(p for p in arm.place(scene) if p.kv.length)
+    given = tuple(p for p in arm.place(context) if p.kv.length)
     clock.append(now(decoder.device))
     buffer = decoder.buffer(prompt.length + room)
     missing = torch.ones(prompt.length, dtype=torch.bool)
@@ -48,15 +83,17 @@ def prefill(scene: Scene, arm: Arm, room: int) -> Prefill:
         placement.write(decoder, buffer)
         missing[placement.start : placement.start + placement.kv.length] = False
     reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
-    missing[-1] = True
+    missing[-1] = True  # its logits are needed, whatever was placed there
     slots = torch.nonzero(missing)[:, 0]
     clock.append(now(decoder.device))
     ids = decoder.tensor(prompt.ids)[:, slots.to(decoder.device)]
     logits = decoder.forward(ids, buffer, _range_of(slots))[0, -1]
     clock.append(now(decoder.device))
+    # Encoding happens inside `place`, on demand: it is taken out of `match` and shown apart.
     match, assemble, forward = (b - a for a, b in zip(clock, clock[1:], strict=False))
-    seconds = {"match": match - scene.tally.seconds, "encode": scene.tally.seconds}
+    seconds = {"match": match - context.tally.seconds, "encode": context.tally.seconds}
     seconds |= {"assemble": assemble, "forward": forward}
+    # The token in slot s sees s + 1 slots, itself included.
     return Prefill(buffer, logits, given, len(slots), int((slots + 1).sum()), reused, seconds)
 
 
@@ -79,32 +116,71 @@ def speak(
         answer.append(token)
         if len(answer) == limit or (stop is not None and stop(tuple(answer))):
             return tuple(answer), len(answer) - 1
+        # The first token came from the prefill's logits; its KV is computed when the second one is asked for.
         at = length + len(answer) - 1
         logits = decoder.forward(decoder.tensor([token]), buffer, range(at, at + 1))[0, -1]
 
 
 @torch.no_grad()
 def recite(decoder: Decoder, buffer: Buffer, length: int, logits: torch.Tensor, answer: Ids) -> torch.Tensor:
-    """Speak a given answer: logits (max(1, n), V) that predict its tokens; their KV is in the buffer afterwards."""
+    """Run a given answer: logits (max(1, n), V) that predict its tokens; their KV is in the buffer afterwards."""
     if not answer:
         return logits[None]
     at = range(length, length + len(answer))
+    # The prefill predicts answer[0]; running answer[0 .. n-1] predicts answer[1 .. n], of which the last is not needed.
     following = decoder.forward(decoder.tensor(answer), buffer, at, keep=len(answer))[0]
     return torch.cat([logits[None], following[:-1]])
 
 
 @torch.no_grad()
-def keep_message(scene: Scene, buffer: Buffer, message: Ids, filled: int) -> Shared:
+def keep_message(context: TurnContext, buffer: Buffer, message: Ids, filled: int) -> Shared:
     """The message's KV as its speaker computed it, un-rotated; its first `filled` tokens are in the buffer already."""
-    decoder, length = scene.decoder, scene.prompt.length
+    decoder, length = context.decoder, context.prompt.length
+    # `filled` is 0 where the message does not begin with the answer, and one short where the answer reached its limit:
+    # its last token was not run.
     if filled < len(message):
         if buffer.capacity < length + len(message):
             buffer = _grown(decoder, buffer, length + filled, length + len(message))
         at = range(length + filled, length + len(message))
         decoder.forward(decoder.tensor(message[filled:]), buffer, at, keep=0)
-        scene.tally.count(len(message) - filled, length + filled)
+        context.tally.count(len(message) - filled, length + filled)
     kv = decoder.rope.unrotated(buffer.kv(length, length + len(message)))
     return Shared(kv.copy(), length)
+
+
+def finished(
+    flops: ModelFlops,
+    context: TurnContext,
+    found: Prefill,
+    seconds: dict[str, float],
+    answer: Answer,
+    ids: Ids,
+    message: Ids,
+    logits: torch.Tensor,
+) -> Turn:
+    """The turn of an agent that has spoken, with its work in FLOPs."""
+    tally, length = context.tally, context.prompt.length
+    layers = len(flops.windows)
+
+    def forward(tokens: int, pairs: int) -> float:
+        # ModelFlops counts forward and backward, which is three times the forward.
+        return (flops.per_token * tokens + flops.per_pair * pairs * layers) / 3
+
+    return Turn(
+        agent=context.prompt.agent,
+        prompt=context.prompt,
+        computed=found.computed,
+        hidden=tally.tokens,
+        reused=found.reused,
+        flops=forward(found.computed + tally.tokens, found.pairs + tally.pairs),
+        dense_flops=forward(length, length * (length + 1) // 2),
+        seconds=seconds,
+        answer=answer,
+        ids=ids,
+        message=message,
+        logits=logits,
+        buffer=found.buffer,
+    )
 
 
 def _range_of(slots: torch.Tensor) -> range | torch.Tensor:
@@ -121,5 +197,5 @@ def _grown(decoder: Decoder, buffer: Buffer, used: int, capacity: int) -> Buffer
 
 
 def total(seconds: dict[str, float], parts: Sequence[str] = ()) -> float:
-    """Sum of all parts, or of some."""
+    """Sum of all parts, or of those in `parts`."""
     return sum(value for name, value in seconds.items() if not parts or name in parts)

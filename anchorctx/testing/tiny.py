@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -122,22 +123,46 @@ def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def text_model(tokenizer: PreTrainedTokenizerBase, reach: int) -> LlamaForCausalLM:
-    """A random Llama of two layers for a tokenizer's vocabulary and prompts of up to `reach` tokens."""
+def text_model(
+    tokenizer: PreTrainedTokenizerBase,
+    reach: int,
+    *,
+    width: int = 32,
+    layers: int = 2,
+    spread: float = 0.3,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A random Llama for a tokenizer's vocabulary.
+
+    Args:
+        tokenizer: gives the size of the vocabulary, BOS and EOS.
+        reach: max_position_embeddings, in tokens.
+        width: hidden and intermediate size.
+        layers: decoder layers, of two heads each.
+        spread: standard deviation of the weights.
+        seed: of the weights.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=reach,
-        initializer_range=0.3,
+        initializer_range=spread,
         bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
         eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
     )
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return LlamaForCausalLM(config).eval()
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> Path:
+    """Write a model with its tokenizer as a Hugging Face folder; returns the folder."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 @contextlib.contextmanager

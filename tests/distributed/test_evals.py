@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from anchorctx.config import resolve
 from anchorctx.data.sources.source import SourceConfig
@@ -20,6 +18,7 @@ from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
 from anchorctx.evals.runner import EvalConfig, EvalName, evaluate
 from anchorctx.records.results import Result, read_results
+from anchorctx.testing.tiny import save, text_model
 from anchorctx.train.config import ExportConfig
 from anchorctx.train.export import export
 
@@ -74,22 +73,9 @@ def test_the_live_model_is_measured_under_zero_3_as_in_one_process(launcher: Any
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that RULER's documents fit."""
-    torch.manual_seed(0)
     tokenizer = train_tokenizer(vocabulary=1024, sample_chars=300_000)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
-        eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
-    )
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    model = text_model(tokenizer, 1024, width=16, layers=1, spread=0.02)
+    return save(model, tokenizer, tmp_path_factory.mktemp("models") / "tiny")
 
 
 SMALL = (

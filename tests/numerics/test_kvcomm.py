@@ -10,17 +10,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from anchorctx.kvcomm import grouped
-from anchorctx.kvcomm.agents import Template
+from anchorctx.kvcomm.agents import Frame, Ids, Template
 from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
 from anchorctx.kvcomm.arms.offsets import Kvcomm, MeanOffset
 from anchorctx.kvcomm.cache import KV, concatenate
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.prompts import Frame, Ids
-from anchorctx.kvcomm.request import Prefixes, RequestState, Scene
+from anchorctx.kvcomm.request import Prefixes, RequestState, TurnContext
 from anchorctx.kvcomm.turn import Prefill, keep_message, prefill, recite
 from anchorctx.layout import PackedLayout
 from anchorctx.models import RopeConfig, RopeType
@@ -69,9 +68,9 @@ def encode(text: str) -> Ids:
     return tuple(ord(c) % 90 + 3 for c in text)
 
 
-def scene(decoder: Decoder, contents: dict[str, Ids], template: Template = TEMPLATE, number: int = 0) -> Scene:
+def context(decoder: Decoder, contents: dict[str, Ids], template: Template = TEMPLATE, number: int = 0) -> TurnContext:
     frame = Frame("agent", template, encode, BOS)
-    return Scene(
+    return TurnContext(
         decoder, frame.prompt(contents), frame, RequestState(number, dict(contents)), Prefixes(decoder, BOS, (5, 6))
     )
 
@@ -163,7 +162,8 @@ def test_generate_from_a_placed_cache_equals_dense(model: PreTrainedModel, decod
     """transformers' own `generate` goes on from N - 1 entries that were stored un-rotated and placed again."""
     ids = random_ids(2, 16, seed=4)
     plain = decoder.rope.unrotated(decoder.encode(ids[:, :-1]))
-    cache = decoder.to_cache(decoder.rope.rotated(plain, 0))
+    placed = decoder.rope.rotated(plain, 0)
+    cache = DynamicCache(ddp_cache_data=list(zip(placed.keys.unbind(0), placed.values.unbind(0), strict=True)))
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids), "eos_token_id": None}
     name = decoder._cache_name
     assert torch.equal(model.generate(ids, **{name: cache}, **options), model.generate(ids, **options))  # type: ignore
@@ -191,7 +191,7 @@ def test_arms_that_compute_everything_are_dense(decoder: Decoder) -> None:
     contents = {"x": X, "y": Y}
     pool = Kvcomm()
     for arm in (Dense(), DensePrefixCache(), RotateGlue(first=100), pool, MeanOffset()):
-        here = scene(decoder, contents)
+        here = context(decoder, contents)
         found = prefill(here, arm, 0)
         expected = dense_logits(decoder, here.prompt.ids)
         assert max_error(found.logits, expected[-1]) < EXACT, arm.name
@@ -202,9 +202,9 @@ def test_arms_that_compute_everything_are_dense(decoder: Decoder) -> None:
 
 def test_prefix_cache_is_exact_and_reuses_what_is_equal(decoder: Decoder) -> None:
     arm = DensePrefixCache()
-    first = scene(decoder, {"x": X, "y": Y})
+    first = context(decoder, {"x": X, "y": Y})
     arm.observe(first, (found := prefill(first, arm, 0)).buffer, found.given)
-    second = scene(decoder, {"x": X, "y": (9, 8, 70)})
+    second = context(decoder, {"x": X, "y": (9, 8, 70)})
     found = prefill(second, arm, 0)
     assert found.computed == second.prompt.length - (3 + len(X) + 2 + 2)
     assert max_error(found.logits, dense_logits(decoder, second.prompt.ids)[-1]) < EXACT
@@ -213,10 +213,10 @@ def test_prefix_cache_is_exact_and_reuses_what_is_equal(decoder: Decoder) -> Non
 
 
 def test_layer_0_is_exact_in_every_moving_arm(decoder: Decoder) -> None:
-    here = scene(decoder, {"x": X, "y": Y})
+    here = context(decoder, {"x": X, "y": Y})
     dense = decoder.encode(decoder.tensor(here.prompt.ids))
     found = whole(prefill(here, Rotate(), 0), here.prompt.length)
-    naive = whole(prefill(scene(decoder, {"x": X, "y": Y}), Naive(), 0), here.prompt.length)
+    naive = whole(prefill(context(decoder, {"x": X, "y": Y}), Naive(), 0), here.prompt.length)
     assert max_error(found.keys[0], dense.keys[0]) < EXACT
     assert max_error(found.values[0], dense.values[0]) < EXACT
     assert max_error(found.values[1], dense.values[1]) > 0.01
@@ -233,10 +233,10 @@ def test_the_sample_itself_as_only_exemplar_reproduces_dense(
         if arm_type == "kvcomm"
         else MeanOffset(warmup=1)
     )
-    first = scene(decoder, {"x": X, "y": Y}, number=0)
+    first = context(decoder, {"x": X, "y": Y}, number=0)
     found = prefill(first, arm, 0)
     arm.observe(first, found.buffer, found.given)
-    second = scene(decoder, {"x": X, "y": Y}, number=1)
+    second = context(decoder, {"x": X, "y": Y}, number=1)
     again = prefill(second, arm, 0)
     assert all(again.reused) and again.computed < 7
     assert error(whole(again, second.prompt.length), whole(found, first.prompt.length)) < EXACT
@@ -246,9 +246,9 @@ def test_the_sample_itself_as_only_exemplar_reproduces_dense(
 def test_a_content_that_cannot_be_shared_computes_itself_alone(decoder: Decoder) -> None:
     """y is longer than its exemplar: it and the glue behind it are computed, x stays approximated; x's KV is exact."""
     arm = Kvcomm(PoolConfig(gamma=1.0, min_exemplars=1))
-    first = scene(decoder, {"x": X, "y": Y}, Template.parse("ab{x}cd{y}ef"))
+    first = context(decoder, {"x": X, "y": Y}, Template.parse("ab{x}cd{y}ef"))
     arm.observe(first, (found := prefill(first, arm, 0)).buffer, found.given)
-    second = scene(decoder, {"x": X, "y": (*Y, 4)}, Template.parse("ab{x}cd{y}ef"), number=1)
+    second = context(decoder, {"x": X, "y": (*Y, 4)}, Template.parse("ab{x}cd{y}ef"), number=1)
     found = prefill(second, arm, 0)
     assert found.reused == (True, False) and found.computed == len(Y) + 1 + 2
     assert max_error(found.logits, dense_logits(decoder, second.prompt.ids)[-1]) < EXACT
@@ -259,7 +259,7 @@ def test_a_content_that_cannot_be_shared_computes_itself_alone(decoder: Decoder)
 
 def test_messages_keep_the_speakers_own_kv(decoder: Decoder) -> None:
     """What a speaker's cache holds of its message equals a dense run over prompt and message."""
-    here, message = scene(decoder, {"x": X, "y": Y}), (33, 44, 55, 66)
+    here, message = context(decoder, {"x": X, "y": Y}), (33, 44, 55, 66)
     found = prefill(here, Dense(), 4)
     recite(decoder, found.buffer, here.prompt.length, found.logits, message[:2])
     for filled in (2, 0):  # its own words go on, or another message replaces them
@@ -269,7 +269,7 @@ def test_messages_keep_the_speakers_own_kv(decoder: Decoder) -> None:
 
 
 def test_recited_logits_are_the_dense_ones(decoder: Decoder) -> None:
-    here, answer = scene(decoder, {"x": X, "y": Y}), (33, 44, 55)
+    here, answer = context(decoder, {"x": X, "y": Y}), (33, 44, 55)
     found = prefill(here, Dense(), 3)
     logits = recite(decoder, found.buffer, here.prompt.length, found.logits, answer)
     expected = dense_logits(decoder, (*here.prompt.ids, *answer))[here.prompt.length - 1 : -1]
@@ -287,13 +287,13 @@ def anchored_logits(decoder: Decoder, layout: PackedLayout, ids: Ids, final: int
 
 
 def test_anchored_equals_one_forward_under_the_anchor_mask(decoder: Decoder) -> None:
-    here = scene(decoder, {"x": X, "y": Y}, Template.parse("{x}cd{y}{x}ef"))
+    here = context(decoder, {"x": X, "y": Y}, Template.parse("{x}cd{y}{x}ef"))
     offsets = (0, *(s.stop for s in here.prompt.segments))
     found = prefill(here, Anchored(), 0)
     expected = anchored_logits(decoder, PackedLayout(offsets, 1), here.prompt.ids, final=2)
     assert max_error(found.logits, expected) < EXACT
     assert max_error(found.logits, dense_logits(decoder, here.prompt.ids)[-1]) > 0.01
-    at_end = scene(decoder, {"x": X, "y": Y}, Template.parse("{x}{y}"))
+    at_end = context(decoder, {"x": X, "y": Y}, Template.parse("{x}{y}"))
     offsets = (0, *(s.stop for s in at_end.prompt.segments))
     found = prefill(at_end, Anchored(), 0)
     assert max_error(found.logits, anchored_logits(decoder, PackedLayout(offsets, 1), at_end.prompt.ids, 1)) < EXACT

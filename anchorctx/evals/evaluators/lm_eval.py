@@ -1,10 +1,10 @@
 """lm-eval (EleutherAI's harness) on a model that is already loaded, with our attention and RoPE settings in place.
 
 Tasks, prompts, seeds and scores are lm-eval's own, through `simple_evaluate`, one task a call: the numbers are those of
-its command line on the same folder. Around it this module finds tasks, says what they need from the hub before
+its command line on the same folder. Around it this module finds tasks, fetches what they need from the hub before
 anything starts, keeps the library quiet, and shares requests over the processes of torchrun.
 
-The only importer of lm_eval, and only when a task is asked for: it is the extra `eval`.
+Only this module imports lm_eval, and only when a task is asked for: it is in the extra `eval`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit
-from anchorctx.evals.distribute import place, same_everywhere
+from anchorctx.evals.distribute import rank_and_size, same_everywhere
 from anchorctx.evals.evaluators.config import HarnessConfig, LmEvalConfig
 from anchorctx.records.results import Result
 from anchorctx.settings import check_ranges
@@ -39,7 +39,7 @@ from anchorctx.settings import check_ranges
 logger = logging.getLogger(__name__)
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "arrow", "text")
-"""What `dataset_path` says when a task's data lie in files of its own."""
+"""What `dataset_path` says when a task's data are in its own files."""
 
 
 class LmEval:
@@ -71,7 +71,7 @@ class LmEval:
         return [{"asked": task} for task in dict.fromkeys(self.config.tasks)]
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """See Evaluator: unknown names, and data that the hub does not give, are found before anything starts."""
+        """See Evaluator: refuses unknown names, and tasks whose data the hub does not give, before anything starts."""
         if self._checked:
             return
         found = task_index(self.config.include_path)
@@ -91,6 +91,7 @@ class LmEval:
         found = run_tasks(subject, [unit["asked"]], tasks, self.config, progress, **options)
         for task, measures in found["results"].items():
             for measure, value, error in _numbers(measures):
+                # lm-eval gives a standard error; 1.96 of them are a 95 % interval.
                 low, high = (None, None) if error is None else (value - 1.959964 * error, value + 1.959964 * error)
                 context = unit | {"task": task, "measure": measure}
                 n = int(measures.get("sample_len") or 0)
@@ -118,6 +119,7 @@ def run_tasks(
             apply_chat_template=config.apply_chat_template,
             **options,
         )
+    # Only the first process gets results from lm-eval; the others get None.
     kept = {} if found is None else {name: found.get(name) for name in ("results", "samples")}
     return same_everywhere(kept)
 
@@ -125,6 +127,7 @@ def run_tasks(
 def _numbers(measures: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
     """(measure, value, standard error where known) of one task; a filter's name follows the measure, if it has one."""
     for key, value in measures.items():
+        # Keys are "acc,none", "acc_stderr,none", "exact_match,strict-match", and "alias" without a comma.
         metric, comma, chain = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
@@ -153,6 +156,7 @@ def leaves(task: str, index: dict[str, Any]) -> list[str]:
     entry = index.get(task)
     if entry is None:
         return []
+    # A group lists its members, names or settings; a tag knows the tasks that carry it.
     members = entry.cfg.get("task", []) if entry.cfg and "group" in entry.cfg else sorted(entry.tags)
     if entry.kind.name in ("TASK", "PY_TASK"):
         return [task]
@@ -184,7 +188,8 @@ def _hub_source(config: dict[str, Any]) -> str | None:
 def task_manager(include_path: str | None, folder: str | None = None, metadata: dict[str, Any] | None = None) -> Any:
     """lm-eval's task manager; reading all its task files takes 10 s, so that is done once."""
     manager = copy.copy(_read_tasks(include_path, folder))
-    manager._factory = type(manager._factory)(meta=metadata or {})  # as its constructor does with metadata
+    # As the constructor does with metadata, which a manager from the cache was made without.
+    manager._factory = type(manager._factory)(meta=metadata or {})
     return manager
 
 
@@ -271,12 +276,12 @@ def _language_model(subject: Subject, config: HarnessConfig, progress: Progress)
             with quiet():  # it warns that a loaded model cannot be shared, which the rest of this class does
                 super().__init__(
                     pretrained=subject.model,
-                    tokenizer=copy.deepcopy(subject.tokenizer),  # it may set a padding token
+                    tokenizer=copy.deepcopy(subject.tokenizer),  # lm-eval may set a padding token on it
                     batch_size=config.batch_size,
                     max_length=config.max_length,
                     add_bos_token=config.add_bos_token,
                 )
-            self._rank, self._world_size = place()
+            self._rank, self._world_size = rank_and_size()
             self._requests = 0
 
         def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -286,6 +291,8 @@ def _language_model(subject: Subject, config: HarnessConfig, progress: Progress)
 
         def barrier(self) -> None:
             torch_dist.barrier()
+
+        # The three kinds of requests: remember how many there are, and leave the screen to one bar, which is ours.
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             self._requests = len(requests)

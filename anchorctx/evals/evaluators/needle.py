@@ -1,9 +1,9 @@
-"""Needle map: is a fact found again, by how long the context is and how deep in it the fact lies?
+"""Needle map: is a fact retrieved, by how long the context is and how deep in it the fact lies?
 
 A row is text of the user's corpus with one needle at a depth from 0 (right behind the anchor) to 1 (right before the
 question), and with distractors of the same form elsewhere, so that the needle must be told apart by its key. The
-question stands at the end. The answer is right when each of its tokens is the model's argmax, given those before it:
-that is when greedy decoding would write it. Its log-likelihood also tells apart models that are never right.
+question stands at the end. The answer is right when each of its tokens is the model's argmax, given those before it,
+which is when greedy decoding would write it. Its log-likelihood also tells apart models that are never right.
 
 Two styles: `facts`, the planted key and value tokens of `anchorctx.data.sources.facts`, for very small models that
 learnt them; and `sentences`, in plain English in the manner of RULER's multi-key needles (arXiv 2404.06654), for real
@@ -94,6 +94,7 @@ class NeedleMap:
         low, high = wilson_interval(int(hits.sum()), len(hits))
         options: dict[str, Any] = {"n": len(hits), "context": context}
         yield Result(metric="needle_accuracy", value=float(hits.mean()), unit="1", low=low, high=high, **options)
+        # A log-likelihood is at most 0, and so is the end of its interval.
         ends = mean_interval(logprobs.tolist())
         low, high = (None, None) if ends is None else (ends[0], min(ends[1], 0.0))
         yield Result(metric="needle_logprob", value=float(logprobs.mean()), unit="nats", low=low, high=high, **options)
@@ -123,9 +124,10 @@ class NeedleMap:
         stream, line_start = self._stream(tokenizer)
         start = int(rng.integers(0, max(len(stream) - text, 0) + 1))
         ids, starts = stream[start : start + text], line_start[start : start + text]
+        # slots[0] is our needle's, the others are the distractors'; each is an index into the text.
         slots = [_nearest(starts, depth), *(_nearest(starts, d) for d in rng.random(self.config.distractors).tolist())]
         parts, done = [np.array([anchor_token(tokenizer)])], 0
-        # of needles at one place ours comes first, except right before the question, where it comes last
+        # Of several needles at one place ours comes first, but last right before the question (depth 1).
         for i in sorted(range(len(slots)), key=lambda i: (slots[i], (i == 0) == (depth == 1.0))):
             parts += [ids[done : slots[i]], statements[i]]
             done = slots[i]
@@ -141,6 +143,7 @@ class Facts:
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         """`count` statements with different keys, and the question and answer about the first; token ids."""
+        # Keys differ, or the question would have two answers; values may repeat.
         keys = self.tokens.keys[rng.permutation(NUM_KEYS)[:count]]
         values = self.tokens.values[rng.integers(0, NUM_KEYS, size=count)]
         return [np.array(pair) for pair in zip(keys, values, strict=True)], keys[:1], values[:1]
@@ -160,7 +163,8 @@ class Sentences:
         statements = [self._ids(STATEMENT.format(place=p, code=c)) for p, c in zip(places, codes, strict=True)]
         question = QUESTION.format(place=places[0])
         asked = self._ids(question)
-        whole = self._ids(f"{question} {codes[0]}")  # in one piece: some tokenizers put a space before each text
+        # Encoded in one piece: some tokenizers put a space before each text.
+        whole = self._ids(f"{question} {codes[0]}")
         return statements, asked, whole[len(asked) :]
 
     def _ids(self, text: str) -> np.ndarray:
@@ -173,6 +177,7 @@ def _answers(subject: Subject, rows: list[tuple[np.ndarray, int]]) -> tuple[np.n
     chosen = np.zeros(ids.shape, dtype=bool)
     for where, (row, size) in zip(chosen, rows, strict=True):
         where[len(row) - size : len(row)] = True
+    # Answers of 2, 3 and 2 tokens begin at [0, 2, 5] in the scored tokens; reduceat takes each one's all and sum.
     found, starts = score(subject, ids, chosen), np.cumsum([0, *(size for _, size in rows[:-1])])
     return np.logical_and.reduceat(found.hit, starts), -np.add.reduceat(found.loss, starts)
 
@@ -181,5 +186,6 @@ def _nearest(line_start: np.ndarray, depth: float) -> int:
     """Where to insert at `depth` of a text: the nearest line's start within 2 % of the text, else the very place."""
     at = round(depth * len(line_start))
     places = np.array([0, *np.flatnonzero(line_start), len(line_start)])
+    # 1,000 tokens at depth 0.5: at = 500. A line that starts at 512 is within 20 tokens (2 %) and is taken.
     near = int(places[np.abs(places - at).argmin()])
     return near if abs(near - at) <= len(line_start) / 50 else at

@@ -1,15 +1,15 @@
-"""Held-out perplexity: each document scored alone behind the anchor, by the model's own plain attention.
+"""Held-out perplexity, and perplexity against context length: documents scored alone behind the anchor.
 
-That is what a packed row trains (a document sees the anchor and itself), without any packing: so packing cannot flatter
-the number, and any Hugging Face folder can be scored, trained with anchors or not. Documents longer than `max_length`
-are cut there, or read in windows that slide over them; no window ever crosses into another document.
+A packed row trains just that (a document sees the anchor and itself), so that packing cannot flatter the number. The
+model attends with its own plain attention, so any Hugging Face folder can be scored, trained with anchors or not.
+Documents longer than `max_length` are cut there, or read in windows that slide over them; no window ever crosses into
+another document.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,8 +19,8 @@ from anchorctx.data.sources.facts import FactTokens
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
 from anchorctx.evals.distribute import spread
-from anchorctx.evals.evaluators.config import PerplexityConfig
-from anchorctx.evals.scoring import pad, score
+from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
+from anchorctx.evals.scoring import Piece, batches, score_pieces
 from anchorctx.records.results import Result, ratio_interval
 from anchorctx.settings import check_ranges
 
@@ -29,21 +29,8 @@ FIRST_BUCKET = 128
 """Tokens; the default buckets of positions end at this and its doublings."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One input: a document, or a window of it, behind the anchor."""
-
-    document: int
-    """Its number."""
-    ids: np.ndarray
-    """(T,) int64, the anchor first."""
-    first: int
-    """Index of the first token that is scored here: 2 at a document's start, whose first token is given, as in
-    training; later windows score what no earlier one did."""
-
-
 class Perplexity:
-    """See the module; `texts` are the held-out documents."""
+    """Of whole documents, and by position in them; `texts` are the held-out documents."""
 
     name = "perplexity"
     counts = "tok"
@@ -115,19 +102,76 @@ class Perplexity:
         return sums, counts
 
 
-def score_pieces(
-    subject: Subject, pieces: Sequence[Piece], facts: FactTokens | None = None
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each piece, the positions (n,) of its scored tokens and their losses (n,) in nats; `facts` are left out."""
-    ids = pad([piece.ids for piece in pieces])
-    chosen = np.zeros(ids.shape, dtype=bool)
-    for row, piece in zip(chosen, pieces, strict=True):
-        row[piece.first : len(piece.ids)] = True
-        if facts is not None:
-            row[: len(piece.ids)] &= ~facts.is_fact(piece.ids)
-    loss = score(subject, ids, chosen).loss
-    ends = np.cumsum(chosen.sum(1))
-    return [(np.flatnonzero(row), loss[end - row.sum() : end]) for row, end in zip(chosen, ends.tolist(), strict=True)]
+class ContextPerplexity:
+    """Perplexity against context length: the same tokens, predicted with more and more of their document before them.
+
+    The last `targets` tokens of every long document's first `max(lengths)` tokens are predicted from the anchor and the
+    `length - targets - 1` tokens of text before them. Rows differ only in how much is seen, not in what is predicted:
+    a model that uses its context has a falling line, and one beyond its reach a rising one.
+    """
+
+    name = "perplexity_by_context"
+    counts = "tok"
+
+    def __init__(self, config: ContextConfig, texts: Sequence[str]) -> None:
+        self.config, self._texts = config, texts
+        self._starts: tuple[PreTrainedTokenizerBase, list[np.ndarray]] | None = None
+        check_ranges(config, "context")
+        if min(config.lengths, default=0) < config.targets + 2:
+            raise UserError(
+                f"context.lengths={config.lengths} must each be at least context.targets={config.targets} + 2: the "
+                "anchor and some text stand before the predicted tokens; raise lengths or lower targets"
+            )
+
+    def longest(self) -> int:
+        """See Evaluator."""
+        return max(self.config.lengths)
+
+    def settings(self) -> dict[str, Any]:
+        """See Evaluator; the longest length decides which documents and tokens are used."""
+        return {"targets": self.config.targets, "documents": self.config.documents, "longest": self.longest()}
+
+    def units(self) -> list[Unit]:
+        """See Evaluator."""
+        return [{"context_length": length} for length in self.config.lengths]
+
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """See Evaluator."""
+        anchor_token(tokenizer)
+        self._documents(tokenizer)
+
+    def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
+        """One row, `perplexity_by_context`, over the same tokens at every length; 95 % interval over documents."""
+        documents, length = self._documents(subject.tokenizer), unit["context_length"]
+        # longest 8, length 5, targets 2: of a t1 .. t7 the row is a t4 t5 t6 t7, and t6 t7 (from index 3) are scored.
+        pieces = [
+            Piece(i, np.concatenate([ids[:1], ids[1 - length :]]), length - self.config.targets)
+            for i, ids in enumerate(documents)
+        ]
+        groups, facts = batches(pieces, self.config.batch_tokens), known_facts(subject.tokenizer)
+        sizes = [sum(len(piece.ids) for piece in group) for group in groups]
+
+        def work(batch: list[Piece]) -> list[np.ndarray]:
+            return [loss for _, loss in score_pieces(subject, batch, facts)]
+
+        losses = [loss for group in spread(groups, work, sizes, progress) for loss in group]
+        sums, counts = np.array([loss.sum() for loss in losses]), np.array([len(loss) for loss in losses])
+        yield perplexity_row(self.name, sums, counts, unit)
+
+    def _documents(self, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+        """The first `longest()` tokens of each long document, the anchor first; kept for the next unit."""
+        if self._starts is None or self._starts[0] is not tokenizer:
+            longest = self.longest()
+            # Short texts are passed over before they are encoded, which takes longest.
+            texts = [text for text in self._texts if len(text.encode()) >= longest - 1]  # no token is less than a byte
+            encoded = [ids[:longest] for ids in encode(tokenizer, texts) if len(ids) >= longest]
+            if not encoded:
+                raise UserError(
+                    f"none of the {len(self._texts)} held-out documents has the {longest} tokens that "
+                    f"context.lengths={self.config.lengths} asks for: lower it, or name a corpus of longer documents"
+                )
+            self._starts = tokenizer, every(encoded, self.config.documents)
+        return self._starts[1]
 
 
 def windows(document: int, ids: np.ndarray, config: PerplexityConfig) -> Iterator[Piece]:
@@ -135,22 +179,13 @@ def windows(document: int, ids: np.ndarray, config: PerplexityConfig) -> Iterato
     yield Piece(document, ids[: config.max_length], 2)
     if not config.stride:
         return
+    # max_length 5 (4 of text), stride 2, text t0 .. t8: windows t0-t3, t2-t5 (scores t4 t5), t4-t7, t5-t8 (scores t8).
     anchor, text, body = ids[:1], ids[1:], config.max_length - 1
     start, done = 0, body
     while done < len(text):
-        start = min(start + config.stride, len(text) - body)  # the last window is full too
+        start = min(start + config.stride, len(text) - body)  # so the last window is full too
         yield Piece(document, np.concatenate([anchor, text[start : start + body]]), done - start + 1)
         done = start + body
-
-
-def batches(pieces: Sequence[Piece], batch_tokens: int) -> list[list[Piece]]:
-    """Pieces of similar lengths together, so that little is padded."""
-    groups: list[list[Piece]] = []
-    for piece in sorted(pieces, key=lambda piece: len(piece.ids)):
-        if not groups or len(piece.ids) * (len(groups[-1]) + 1) > batch_tokens:
-            groups.append([])
-        groups[-1].append(piece)
-    return groups
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
@@ -162,6 +197,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.
 
 def perplexity_row(metric: str, sums: np.ndarray, counts: np.ndarray, unit: Unit) -> Result:
     """exp of the ratio of summed losses (nats) to tokens over documents, with its 95 % interval."""
+    # Documents whose tokens all are facts, or lie in other buckets, have nothing to say about this number.
     with_tokens = counts > 0
     sums, counts = sums[with_tokens], counts[with_tokens]
     documents, tokens = len(sums), int(counts.sum())
@@ -178,6 +214,7 @@ def every(items: Sequence[Item], count: int) -> list[Item]:
     """`count` items spread evenly over all; 0 is all of them."""
     if not count or count >= len(items):
         return list(items)
+    # 3 of 10: items 0, 3 and 6.
     return [items[i * len(items) // count] for i in range(count)]
 
 
@@ -187,11 +224,12 @@ def known_facts(tokenizer: PreTrainedTokenizerBase) -> FactTokens | None:
 
 
 def _bucket_stops(stops: list[int], max_length: int) -> list[int]:
-    """Where buckets of positions end: those asked for, or 128 and its doublings, and max_length at last."""
+    """Where buckets of positions end: as asked for, or at 128 and its doublings; the last one at max_length."""
     if any(a >= b for a, b in zip([0, *stops], stops, strict=False)):
         raise UserError(
             f"perplexity.buckets={stops} must be positive and rising: give ends in tokens, like [512, 4096]"
         )
+    # max_length 1,000: buckets end at 128, 256, 512 and 1,000.
     if not stops:
         stops = [FIRST_BUCKET * 2**i for i in range(max(max_length // FIRST_BUCKET, 1).bit_length())]
     return [*(stop for stop in stops if stop < max_length), max_length]

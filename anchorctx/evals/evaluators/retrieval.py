@@ -1,7 +1,7 @@
 """Retrieval accuracy against context length: facts planted in held-out text, each asked for again in the same row.
 
-A row is one document that fills the context, read with the model's own full attention. Exact: the answer is right when
-the value is the argmax over the whole vocabulary. Chance among the row's own values is 1 / facts.
+A row is one document that fills the context, read with the model's own full attention. An answer is right when the
+value is the argmax over the whole vocabulary. A guess among the values of the row is right in 1 / facts of cases.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Retrieval:
         length: int,
     ) -> Iterator[FactRows]:
         config = self.config
+        # A row of 512 with 8 facts, each 2 times: 1 anchor, 2 * 8 * 2 = 32 tokens of facts, 479 of text.
         text = length - 1 - 2 * config.facts * config.mentions
         if text > len(stream):
             raise UserError(
@@ -88,13 +89,13 @@ class Retrieval:
             )
         for first in range(0, config.rows, per := max(config.batch_tokens // length, 1)):
             starts = rng.integers(0, len(stream) - text + 1, size=(min(per, config.rows - first), 1))
-            at = starts + np.arange(text)
+            at = starts + np.arange(text)  # (rows, 1) + (text,) -> (rows, text) places in the stream
             rows = fact_rows(rng, tokens, bos, stream[at], line_start[at], facts=config.facts, mentions=config.mentions)
             yield rows if config.bos else rows.without_bos()
 
 
 class TokenStream:
-    """`text_stream` of some texts, remembered for the tokenizer that asked last."""
+    """`text_stream` of some texts, kept for the last tokenizer that was used."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts
@@ -114,10 +115,11 @@ def text_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tup
     sizes = np.array([len(ids) for ids in encoded], dtype=np.int64)  # type: ignore[arg-type]
     stream = np.fromiter((i for ids in encoded for i in ids), dtype=np.int64, count=int(sizes.sum()))  # type: ignore
     line_start = np.zeros(len(stream), dtype=bool)
+    # Lines of 3, 0 and 2 tokens begin at cumsum - sizes = [0, 3, 3]; the empty one has no first token.
     line_start[(np.cumsum(sizes) - sizes)[sizes > 0]] = True
     return stream, line_start
 
 
 def answered(subject: Subject, rows: FactRows) -> np.ndarray:
-    """For every query of `rows`, in order: is its value the model's argmax over the vocabulary? (queries,) bool."""
+    """(queries,) bool: for every query of `rows`, in order, whether its value is the argmax over the vocabulary."""
     return score(subject, rows.ids, rows.answers).hit

@@ -4,7 +4,8 @@ Each (task, length) is a call of lm-eval of its own, so that it has the data and
 `lm_eval --tasks TASK --metadata '{"max_seq_lengths": [LENGTH]}'`, whatever ran before it.
 
 Some of lm-eval's generators of documents never end, or make empty ones, when the length is too short for the tokenizer:
-they draw again until a document fits. `shortest` draws the smallest documents beforehand, and the length is refused.
+they draw again until a document fits. `shortest` draws the smallest documents beforehand, so that such a length can be
+refused.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class Ruler:
         task, length = unit["task"], unit["length"]
         metadata = {"pretrained": subject.tokenizer.name_or_path, "max_seq_lengths": [length]}
         tasks = as_in_a_fresh_process(task_manager(None, FOLDER, metadata=metadata))
+        # One task a call, from the seeds on: documents do not depend on which tasks ran before.
         found = run_tasks(subject, [task], tasks, self.config, progress, offline=task in OFFLINE)
+        # A sample is scored at every length lm-eval knows; only the one that was asked for is not -1.
         scores = [sample[str(length)] for sample in found["samples"][task]]
         low, high = _interval(scores)
         value = found["results"][task][f"{length},none"]
@@ -134,7 +137,7 @@ def as_in_a_fresh_process(tasks: Any) -> Any:
     load = tasks.load
 
     def load_afresh(names: list[str]) -> Any:
-        random.getrandbits(24)
+        random.getrandbits(24)  # what importing rich draws on lm-eval's command line
         return load(names)
 
     tasks.load = load_afresh
@@ -146,7 +149,8 @@ def shortest(task: str, length: int, tokenizer: PreTrainedTokenizerBase) -> int:
     measure = {"ruler_vt": _shortest_vt, "ruler_cwe": _shortest_cwe, "ruler_fwe": _shortest_fwe}.get(task)
     if measure is None:
         return 0
-    ruler_module("prepare_niah")  # whatever importing draws is drawn before the seeds are set
+    ruler_module("prepare_niah")  # imported now, so that what it draws is drawn before the seeds are set
+    # The global generators are lent to lm-eval's code with its seeds, and given back as they were.
     states = random.getstate(), np.random.get_state()
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
@@ -193,6 +197,7 @@ def _shortest_fwe(length: int, size: Callable[[str], int]) -> int:
 
 
 def _interval(scores: list[float]) -> tuple[float, float] | tuple[None, None]:
+    # Right or wrong: Wilson. Shares of several answers: Student's interval of the mean, cut to 0..1.
     if set(scores) <= {0.0, 1.0}:
         return wilson_interval(int(sum(scores)), len(scores))
     low, high = mean_interval(scores) or (None, None)

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 import torch
 
 from anchorctx.errors import UserError
+from anchorctx.kvcomm.agents import Ids
 from anchorctx.kvcomm.cache import KV
-from anchorctx.kvcomm.prompts import Ids
 
 Reader = tuple[str, int]
 """An agent, and which of its placeholders of that name."""
 NEGLIGIBLE = 2.0**-26
-"""Weights below float32's resolution of 1: their offsets are not read."""
+"""Weights below this do not change a float32 sum near 1: their offsets are not read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ class Pool:
         a content asks for the same ones, and measuring them takes as long as a pass over the offsets. `count` the use
         of the nearest exemplar, by which the pool chooses what to drop.
         """
+        # A (T,) content is compared with the first T tokens of exemplars that are at least as long.
         length = len(ids)
         found = [e for e in self._held.get(name, ()) if reader in e.offsets and len(e.ids) >= length]
         if len(found) < self.config.min_exemplars:
@@ -148,10 +149,13 @@ class Pool:
             known.update(zip(((name, e.request) for e in new), measured, strict=True))
         distances = torch.tensor([known[name, e.request] for e in found])
         weights = torch.softmax(-distances / self.config.temperature, 0).tolist()
+        # Exemplars at equal distances have weights 1/n and entropy log n: nothing tells which the content resembles, so
+        # it is computed. One near exemplar among far ones gives an entropy near 0.
         entropy = -sum(w * math.log(w) for w in weights if w)
         if self.config.gamma < 1 and entropy > self.config.gamma * math.log(len(found)):
             return None
         found[weights.index(max(weights))].uses += count
+        # What is dropped is below rounding, and saves a pass over offsets of a whole content.
         kept = [(e.offsets[reader], w) for e, w in zip(found, weights, strict=True) if w > NEGLIGIBLE]
         return Match(tuple(offset for offset, _ in kept), tuple(w for _, w in kept))
 
@@ -162,7 +166,7 @@ class Pool:
         if exemplar is not None and not torch.equal(exemplar.ids, ids):  # said again, in other words
             held.remove(exemplar)
             exemplar = None
-        if exemplar is None:
+        if exemplar is None:  # else another reader of a content that is stored already
             while len(held) >= self.config.max_exemplars:
                 held.remove(_victim(held[: self.config.window]))
             exemplar = Exemplar(request, ids)
@@ -174,15 +178,11 @@ class Pool:
         """Drop exemplars of any placeholder until the bytes fit; the latest goes last."""
         limit = self.config.max_bytes
         while limit is not None and self.nbytes > limit:
+            # By request over all placeholders; the one just added goes only when nothing else is left.
             oldest = sorted((e for e in self if e is not latest), key=lambda e: e.request)[: self.config.window]
             victim = _victim(oldest) if oldest else latest
             for held in self._held.values():
                 held[:] = [e for e in held if e is not victim]
-
-
-def exemplar_bytes(length: int, glues: list[int], token_bytes: int, layers: int) -> int:
-    """The module's formula: a content of `length` tokens read by one agent for each of `glues` (tokens behind it)."""
-    return 8 * length + sum(length + glue for glue in glues) * token_bytes * (layers - 1) // layers
 
 
 def _victim(candidates: list[Exemplar]) -> Exemplar:

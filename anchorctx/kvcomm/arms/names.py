@@ -1,4 +1,14 @@
-"""The names of the arms, apart from their code, so that a configuration can name them without torch."""
+"""The arms by name. Imports no torch until an arm is made, so that a configuration can name arms quickly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from anchorctx.errors import UserError
+
+if TYPE_CHECKING:
+    from anchorctx.kvcomm.arms.basic import Arm
 
 ARMS = (
     "dense",
@@ -14,3 +24,23 @@ ARMS = (
 """Ways to reuse."""
 CONTROLS = ("dense_chunked", "zeroed", "random", "other_request")
 """The numerics floor, and what an arm must beat."""
+
+
+def makers() -> dict[str, Callable[[], Arm]]:
+    """Every arm and control by name, with its default settings."""
+    from anchorctx.kvcomm.arms import basic, offsets
+
+    arms = (
+        *(basic.Dense, basic.DensePrefixCache, basic.Naive, basic.Rotate, basic.RotateGlue),
+        *(offsets.Kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored),
+    )
+    controls = (basic.DenseChunked, basic.Zeroed, basic.RandomMoments, basic.OtherRequest)
+    return dict(zip((*ARMS, *CONTROLS), (*arms, *controls), strict=True))
+
+
+def make_arm(name: str) -> Arm:
+    """A new arm of that name, with nothing learnt; UserError lists the names."""
+    known = makers()
+    if name not in known:
+        raise UserError(f"unknown arm {name!r}: choose {', '.join(known)}")
+    return known[name]()

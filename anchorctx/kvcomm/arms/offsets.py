@@ -1,8 +1,8 @@
 """Arms that add to the base KV what earlier requests showed to be missing: KVCOMM's exemplars, and a running mean.
 
 Known departures from the paper: a content that cannot be shared computes its own segment and the glue behind it, not
-the whole prompt (`partial=False` restores that); offsets observed in such a prompt are relative to what the other
-contents were approximated by. Offsets are kept and added in the de-rotated frame for every segment.
+the whole prompt (`partial=False` restores that). Offsets observed in such a prompt come from a run that saw the other
+contents as they were approximated. Offsets are kept and added un-rotated for every segment.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from anchorctx.kvcomm.agents import Segment
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.arms.exemplars import Match, Offset, Pool, PoolConfig, Reader
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Buffer
-from anchorctx.kvcomm.prompts import Segment
-from anchorctx.kvcomm.request import Placement, Scene
+from anchorctx.kvcomm.request import Placement, TurnContext
 
 
 class Kvcomm(Arm):
@@ -33,51 +33,53 @@ class Kvcomm(Arm):
         self.recompute_glue = recompute_glue
         """Compute the glue with the last token instead of storing its offsets."""
 
-    def place(self, scene: Scene) -> Sequence[Placement]:
+    def place(self, context: TurnContext) -> Sequence[Placement]:
         """Shared contents, and the glue behind each."""
-        placed = [scene.prefix()]
-        for segment in scene.prompt.placeholders:
-            match = self._match(scene, segment) if segment.length else None
+        placed = [context.prefix()]
+        for segment in context.prompt.placeholders:
+            match = self._match(context, segment) if segment.length else None
             if match is not None:
-                placed += self._approximated(scene, segment, match)
-            elif segment.length and not self.partial:
-                return [scene.prefix()]
+                placed += self._approximated(context, segment, match)
+            elif segment.length and not self.partial:  # as in the paper: one content that is computed, and all are
+                return [context.prefix()]
         return placed
 
-    def observe(self, scene: Scene, buffer: Buffer, given: Sequence[Placement]) -> None:
+    def observe(self, context: TurnContext, buffer: Buffer, given: Sequence[Placement]) -> None:
         """Store the offsets of every content that was computed."""
-        for segment in computed(scene, given):
+        for segment in computed(context, given):
             assert segment.name is not None
-            text = _difference(scene, buffer, segment, scene.base(segment.name).kv)
-            glue = None if self.recompute_glue else scene.prompt.glue_after(segment)
+            text = _difference(context, buffer, segment, context.base(segment.name).kv)
+            # Glue behind a content shifts with it and sees it: it has an offset too, for this very glue text.
+            glue = None if self.recompute_glue else context.prompt.glue_after(segment)
             offset = Offset(text)
             if glue is not None:
-                offset = Offset(text, _difference(scene, buffer, glue, scene.glue(glue).kv), glue.ids)
-            ids = scene.decoder.tensor(segment.ids)[0]
-            self.pool.add(segment.name, scene.request.number, ids, reader(scene, segment), offset)
+                offset = Offset(text, _difference(context, buffer, glue, context.glue(glue).kv), glue.ids)
+            ids = context.decoder.tensor(segment.ids)[0]
+            self.pool.add(segment.name, context.request.number, ids, reader(context, segment), offset)
 
     @property
     def nbytes(self) -> int:
         """Of the pool."""
         return self.pool.nbytes
 
-    def _match(self, scene: Scene, segment: Segment) -> Match | None:
+    def _match(self, context: TurnContext, segment: Segment) -> Match | None:
         assert segment.name is not None
-        ids = scene.decoder.tensor(segment.ids)[0]
-        state, embed = scene.request, scene.decoder.embeddings
-        return self.pool.match(segment.name, reader(scene, segment), ids, embed, state.distances, scene.keep)
+        ids = context.decoder.tensor(segment.ids)[0]
+        state, embed = context.request, context.decoder.embeddings
+        return self.pool.match(segment.name, reader(context, segment), ids, embed, state.distances, context.keep)
 
-    def _approximated(self, scene: Scene, segment: Segment, match: Match) -> list[Placement]:
+    def _approximated(self, context: TurnContext, segment: Segment, match: Match) -> list[Placement]:
         """Equations 6 and 7."""
         assert segment.name is not None
+        # Exemplars are at least as long as this content; the beginnings of their offsets are used.
         texts = [offset.text.cut(0, segment.length) for offset in match.offsets]
-        base = scene.base(segment.name).kv
+        base = context.base(segment.name).kv
         placed = [Placement(base.weighted_sum(texts, match.weights), segment.start)]
-        glue = scene.prompt.glue_after(segment)
+        glue = context.prompt.glue_after(segment)
         seen = [offset.glue for offset in match.offsets if glue is not None and offset.glue_ids == glue.ids]
         glues = [kv for kv in seen if kv is not None]
         if glue is not None and len(glues) == len(match.offsets):  # else another text stood there: compute it
-            placed.append(Placement(scene.glue(glue).kv.weighted_sum(glues, match.weights), glue.start))
+            placed.append(Placement(context.glue(glue).kv.weighted_sum(glues, match.weights), glue.start))
         return placed
 
 
@@ -104,17 +106,19 @@ class _Mean:
     def update(self, offset: KV) -> None:
         """Take one more content in."""
         if offset.length > self.kv.length:
+            # The longest content so far: grow with zeros, which the update below overwrites with weight 1 / 1.
             longer = KV(torch.zeros_like(offset.keys), torch.zeros_like(offset.values))
             longer.keys[:, :, :, : self.kv.length] = self.kv.keys
             longer.values[:, :, :, : self.kv.length] = self.kv.values
             counts = self.counts.new_zeros(offset.length)
             counts[: self.kv.length] = self.counts
             self.kv, self.counts = longer, counts
-        own = self.kv.cut(0, offset.length)
+        # mean += (x - mean) / n, with another n at each place: counts (T,) -> (T, 1), against (L, B, H, T, D).
+        reached = self.kv.cut(0, offset.length)  # a view, so that the additions are made in place
         self.counts[: offset.length] += 1
-        share = (1.0 / self.counts[: offset.length].to(own.keys.dtype))[:, None]
-        own.keys.add_((offset.keys - own.keys) * share)
-        own.values.add_((offset.values - own.values) * share)
+        weight = (1.0 / self.counts[: offset.length].to(reached.keys.dtype))[:, None]
+        reached.keys.add_((offset.keys - reached.keys) * weight)
+        reached.values.add_((offset.values - reached.values) * weight)
         self.contents += 1
 
     @property
@@ -135,23 +139,24 @@ class MeanOffset(Arm):
         self.warmup = warmup
         self._means: dict[tuple[str, Reader], _Mean] = {}
 
-    def place(self, scene: Scene) -> Sequence[Placement]:
+    def place(self, context: TurnContext) -> Sequence[Placement]:
         """Every content that the mean reaches."""
-        placed = [scene.prefix()]
-        for segment in scene.prompt.placeholders:
+        placed = [context.prefix()]
+        for segment in context.prompt.placeholders:
             assert segment.name is not None
-            mean = self._means.get((segment.name, reader(scene, segment)))
+            mean = self._means.get((segment.name, reader(context, segment)))
+            # Layers 1 and above alone have offsets; layer 0 is the base's.
             if segment.length and mean and mean.contents >= self.warmup and mean.kv.length >= segment.length:
-                kv = scene.base(segment.name).kv.plus(mean.kv.cut(0, segment.length))
+                kv = context.base(segment.name).kv.plus(mean.kv.cut(0, segment.length))
                 placed.append(Placement(kv, segment.start))
         return placed
 
-    def observe(self, scene: Scene, buffer: Buffer, given: Sequence[Placement]) -> None:
+    def observe(self, context: TurnContext, buffer: Buffer, given: Sequence[Placement]) -> None:
         """Take the computed contents into the means."""
-        for segment in computed(scene, given):
+        for segment in computed(context, given):
             assert segment.name is not None
-            key = (segment.name, reader(scene, segment))
-            offset = _difference(scene, buffer, segment, scene.base(segment.name).kv)
+            key = (segment.name, reader(context, segment))
+            offset = _difference(context, buffer, segment, context.base(segment.name).kv)
             if key in self._means:
                 self._means[key].update(offset)
             else:
@@ -164,17 +169,18 @@ class MeanOffset(Arm):
         return sum(mean.nbytes for mean in self._means.values())
 
 
-def reader(scene: Scene, segment: Segment) -> Reader:
+def reader(context: TurnContext, segment: Segment) -> Reader:
     """Who reads a content, and where."""
-    return scene.prompt.agent, segment.occurrence
+    return context.prompt.agent, segment.occurrence
 
 
-def computed(scene: Scene, given: Sequence[Placement]) -> list[Segment]:
+def computed(context: TurnContext, given: Sequence[Placement]) -> list[Segment]:
     """The non-empty placeholders that no placement filled."""
+    # Placements of contents begin where their segments do.
     filled = {placement.start for placement in given if placement.kv.length}
-    return [segment for segment in scene.prompt.placeholders if segment.length and segment.start not in filled]
+    return [segment for segment in context.prompt.placeholders if segment.length and segment.start not in filled]
 
 
-def _difference(scene: Scene, buffer: Buffer, segment: Segment, base: KV) -> KV:
+def _difference(context: TurnContext, buffer: Buffer, segment: Segment, base: KV) -> KV:
     """Observed minus base, layers 1 and above: layer 0 does not know its context."""
-    return scene.observed(buffer, segment).layers(1).minus(base.layers(1))
+    return context.observed(buffer, segment).layers(1).minus(base.layers(1))

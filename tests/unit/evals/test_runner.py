@@ -23,8 +23,9 @@ from anchorctx.evals.subject import identity, load, models_of, read_config, read
 from anchorctx.models import RopeConfig
 from anchorctx.records.results import read_results
 from anchorctx.testing.numerics import observed_rope_dtype
+from anchorctx.testing.tiny import save, text_model
 
-from .conftest import TEXTS, make_model, save
+from .conftest import TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> SourceConfig:
 
 @pytest.fixture(scope="module")
 def other(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(make_model(tokenizer, seed=1), tokenizer, tmp_path_factory.mktemp("models") / "other")
+    return save(text_model(tokenizer, 256, seed=1), tokenizer, tmp_path_factory.mktemp("models") / "other")
 
 
 def config(model: Any, out: Path, corpus: SourceConfig, **options: Any) -> EvalConfig:
@@ -182,7 +183,7 @@ def test_two_evaluations_cannot_write_one_folder(folder: Path, corpus: SourceCon
 def test_checkpoints_are_averaged_beside_another_model(
     folder: Path, other: Path, corpus: SourceConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ):
-    base = save(make_model(tokenizer, seed=2), tokenizer, tmp_path / "base")
+    base = save(text_model(tokenizer, 256, seed=2), tokenizer, tmp_path / "base")
     models = [
         EvaluatedModel(path=str(base), label="before"),
         *(EvaluatedModel(path=str(path), average="run") for path in (folder, other)),

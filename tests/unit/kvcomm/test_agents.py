@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from anchorctx.errors import UserError
-from anchorctx.kvcomm.agents import Agent, Slot, Template, check_agents, check_placeholders
-from anchorctx.kvcomm.prompts import Frame, common_prefix
+from anchorctx.kvcomm.agents import Agent, Frame, Slot, Template, check_agents, check_placeholders, common_prefix
 
 
 def encode(text: str) -> tuple[int, ...]:

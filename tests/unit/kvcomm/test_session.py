@@ -10,11 +10,11 @@ from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedModel, PreTrained
 from anchorctx.errors import UserError
 from anchorctx.kvcomm import Agent, Session, grouped
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
+from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, make_arm
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
-from anchorctx.kvcomm.arms.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.session import Turn
 from anchorctx.kvcomm.topology import Topology
+from anchorctx.kvcomm.turn import Turn
 from anchorctx.testing.tiny import ARCHITECTURES
 
 TEXTS = {"doc": "w10 w11 w12 w13 w14 w15 w16 w17", "q": "w20 w21"}
@@ -79,7 +79,7 @@ def test_open_requests_do_not_mix(make: Any, name: str) -> None:
     if name in ("kvcomm", "kvcomm_ungated", "mean_offset"):
         arm: Any = {"mean_offset": lambda: MeanOffset(9)}.get(name, lambda: Kvcomm(PoolConfig(min_exemplars=9)))
     else:
-        arm = lambda: (ARMS | CONTROLS)[name]()  # noqa: E731
+        arm = lambda: make_arm(name)  # noqa: E731
     alone = [logits(make(arm()).ask(texts)) for texts in (TEXTS, OTHER)]
     session = make(arm())
     requests = [session.start(texts) for texts in (TEXTS, OTHER)]
@@ -132,6 +132,26 @@ def test_messages_may_differ_from_answers(make: Any) -> None:
     turns = make("rotate", agents).ask(TEXTS)
     assert turns["a"].message == (20, 21, 60, 61, 62, 63, 64, 65, 66) and turns["a"].hidden > 9
     assert turns["b"].prompt.placeholders[1].ids == turns["a"].message
+
+
+def test_an_agent_is_told_texts_as_they_came(make: Any) -> None:
+    """Text stays text, spaces and all; what is known only as tokens is decoded."""
+    told: list[Any] = []
+    agents = [
+        dataclasses.replace(AGENTS[0], speak=lambda answer, texts: "w60  w61"),
+        Agent("b", "{doc}{a}{q}", 1, lambda answer, texts: told.append(texts) or "w5"),
+    ]
+    texts = {"doc": (10, 11, 12), "q": "w20   w21"}
+    session = make("dense", agents)
+    session.ask(texts)
+    assert told.pop() == {"doc": "w10 w11 w12", "a": "w60  w61", "q": "w20   w21"}
+    request = session.start(texts)
+    request.run("a", message=(60, 61))
+    request.run("b")
+    assert told.pop()["a"] == "w60 w61"
+    request.run("a")
+    request.fork().run("b")
+    assert told.pop()["a"] == "w60  w61"
 
 
 def test_stop_ends_an_answer(make: Any) -> None:

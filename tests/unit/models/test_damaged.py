@@ -18,7 +18,7 @@ from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
 from anchorctx.evals import subject
 from anchorctx.evals.config import EvalConfig
-from anchorctx.evals.evaluators.precision import arms
+from anchorctx.evals.evaluators.precision import models
 from anchorctx.evals.evaluators.precision.config import Arithmetic
 from anchorctx.models import ModelConfig, build_config, load_model
 from anchorctx.models.load import check_weights, read_config
@@ -72,7 +72,7 @@ def evaluation(path: Path) -> None:
 
 
 def precision(path: Path) -> None:
-    arms.load(arms.open_subject(str(path), {}, "cpu"), arms.Weights.trained, Arithmetic.float32, 0)
+    models.load(models.open_checkpoint(str(path), {}, "cpu"), models.Weights.trained, Arithmetic.float32, 0)
 
 
 def kvcomm(path: Path) -> None:

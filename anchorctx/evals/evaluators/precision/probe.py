@@ -1,9 +1,10 @@
-"""How attention changes when positions change and nothing else does: an attention function that compares rows.
+"""How attention changes when only positions change: an attention function that compares copies of a row.
 
 A forward pass gets one row several times, each copy with its own position ids. In every layer the probe compares the
-attention of each copy with that of the first. With `isolate` it then hands the *first* copy's output to all, so that
-every layer is asked about the same hidden states and the change is the rotation's own; without, each copy goes its way.
-It works through transformers' attention interface, so it needs to know nothing of a model's rotation.
+attention of each copy with that of the first. With `isolate` it then hands the *first* copy's output to all copies, so
+that all enter the next layer with the same hidden states and each layer's change comes from its rotation alone; without
+`isolate` every copy goes its own way. It works through transformers' attention interface and so needs no knowledge of
+how a model rotates.
 
 Shapes: B copies, H query heads, N measured queries, T tokens, D head dimension.
 """
@@ -87,9 +88,11 @@ def _probe_attention(
     if layer in probe.layers:
         allowed = allowed_rows(probe.layout, probe.queries.cpu().numpy(), sliding_window)
         first = first_keys(probe.layout)[probe.queries.cpu().numpy()]
+        # (H, N, T) for each copy: scores of the N measured queries, never of all T.
         scores = [_scores(q, k, probe.queries, scale, softcap) for q, k in zip(query, key, strict=True)]
         seen, starts = torch.from_numpy(allowed).to(query.device), torch.from_numpy(first).to(query.device)
         probe.found.setdefault(layer, []).extend(compare(scores[0], other, seen, starts) for other in scores[1:])
+    # Isolated, the first copy's output serves all: only that one needs computing.
     copies = 1 if probe.isolate else len(query)
     out = _output(query[:copies], key[:copies], value[:copies], probe.layout, scale, sliding_window, softcap)
     return out.expand(len(query), -1, -1, -1).transpose(1, 2), None
@@ -103,8 +106,9 @@ def compare(before: torch.Tensor, after: torch.Tensor, allowed: torch.Tensor, fi
         allowed: (N, T) bool, the keys that each query sees.
         first: (N,) int64, the first key of each query's document.
     """
+    # With exact arithmetic a constant shift would leave after == before: RoPE's scores depend on distances alone.
     at = first[None, :, None].expand(len(before), -1, 1)
-    moved = _softmax(after, allowed) - (old := _softmax(before, allowed))
+    moved = _softmax(after, allowed) - (old := _softmax(before, allowed))  # (H, N, T), sums to 0 over T
     rest = allowed.scatter(1, first[:, None], False)
     hidden = _softmax(after, rest) - _softmax(before, rest)
     score = (after - before).abs().double() * allowed
@@ -123,6 +127,7 @@ def compare(before: torch.Tensor, after: torch.Tensor, allowed: torch.Tensor, fi
 def allowed_rows(layout: PackedLayout, queries: np.ndarray, window: int | None = None) -> np.ndarray:
     """(N, T) bool: the rows `queries` of `layout.allowed_array(window)`, without its T x T."""
     docs, index, ranks = layout.token_docs(), np.arange(layout.length), layout.token_ranks()
+    # (N, 1) against (1, T): causal, and the same document (within the window) or the anchor.
     same = docs[queries][:, None] == docs[None, :]
     if window is not None:
         same &= ranks[queries][:, None] - ranks[None, :] < window
@@ -133,6 +138,7 @@ def first_keys(layout: PackedLayout) -> np.ndarray:
     """(T,) int64: the first token that each token's document has in the row; the row's own where there is an anchor."""
     if layout.anchor_len:
         return np.zeros(layout.length, dtype=np.int64)
+    # docs [5, 5, 2, 2, 2]: unique finds 2 and 5, first at [2, 0]; inverse is [1, 1, 0, 0, 0], so [0, 0, 2, 2, 2].
     docs = layout.token_docs()
     _, first, inverse = np.unique(docs, return_index=True, return_inverse=True)
     return first[inverse.reshape(-1)]
@@ -142,6 +148,7 @@ def _scores(
     query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """(Hq, T, D) and (Hkv, T, D) -> (Hq, N, T) scaled scores, summed in float32 as flash kernels do."""
+    # Hq = 4 query heads on Hkv = 2 key heads: key heads 0 0 1 1.
     key = key.repeat_interleave(len(query) // len(key), 0)
     scores = query[:, queries].float() @ key.float().mT * scale
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
@@ -166,6 +173,7 @@ def _output(
     Kernels also round the probabilities before they meet the values; how differs between them, and the comparison
     of scores does not see it.
     """
+    # bfloat16 inputs are exact in float32, so that only the inside of the attention is wider.
     inside = torch.float32 if query.device.type == "cpu" else query.dtype
     query, key, value = query.to(inside), key.to(inside), (given := value).to(inside)
     layouts = (layout,) * len(query)

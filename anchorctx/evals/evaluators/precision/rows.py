@@ -16,7 +16,7 @@ from anchorctx.evals.evaluators.precision.probe import Change
 from anchorctx.records.results import Result, mean_interval
 
 SINGLE_KEYS = 8
-"""Keys that have a row of their own; the others share rows that double in width."""
+"""The first keys have a row each; the others share rows, each twice as wide as the one before."""
 ALL = "all"
 """The `layer` of a mean over layers."""
 
@@ -25,6 +25,7 @@ def mean_result(metric: str, values: Sequence[float], unit: str, context: dict[s
     """The mean of one value a text, with Student's 95 % interval where there are two texts or more."""
     mean = statistics.fmean(values)
     low, high = mean_interval(values) or (None, None)
+    # Kept for paired tests between two models or arithmetics on the same texts.
     context = context | {"values": list(values)}
     return Result(metric=metric, value=mean, unit=unit, n=len(values), low=low, high=high, context=context)
 
@@ -36,7 +37,7 @@ def interval_half(values: Sequence[float]) -> float | None:
 
 
 def layer_rows(texts: Sequence[dict[int, Change]], context: dict[str, Any], layers: bool) -> Iterator[Result]:
-    """The rows of one shift at one length: the mean over layers, and each layer where `layers` asks for them.
+    """The rows of one shift at one length: the mean over layers, and each layer if `layers`.
 
     `texts` are the changes of each text, by layer.
     """
@@ -53,6 +54,7 @@ def _change_rows(texts: Sequence[Sequence[Change]], context: dict[str, Any]) -> 
         return mean_result(metric, values, unit, context | more)
 
     yield row("precision_attention_change", "attention", first="kept")
+    # The same with the first token left out of the softmax: what remains is not the first token's.
     yield row("precision_attention_change", "hidden", first="hidden")
     yield row("precision_score_change", "score", "nats")
     yield row("precision_first_score_change", "first_score", "nats")
@@ -64,6 +66,7 @@ def _change_rows(texts: Sequence[Sequence[Change]], context: dict[str, Any]) -> 
 
 def key_rows(texts: Sequence[dict[int, Change]], context: dict[str, Any]) -> Iterator[Result]:
     """`precision_key_change`: the change of attention to one key, mean over the keys from `key_start` to `key_stop`."""
+    # (T,) for each text: the mean over layers of the change of attention to each key.
     means = [torch.stack([change.keys for change in text.values()]).mean(0) for text in texts]
     for start, stop in key_bins(len(means[0])):
         at = context | {"layer": ALL, "key_start": start, "key_stop": stop}
@@ -72,6 +75,7 @@ def key_rows(texts: Sequence[dict[int, Change]], context: dict[str, Any]) -> Ite
 
 def key_bins(length: int) -> Iterator[tuple[int, int]]:
     """[start, stop) of the key ranges that rows are made for."""
+    # length 100: 0-1, 1-2, ..., 7-8, 8-16, 16-32, 32-64, 64-100.
     start = 0
     while start < length:
         stop = min(start + 1 if start < SINGLE_KEYS else 2 * start, length)
@@ -85,5 +89,7 @@ def _mean(tensors: Sequence[torch.Tensor]) -> float:
 
 def _first_share(changes: Sequence[Change]) -> float | None:
     """The first token's part of the sum of absolute changes, 0 to 0.5; None where nothing changed."""
+    # `attention` is half the sum of absolute changes; the other half is what other tokens gain. One token moves at most
+    # as much as all others together, hence 0.5 at most.
     total = sum(float(2 * change.attention.sum()) for change in changes)
     return sum(float(change.first.sum()) for change in changes) / total if total else None

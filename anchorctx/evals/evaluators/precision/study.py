@@ -1,7 +1,8 @@
-"""The evaluation `precision`: every arm and length under all shifts, on packed rows, and what float32 rotation costs.
+"""The evaluation `precision`: every model and length under all shifts, on packed rows, and what float32 rotation costs.
 
-A unit is an arm at one length, an arm on packed rows, the random queries and keys, or the cost. Of several processes
-each takes some of the texts. The verdict follows from the rows of all units.
+The models are the checkpoint and its control, each in several arithmetics. A unit is one of them at one length or on
+packed rows, the random queries and keys, or the cost. With several processes, each takes some of the texts. The verdict
+follows from the rows of all units.
 """
 
 from __future__ import annotations
@@ -18,15 +19,12 @@ from anchorctx.errors import UserError
 from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import by_first
-from anchorctx.evals.evaluators.precision import arms
-from anchorctx.evals.evaluators.precision.bfloat16 import emulates
+from anchorctx.evals.evaluators.precision import models
 from anchorctx.evals.evaluators.precision.config import Arithmetic, StudyConfig
-from anchorctx.evals.evaluators.precision.cost import time_steps
-from anchorctx.evals.evaluators.precision.measure import Instrument
-from anchorctx.evals.evaluators.precision.random_scores import random_score_changes
+from anchorctx.evals.evaluators.precision.measure import Instrument, Texts
+from anchorctx.evals.evaluators.precision.models import emulates, random_score_changes
 from anchorctx.evals.evaluators.precision.rows import mean_result
-from anchorctx.evals.evaluators.precision.texts import Texts
-from anchorctx.evals.evaluators.precision.units import Setting, dropped_unit, packed_unit, shift_unit
+from anchorctx.evals.evaluators.precision.units import Setting, dropped_unit, packed_unit, shift_unit, time_steps
 from anchorctx.evals.evaluators.precision.verdict import Question, verdict
 from anchorctx.records.results import Result
 from anchorctx.settings import check_ranges
@@ -46,16 +44,17 @@ class Precision:
     counts = "tok"
 
     def __init__(self, config: StudyConfig, candidate: Candidate, corpus: Corpus, seed: int, device: str) -> None:
-        subject = arms.open_subject(candidate.path, candidate.changes, device)
+        checkpoint = models.open_checkpoint(candidate.path, candidate.changes, device)
         self.config, self._label, self._seed = config, candidate.label, seed
-        self._subject = dataclasses.replace(subject, config=candidate.config.get_text_config())
-        self.setting = check(config, self._subject, candidate.label)
-        self._texts = Texts(corpus, subject.tokenizer)
+        self._checkpoint = dataclasses.replace(checkpoint, config=candidate.config.get_text_config())
+        self.setting = check(config, self._checkpoint, candidate.label)
+        self._texts = Texts(corpus, checkpoint.tokenizer)
+        # Rows are made here once for their checks, and again when they are read: they take no time beside the model.
         for length in self.setting.lengths:
             self._texts.rows(length, config.texts)  # raises before anything is written
         if config.packed:
             self._texts.packed_rows(self.setting.lengths[-1], config.texts)
-        self._arm, self._tool = "", None
+        self._variant, self._tool = "", None
 
     def longest(self) -> int:
         """0: lengths were checked against the model when the evaluation was made."""
@@ -67,36 +66,42 @@ class Precision:
         return settings_of(self.config, StudyConfig) | chosen
 
     def units(self) -> list[Unit]:
-        """Random queries and keys, the cost, and each arm: its lengths, the longest also without its first token."""
+        """Random queries and keys, the cost, then each model: one unit a length, and one of packed rows.
+
+        The unit of the longest length also measures it without its first token.
+        """
         found: list[Unit] = [{"weights": "random"}]
         if self.config.cost:
             found.append({"device": self._device()})
-        for weights, arithmetic in arms.arms(self.config.control, self.config.arithmetics):
-            arm = {"weights": weights.value, "arithmetic": arithmetic.value}
-            found += [arm | {"rows": "shift", "length": length} for length in self.setting.lengths]
-            found += [arm | {"rows": "intra_doc"}] if self.config.packed else []
+        for weights, arithmetic in models.variants(self.config.control, self.config.arithmetics):
+            variant = {"weights": weights.value, "arithmetic": arithmetic.value}
+            found += [variant | {"rows": "shift", "length": length} for length in self.setting.lengths]
+            found += [variant | {"rows": "intra_doc"}] if self.config.packed else []
         return found
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Everything was checked when the evaluation was made."""
 
     def run(self, subject: Subject | None, unit: Unit, progress: Progress) -> Iterator[Result]:
-        """The rows of a unit; the arms are loaded here, so that no `subject` is needed."""
+        """The rows of a unit; models are loaded here, so that no `subject` is needed."""
+        # Without `rows`: the cost, which has the device, or the random queries and keys.
         if "rows" not in unit:
             work = self._cost_rows if "device" in unit else self._random_rows
             yield from by_first(lambda: list(work()))
             return
-        arm = {name: unit[name] for name in ("weights", "arithmetic")}
-        tool, setting, count = self._instrument(**arm), self.setting, self.config.texts
+        variant = {name: unit[name] for name in ("weights", "arithmetic")}
+        tool, setting, count = self._instrument(**variant), self.setting, self.config.texts
         if unit["rows"] == "intra_doc":
-            yield from packed_unit(tool, setting, self._texts.packed_rows(setting.lengths[-1], count), progress, arm)
+            yield from packed_unit(
+                tool, setting, self._texts.packed_rows(setting.lengths[-1], count), progress, variant
+            )
         else:
             texts = self._texts.rows(unit["length"], count)
-            yield from shift_unit(tool, setting, texts, progress, arm)
+            yield from shift_unit(tool, setting, texts, progress, variant)
             if unit["length"] == setting.lengths[-1]:
-                yield from dropped_unit(tool, setting, texts, arm)
+                yield from dropped_unit(tool, setting, texts, variant)
         if unit == self.units()[-1]:
-            self._tool = None  # its memory is needed
+            self._tool = None  # frees the model: another evaluation may be loaded next
 
     def conclude(self, rows: Sequence[Result]) -> list[Result]:
         """The verdict, where bfloat16 was studied."""
@@ -104,18 +109,18 @@ class Precision:
         return [] if closing is None else [closing]
 
     def _instrument(self, weights: str, arithmetic: str) -> Instrument:
-        """An arm; the last one stays loaded."""
-        if self._tool is None or self._arm != f"{weights} {arithmetic}":
-            self._tool = None
+        """The model of a unit; it stays loaded until another one is asked for."""
+        if self._tool is None or self._variant != f"{weights} {arithmetic}":
+            self._tool = None  # before the next model is loaded, so that there is never memory for two
             kind = Arithmetic(arithmetic)
-            model = arms.load(self._subject, arms.Weights(weights), kind, self._seed)
-            emulated = kind is not Arithmetic.float32 and emulates(self.config.emulate, self._subject.device)
+            model = models.load(self._checkpoint, models.Weights(weights), kind, self._seed)
+            emulated = kind is not Arithmetic.float32 and emulates(self.config.emulate, self._checkpoint.device)
             self._tool = Instrument(model, self.setting.layers, self.config.rows_per_pass, emulated)
-            self._arm = f"{weights} {arithmetic}"
+            self._variant = f"{weights} {arithmetic}"
         return self._tool
 
     def _device(self) -> str:
-        device = self._subject.device
+        device = self._checkpoint.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
     def _random_rows(self) -> Iterator[Result]:
@@ -137,35 +142,36 @@ class Precision:
                     "shift": shift,
                 } | RANDOM
                 row = mean_result("precision_score_change", change.tolist(), "nats", context)
-                yield dataclasses.replace(row, context=context)  # thousands of values would not help anybody
+                yield dataclasses.replace(row, context=context)  # without `values`: there are thousands
 
     def _cost_rows(self) -> Iterator[Result]:
-        model = arms.load(self._subject, arms.Weights.trained, Arithmetic.bfloat16, self._seed)
+        model = models.load(self._checkpoint, models.Weights.trained, Arithmetic.bfloat16, self._seed)
         length = self.setting.lengths[-1]
         timings = time_steps(model, self._texts.rows(length, 1)[0])
         yield from timings.rows({"length": length, "device": self._device()})
 
 
-def check(config: StudyConfig, subject: arms.Subject, label: str | None = None) -> Setting:
+def check(config: StudyConfig, checkpoint: models.Checkpoint, label: str | None = None) -> Setting:
     """What is measured, with defaults filled in; UserError for what the model cannot do."""
     check_ranges(config)
-    lengths = sorted(set(config.lengths)) or [min(subject.reach, LONGEST) // part for part in (8, 4, 2, 1)]
+    lengths = sorted(set(config.lengths)) or [min(checkpoint.reach, LONGEST) // part for part in (8, 4, 2, 1)]
     if lengths[0] < SHORTEST:
         raise UserError(f"lengths={lengths} must each be at least {SHORTEST} tokens: raise {lengths[0]}")
-    if lengths[-1] > subject.reach:
+    if lengths[-1] > checkpoint.reach:
         raise UserError(
-            f"lengths={lengths} exceed the {subject.reach} positions that {subject.path} reaches: lower them, or read "
-            "past the limit with config='{max_position_embeddings: ...}'"
+            f"lengths={lengths} exceed the {checkpoint.reach} positions that {checkpoint.path} reaches: lower them, or "
+            "read past the limit with config='{max_position_embeddings: ...}'"
         )
-    layers = config.layers or sorted({i * subject.layers // 8 for i in range(8)})
-    outside = [layer for layer in layers if not 0 <= layer < subject.layers]
+    # 32 layers: 0, 4, 8, ..., 28; 4 layers: all of them, each once.
+    layers = config.layers or sorted({i * checkpoint.layers // 8 for i in range(8)})
+    outside = [layer for layer in layers if not 0 <= layer < checkpoint.layers]
     if outside:
-        raise UserError(f"layers={layers} has {outside[0]}, but the model's layers are 0 to {subject.layers - 1}")
+        raise UserError(f"layers={layers} has {outside[0]}, but the model's layers are 0 to {checkpoint.layers - 1}")
     shifts = sorted({*config.shifts, config.shift})
     if not config.arithmetics:
         raise UserError("arithmetics=[] leaves nothing to study: name bfloat16, float32_rotation or float32")
     return Setting(
-        label=label or Path(subject.path).name,
+        label=label or Path(checkpoint.path).name,
         lengths=tuple(lengths),
         shifts=tuple(shifts),
         shift=config.shift,

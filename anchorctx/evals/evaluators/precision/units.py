@@ -1,25 +1,36 @@
-"""The units of a study: one arm at one length under all shifts, without its first token, and on packed rows."""
+"""The units of a study: a model at one length under all shifts, without its first token, on packed rows; and the cost.
+
+The cost is that of `rope_dtype=float32`: whole training steps with either rotation, timed in turns.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from anchorctx.attention.config import RopeDtype
+from anchorctx.attention.interface import implementation, register
+from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.evals.base import Progress
 from anchorctx.evals.distribute import spread
-from anchorctx.evals.evaluators.precision.measure import Instrument, document_queries, late_queries
+from anchorctx.evals.evaluators.precision.measure import Instrument, TextRow, document_queries, late_queries
 from anchorctx.evals.evaluators.precision.probe import Change, first_keys
-from anchorctx.evals.evaluators.precision.rows import ALL, key_rows, layer_rows, mean_result
-from anchorctx.evals.evaluators.precision.texts import TextRow
+from anchorctx.evals.evaluators.precision.rows import ALL, interval_half, key_rows, layer_rows, mean_result
 from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.records.results import Result
 
 OFFSET_BINS = 4
 """Parts of a packed row that documents are sorted into by where they begin."""
+PAIRS = 8
+"""Pairs of steps that are timed, after an untimed one of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +66,14 @@ def shift_unit(
         return moved, tool.log_probabilities(text, layout, positions, queries) if setting.end_to_end else []
 
     sizes = [length * len(positions) * (1 + setting.end_to_end)] * len(texts)
+    # changes[text][shift][layer]; spoken[text] has (N,) log-probabilities without a shift, then for every shift.
     changes, spoken = zip(*spread(texts, read, sizes, progress), strict=True)
     for i, shift in enumerate(setting.shifts):
-        at, of = context | {"shift": shift}, [change[i] for change in changes]
+        at, moved = context | {"shift": shift}, [change[i] for change in changes]
         main = shift == setting.shift
-        yield from layer_rows(of, at, layers=main or length == setting.lengths[-1])
+        yield from layer_rows(moved, at, layers=main or length == setting.lengths[-1])
         if main:
-            yield from key_rows(of, at)
+            yield from key_rows(moved, at)
         if setting.end_to_end:
             yield _spoken_row([(logp[0], logp[i + 1]) for logp in spoken], at)
 
@@ -70,6 +82,7 @@ def dropped_unit(
     tool: Instrument, setting: Setting, texts: Sequence[TextRow], context: dict[str, Any]
 ) -> Iterator[Result]:
     """The main shift with the first token dropped from the text: does the next one take its place?"""
+    # The row is one token shorter, but it is reported under the length of the rows that it was made from.
     dropped = [text.without_first() for text in texts]
     length = len(dropped[0].ids)
     layout, positions = PackedLayout((0, length)), _shifted(length, (setting.shift,))
@@ -79,7 +92,7 @@ def dropped_unit(
     )
     context = context | {"rows": "shift", "length": len(texts[0].ids), "shift": setting.shift}
     for row in layer_rows(changes, context, layers=False):
-        if row.context.get("first") != "hidden":
+        if row.context.get("first") != "hidden":  # hiding one more token is not what is asked here
             yield dataclasses.replace(row, context=row.context | {"first": "dropped"})
 
 
@@ -90,6 +103,8 @@ def packed_unit(
     context = context | {"rows": "intra_doc", "length": len(texts[0].ids)}
 
     def read(text: TextRow) -> tuple[torch.Tensor, dict[int, Change], list[torch.Tensor]] | None:
+        # intra_doc_reset counts positions from 0 in each document, intra_doc on through the row: as if every document
+        # were shifted by where it begins. Who sees whom is the same in both.
         reset, running = (p.apply(text.layout) for p in (Pattern.intra_doc_reset, Pattern.intra_doc))
         queries = document_queries(running, setting.queries)
         if not len(queries):
@@ -116,6 +131,7 @@ def _offset_rows(
 ) -> Iterator[Result]:
     """`precision_offset_change`: the change in documents that begin (so are shifted by) between `start` and `stop`."""
     length = context["length"]
+    # 4 bins of a row of 1,024: documents that begin at 0-255, 256-511, 512-767, 768-1023.
     for part in range(OFFSET_BINS):
         start, stop = part * length // OFFSET_BINS, (part + 1) * length // OFFSET_BINS
         values = []
@@ -138,3 +154,73 @@ def _spoken_row(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], context: dic
 def _shifted(length: int, shifts: Sequence[int]) -> list[torch.Tensor]:
     """Positions 0..length-1, then those of every shift."""
     return [torch.arange(length) + shift for shift in (0, *shifts)]
+
+
+# -- the cost of float32 rotation --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of each timed step, paired."""
+
+    bfloat16: list[float]
+    float32: list[float]
+
+    def ratio(self) -> tuple[float, float, float]:
+        """float32's time over bfloat16's, with its 95 % interval, from the pairs' logarithms."""
+        # Paired, so that a machine that slows down in the middle slows both down; logarithms, since it is a ratio.
+        logs = [math.log(b / a) for a, b in zip(self.bfloat16, self.float32, strict=True)]
+        mean, half = statistics.fmean(logs), interval_half(logs) or 0.0
+        return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+    def rows(self, context: dict[str, object]) -> Iterator[Result]:
+        """Median seconds with either rotation, and the ratio."""
+        for name, seconds in (("bfloat16", self.bfloat16), ("float32", self.float32)):
+            at = context | {"rope_dtype": name}
+            yield Result(
+                metric="precision_step_seconds", value=statistics.median(seconds), unit="s", n=len(seconds), context=at
+            )
+        value, low, high = self.ratio()
+        yield Result(
+            metric="precision_cost", value=value, unit="1", n=len(self.float32), low=low, high=high, context=context
+        )
+
+
+def time_steps(model: PreTrainedModel, row: TextRow, pairs: int = PAIRS) -> Timings:
+    """Forward and backward of one packed row of a bfloat16 `model` under AnchorAttention, with either rotation."""
+    register()
+    model.set_attn_implementation(implementation())
+    step = _step(model, row)
+    seconds: dict[RopeDtype, list[float]] = {RopeDtype.bfloat16: [], RopeDtype.float32: []}
+    for pair in range(pairs + 1):
+        for dtype in sorted(seconds, reverse=bool(pair % 2)):  # alternate who goes first
+            set_rope_dtype(model, dtype)
+            seconds[dtype].append(step())
+    # The first pair warms up kernels and caches.
+    return Timings(seconds[RopeDtype.bfloat16][1:], seconds[RopeDtype.float32][1:])
+
+
+def _step(model: PreTrainedModel, row: TextRow) -> Callable[[], float]:
+    layout = Pattern.anchor.apply(row.layout)
+    ids = torch.from_numpy(row.ids)[None].to(model.device)
+    cuda = model.device.type == "cuda"
+
+    def step() -> float:
+        if cuda:  # kernels are queued: wait, so that only this step is timed
+            torch.cuda.synchronize(model.device)
+        start = time.perf_counter()
+        hidden = model.base_model(
+            input_ids=ids,
+            position_ids=layout.position_ids(model.device)[None],
+            layouts=(layout,),
+            use_cache=False,
+        ).last_hidden_state
+        # Any loss will do: gradients flow through every layer. The head is left out, since it does not rotate anything.
+        hidden.float().square().mean().backward()
+        if cuda:
+            torch.cuda.synchronize(model.device)
+        seconds = time.perf_counter() - start
+        model.zero_grad()
+        return seconds
+
+    return step

@@ -1,4 +1,4 @@
-"""One sentence with numbers, and a recommendation, from a study's rows."""
+"""What a study says, from its rows: one sentence with numbers, a recommendation, and the table that is printed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any
 from anchorctx.evals.evaluators.precision.config import Arithmetic
 from anchorctx.evals.evaluators.precision.rows import ALL, interval_half
 from anchorctx.records.results import Result, Rows
+from anchorctx.records.table import text_table
 
 MOST = 0.5
 """The first token carries the error when hiding it removes at least this share of the change ..."""
 SOME = 0.1
 """... and a part of it from this share on."""
+COLUMNS = ("shift", "bfloat16", "float32_rotation", "float32")
+TITLES = ("shift (tokens)", "bfloat16", "float32 rotation", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ def find(rows: Sequence[Result], metric: str, /, **context: Any) -> Result | Non
 
 def _removed(before: Result, after: Result) -> tuple[float, float | None]:
     """Mean over texts of the share of the change that is gone, and half its interval."""
+    # `values` has one number for each text, and both arithmetics read the same texts: paired.
     pairs = zip(before.context["values"], after.context["values"], strict=True)
     shares = [1 - b / a if a else 0.0 for a, b in pairs]
     return statistics.fmean(shares), interval_half(shares)
@@ -76,6 +80,7 @@ def _changes(
     )
     beside = f" (weights drawn anew: {percent(control.value)} in bfloat16)" if control else ""
     tokens = "token" if question.shift == 1 else "tokens"
+    # "3.1 % in bfloat16" becomes "3.1 % of each query's attention in bfloat16", in the first part alone.
     parts[0] = parts[0].replace(" %", " % of each query's attention", 1)
     return (
         f"at {question.lengths[-1]:,} tokens, shifting all positions by {question.shift:,} {tokens} moves "
@@ -97,7 +102,8 @@ def _growth(rows: Sequence[Result], question: Question, at: dict[str, Any]) -> s
 
 
 def _differ(a: Result, b: Result) -> bool:
-    """Is the difference of two independent means larger than its 95 % interval?"""
+    """Whether the 95 % interval of the difference of two independent means leaves out 0."""
+    # Half widths of independent means add in squares.
     if a.high is None or b.high is None:
         return False
     return abs(a.value - b.value) > math.hypot(a.high - a.value, b.high - b.value)
@@ -110,6 +116,7 @@ def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
     attention = find(rows, "precision_first_attention", arithmetic="bfloat16", **at)
     if kept is None or hidden is None or share is None or attention is None:
         return "the first token's part is not known"
+    # Hiding the first token takes its score out of every softmax; what no longer moves then was its doing.
     gone = 1 - hidden.value / kept.value
     carries = (
         "carries most of the change" if gone >= MOST else "carries a part of the change" if gone >= SOME else
@@ -123,6 +130,7 @@ def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
 
 
 def _recommendation(rows: Sequence[Result], removed: float, half: float | None, at: dict[str, Any]) -> str:
+    # Measurably: the interval of what is removed does not reach 0.
     helps = removed > (half if half is not None else 0.0)
     spread = f" (95 %: {percent(removed - half)} to {percent(removed + half)})" if half is not None else ""
     if not helps:
@@ -133,6 +141,7 @@ def _recommendation(rows: Sequence[Result], removed: float, half: float | None, 
     if cost is not None and cost.low is not None and cost.high is not None:
         where = f"a bfloat16 training step of {cost.context['length']:,} tokens on {cost.context['device']}"
         span = f"({100 * (cost.value - 1):+.1f} %, 95 %: {100 * (cost.low - 1):+.1f} to {100 * (cost.high - 1):+.1f} %)"
+        # A ratio whose interval has 1 in it is no difference.
         known = (
             "takes longer" if cost.low > 1 else "takes less time" if cost.high < 1 else "takes no longer, measurably"
         )
@@ -143,6 +152,7 @@ def _recommendation(rows: Sequence[Result], removed: float, half: float | None, 
 
 def _after_all_layers(rows: Sequence[Result], at: dict[str, Any]) -> str:
     """Whether the same shows at the end of the model, where every rounding on the way adds its own."""
+    # These rows are of all layers together and have no `layer`.
     at = {key: value for key, value in at.items() if key != "layer"}
     spoken = [find(rows, "precision_logprob_change", arithmetic=a, **at) for a in ("bfloat16", "float32_rotation")]
     if spoken[0] is None or spoken[1] is None:
@@ -162,3 +172,35 @@ def percent(share: float) -> str:
 
 def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def table(rows: Sequence[Result]) -> str:
+    """The change of attention by shift at the longest length, for the checkpoint and the control, and the verdict."""
+    lines: list[str] = []
+    changes = [
+        row
+        for row in rows
+        if row.metric == "precision_attention_change"
+        and row.context["rows"] == "shift"
+        and row.context["layer"] == ALL
+        and row.context["first"] == "kept"
+    ]
+    # One grid a model: shifts down, arithmetics across, at the longest length only.
+    longest = max((row.context["length"] for row in changes), default=0)
+    for weights, title in (("trained", "the checkpoint"), ("control", "the same with weights drawn anew")):
+        mine = [row for row in changes if row.context["weights"] == weights and row.context["length"] == longest]
+        if mine:
+            lines += ["", f"attention that moves, {title}, {longest:,} tokens", *_grid(mine)]
+    for row in rows:
+        if row.metric == "precision_verdict":
+            lines += ["", row.context["sentence"], *filter(None, [row.context["recommendation"]])]
+    return "\n".join(lines)
+
+
+def _grid(rows: Sequence[Result]) -> list[str]:
+    value = {(row.context["shift"], row.context["arithmetic"]): row.value for row in rows}
+    lines: list[Sequence[object]] = [TITLES]
+    for shift in sorted({shift for shift, _ in value}):
+        cells = (value.get((shift, name)) for name in COLUMNS[1:])
+        lines.append([shift, *("" if x is None else f"{100 * x:.4f} %" for x in cells)])
+    return text_table(lines, ">", indent=2)

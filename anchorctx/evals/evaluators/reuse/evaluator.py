@@ -1,8 +1,8 @@
 """The evaluation `kvcomm`: how well agents that run a model reuse each other's KV caches, by arm, against dense.
 
-A unit is a task, since arms learn from one problem to the next, or the split of errors. What can be refused is refused
-before any weight is read, on a model that has only shapes. Of several processes each takes some of the arms, beside
-dense, which is computed by all: an arm's numbers do not depend on the other arms.
+A unit is a whole task, since arms learn from one problem to the next, or the split of errors. What can be refused is
+refused before any weight is read, on a model that has only shapes. With several processes, each takes some of the arms
+beside dense, which all compute: an arm's numbers do not depend on the other arms.
 """
 
 from __future__ import annotations
@@ -22,22 +22,19 @@ from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKEN
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.distribute import gather, is_first, place, same_everywhere, spread
+from anchorctx.evals.distribute import gather, is_first, rank_and_size, same_everywhere, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
-from anchorctx.evals.evaluators.reuse.gate import check_arm
 from anchorctx.evals.evaluators.reuse.measures import context_error
-from anchorctx.evals.evaluators.reuse.rows import record_rows, variation_rows
+from anchorctx.evals.evaluators.reuse.rows import check_arm, record_rows, variation_rows
 from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
-from anchorctx.evals.evaluators.reuse.tasks.humaneval import HumanEval
-from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu
+from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
-from anchorctx.kvcomm.arms.basic import Arm, RotateGlue
-from anchorctx.kvcomm.arms.controls import RandomMoments
+from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateGlue
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
+from anchorctx.kvcomm.arms.names import makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
-from anchorctx.kvcomm.arms.registry import ARMS, CONTROLS
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result
 from anchorctx.settings import check_ranges
@@ -61,6 +58,7 @@ class Reuse:
             raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
         self.config, self._seed = config, seed
         self._arms = arm_makers(config, seed)
+        # One line of text is one piece of documents: facts are planted between lines.
         self._lines = _lines(texts.first(CORPUS_TEXTS), candidate.tokenizer)
         self._tasks: dict[str, tuple[Task, Sequence[Team]]] = {}
         lab = self._lab(_shapes(candidate.config, attention), candidate.tokenizer, self._arms)
@@ -68,7 +66,7 @@ class Reuse:
             task = _task(name, config, lab.model, candidate.tokenizer, self._lines, seed)
             self._tasks[task.name] = task, task.teams()
             for team in self._tasks[task.name][1]:
-                Trial(lab, task, team)
+                Trial(lab, task, team)  # for its checks alone
         self._varies = self._has_room(lab.decoder.reach)
 
     def longest(self) -> int:
@@ -96,7 +94,8 @@ class Reuse:
             yield from self._variation(subject, progress)
             return
         task, teams = self._tasks[unit["task"]]
-        rank, world = place()
+        rank, world = rank_and_size()
+        # Arms a b c d e on 2 processes: the first takes a c e, the second b d, and both run dense.
         mine = {"dense", *[name for name in self._arms if name != "dense"][rank::world]}
         arms = {name: make for name, make in self._arms.items() if name in mine}
         lab = self._lab(subject.model, subject.tokenizer, arms)
@@ -106,7 +105,7 @@ class Reuse:
         work = [(trial, problem) for trial in trials for problem in trial.team.problems]
         for trial, problem in work:
             trial.run(problem)
-            same_everywhere(None)  # no process waits for the others for longer than a problem takes
+            same_everywhere(None)  # meet after every problem, so that no wait is long enough to time out
             progress(1, len(work))
         records = self._together([trial.records for trial in trials])
         yield from record_rows(task.name, records, fingerprint([problem for _, problem in work]))
@@ -114,6 +113,7 @@ class Reuse:
     def _together(self, mine: list[dict[str, Record]]) -> list[Record]:
         """Every team's records, in the arms' order, from the processes that ran the arms; dense's from the first."""
         parts = gather(mine)
+        # Dense is in every part; reversed, so that the first process's record of it wins.
         teams = [{k: v for part in reversed(parts) for k, v in part[i].items()} for i in range(len(mine))]
         return [records[name] for records in teams for name in self._arms]
 
@@ -128,7 +128,7 @@ class Reuse:
         return np.array([token for line in self._lines for token in line])
 
     def _has_room(self, reach: int) -> bool:
-        """Can the split of errors be measured? It is left out, with a warning, where model or text are too short."""
+        """Whether the split of errors can be measured; warns and leaves it out where model or text are too short."""
         config, found = self.config.variation, len(self._stream)
         needed, text = config.tokens + 2 * config.prefix + 1, 4 * max(config.tokens, config.prefix)
         if found >= text and reach >= needed:
@@ -148,6 +148,7 @@ class Reuse:
         rng = np.random.default_rng([self._seed, 1])
         starts = rng.integers(0, len(stream) - longest, size=(config.documents, 3))
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        # (documents, 3, longest): each a document and the two texts that it is read behind.
         pieces = stream[starts[..., None] + np.arange(longest)].tolist()
 
         def error(piece: list[list[int]]) -> Any:
@@ -165,14 +166,15 @@ def _shapes(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
 
 
 def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm]]:
-    """The arms to run, dense first, with their settings; UserError for an unknown name or a bad setting."""
-    known: dict[str, Callable[[], Arm]] = ARMS | CONTROLS
+    """What makes each arm to run, dense first, with its settings; UserError for an unknown name or a bad setting."""
+    known = makers()
     unknown = [name for name in config.arms if name not in known]
     if unknown:
         raise UserError(f"arms has {unknown[0]!r}, which is none: choose {', '.join(known)}")
     check_ranges(config)
     s = config.settings
     pool = PoolConfig(s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes)
+    # Arms that take settings; the others are made as they are.
     known |= {
         "rotate_glue": lambda: RotateGlue(s.first),
         "kvcomm": lambda: Kvcomm(pool, partial=s.partial),

@@ -1,4 +1,4 @@
-"""How near an arm comes to dense: divergence of its words, errors of its cache, and paired accuracy."""
+"""How near an arm comes to dense: divergence of its answers, errors of its cache, and paired accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.session import Turn
+from anchorctx.kvcomm.turn import Turn
 
 Z = 1.959964
 """Of a 95 % interval."""
@@ -30,6 +30,7 @@ class Closeness:
 def closeness(dense: Turn, other: Turn) -> Closeness:
     """Compare the logits that both turns gave to the same answer, in float64."""
     p, q = (turn.logits.double().log_softmax(-1) for turn in (dense, other))
+    # (n, V) log-probabilities; rounding can take a sum that should be 0 a little below it.
     kl = (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
     agree = dense.logits.argmax(-1) == other.logits.argmax(-1)
     return Closeness(kl.cpu().numpy(), agree.cpu().numpy())
@@ -49,7 +50,7 @@ def kv_error(found: KV, true: KV) -> KvError:
     """`found` against `true`, both un-rotated or both rotated at the same place."""
     relative, cosine = [], []
     for a, b in ((found.keys, true.keys), (found.values, true.values)):
-        a, b = a.double(), b.double()
+        a, b = a.double(), b.double()  # (L, B, H, T, D)
         relative.append((a - b).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1))
         cosine.append(torch.nn.functional.cosine_similarity(a, b, dim=-1).flatten(1).mean(1))
     return KvError(torch.stack(relative).cpu().numpy(), torch.stack(cosine).cpu().numpy())
@@ -60,6 +61,7 @@ def turn_error(dense: Turn, other: Turn) -> KvError | None:
     spans = [(s.start, s.stop) for s in dense.prompt.placeholders if s.length]
     if not spans:
         return None
+    # Spans (3, 5) and (9, 12): index = [3, 4, 9, 10, 11].
     index = torch.cat([torch.arange(a, b) for a, b in spans])
     a, b = (
         KV(turn.buffer.keys[:, :, :, index], turn.buffer.values[:, :, :, index], 0)  # same slots, so the same rotation
@@ -83,6 +85,8 @@ def context_error(
         (content, shift): behind `other` against behind `before`; and `len(before)` positions further off, still behind
         `before`, whose own place is unchanged.
     """
+    # `real` is the reference: behind BOS and `before`. `foreign` has the same positions behind another text; `moved`
+    # has the same text before it, then a gap of len(before) positions.
     ids, length = decoder.tensor(document), len(before) + 1
     first, second = (decoder.encode(decoder.tensor([bos, *text])) for text in (before, other))
     real = decoder.rope.unrotated(decoder.encode(ids, position=length, behind=first))
@@ -97,6 +101,7 @@ def paired_difference(arm: Sequence[bool], dense: Sequence[bool]) -> tuple[float
     Half an observation is added to each cell of the paired table, so that the interval does not vanish when all pairs
     agree.
     """
+    # The arm alone solves `better` problems and dense alone `worse`; the difference is (better - worse) / n.
     better = sum(a and not d for a, d in zip(arm, dense, strict=True))
     worse = sum(d and not a for a, d in zip(arm, dense, strict=True))
     n = len(arm)

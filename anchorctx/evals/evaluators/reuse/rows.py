@@ -1,21 +1,26 @@
 """From records to result rows, all named `kvcomm_*`, with the arm, task and kind in their context.
 
-Figures over tokens are means over turns, so that a long answer does not outvote a short one; turns of one problem are
-no independent observations, so that intervals are over problems. `kind` is `all` for the rows over all kinds.
-`values` in the context are a figure's problems, in order, so that the rows of two models or arms can be compared paired
-where `problems` (a fingerprint) is equal.
+Figures over tokens are means over turns, so that a long answer does not outvote a short one. Turns of one problem are
+not independent observations, so intervals are over problems. `kind` is `all` for the rows over all kinds. `values` in
+the context has one number for each problem, in order, so that two models or arms can be compared in pairs where
+`problems` (a fingerprint) is equal.
+
+The gate at the end compares an arm's rows with given bounds, for deployments.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from anchorctx.errors import UserError
+from anchorctx.evals.evaluators.reuse.config import GateConfig
 from anchorctx.evals.evaluators.reuse.measures import KvError, paired_difference
 from anchorctx.evals.evaluators.reuse.trial import Record
-from anchorctx.records.results import Result, mean_interval, wilson_interval
+from anchorctx.records.results import Result, Rows, mean_interval, wilson_interval
 
 PARTS = ("key", "value")
 
@@ -27,12 +32,14 @@ def record_rows(task: str, records: Sequence[Record], problems: str = "") -> lis
     for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
         chosen = [record for record in records if kind in ("all", record.kind)]
         for arm in dict.fromkeys(record.arm for record in chosen):
+            # One record a kind: several together are the row over `all`.
             own = [record for record in chosen if record.arm == arm]
             dense = [record for record in chosen if record.arm == "dense"]
             context = {"task": task, "kind": kind, "arm": arm, "problems": problems}
             rows += _words(own, context)
             rows += _answers(own, dense, context)
             rows += _reuse(own, context)
+            # Errors of the cache and times are not told apart by kind.
             if kind == "all":
                 rows += [*_cache(own, context), *_times(own, context)]
     return rows
@@ -52,6 +59,7 @@ def variation_rows(found: Sequence[tuple[KvError, KvError]], length: int, prefix
 
 def _words(own: Sequence[Record], context: dict) -> Iterator[Result]:
     turns = [problem for record in own for problem in record.closeness]
+    # turns[problem][turn].kl is (tokens,): mean over a turn's tokens, then over a problem's turns.
     for tokens, span in (("first", slice(1)), ("all", slice(None))):
         where = context | {"tokens": tokens}
         kl, agree = (
@@ -88,6 +96,7 @@ def _reuse(own: Sequence[Record], context: dict) -> Iterator[Result]:
     tokens = np.array([t for record in own for t in record.tokens], dtype=np.float64)
     flops = np.array([f for record in own for f in record.flops])
     yield _share("kvcomm_reuse", [x for record in own for x in record.reused], context | {"by": "calls"})
+    # (turns, 2): the prompt's tokens and those computed with it; dense FLOPs and those spent.
     shares: dict[str, Callable[[], float]] = {
         "tokens": lambda: 1 - tokens[:, 1].sum() / tokens[:, 0].sum(),
         "flops": lambda: 1 - flops[:, 1].sum() / flops[:, 0].sum(),
@@ -109,11 +118,12 @@ def _cache(own: Sequence[Record], context: dict) -> Iterator[Result]:
 
 
 def _times(own: Sequence[Record], context: dict) -> Iterator[Result]:
-    """p50 and p95 of each agent's and the whole request's seconds, and the bytes kept."""
+    """p50 and p95 of the seconds to first token of each agent and of whole requests, and the bytes kept."""
     agents = list(dict.fromkeys(agent for record in own for request in record.ttft for agent in request))
     samples: dict[str, list[float]] = {
         agent: [request[agent] for record in own for request in record.ttft if agent in request] for agent in agents
     }
+    # Agents speak one after the other, so a request takes the sum.
     samples["request"] = [sum(request.values()) for record in own for request in record.ttft]
     for who, seconds in samples.items():
         for name, quantile in (("p50", 0.5), ("p95", 0.95)):
@@ -136,3 +146,45 @@ def _share(metric: str, hits: Sequence[bool], context: dict) -> Result:
     return Result(
         metric=metric, value=sum(hits) / len(hits), unit="1", n=len(hits), low=low, high=high, context=context
     )
+
+
+# -- the gate ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate says."""
+
+    passed: bool
+    text: str
+    """One line a model and task."""
+
+
+def check_arm(gate: GateConfig, arms: Sequence[str]) -> None:
+    """Raise UserError for a gate on an arm that does not run."""
+    if gate.arm is not None and gate.arm not in arms:
+        raise UserError(f"gate.arm={gate.arm} is not among the arms that run: add it to arms, or choose another")
+
+
+def judge(rows: Sequence[Result], gate: GateConfig) -> Verdict | None:
+    """Compare the arm's rows over all tokens of every model and task with the bounds; None without a gate."""
+    if gate.arm is None:
+        return None
+    lines, passed = [], True
+    found = [row.context for row in rows if row.metric == "kvcomm_kl"]
+    for model, task in dict.fromkeys((context.get("model"), context["task"]) for context in found):
+        where = {"arm": gate.arm, "task": task, "kind": "all", "tokens": "all"} | ({"model": model} if model else {})
+        kl, agreement = (_value(rows, metric, where) for metric in ("kvcomm_kl", "kvcomm_agreement"))
+        good = kl <= gate.max_kl and agreement >= gate.min_agreement
+        passed &= good
+        lines.append(
+            f"gate {'passed' if good else 'FAILED'}: {gate.arm} on {task}{f' with {model}' if model else ''}: "
+            f"KL {kl:.4g} (at most {gate.max_kl:g}), agreement {agreement:.4f} (at least {gate.min_agreement:g})"
+        )
+    return Verdict(passed, "\n".join(lines))
+
+
+def _value(rows: Sequence[Result], metric: str, where: dict[str, str]) -> float:
+    row = Rows(rows).find(metric, **where)
+    assert row is not None
+    return row.value

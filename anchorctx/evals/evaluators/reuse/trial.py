@@ -1,8 +1,8 @@
 """Running a team's problems through dense and through every arm, problem by problem, so that all meet the same machine.
 
-Two runs a problem and arm. In the *compared* run every agent, the decision agent too, goes through the arm and is made
-to say what dense said: same words, so differences are the cache's. In the *free* run agents speak for themselves, and
-the decision agent is dense unless told otherwise: that is the accuracy.
+Each problem runs twice through each arm. In the *compared* run every agent, the decision agent too, goes through the
+arm and is made to say what dense said: the words are the same, so differences come from the cache. In the *free* run
+agents speak for themselves, and the decision agent is dense unless told otherwise: that gives the accuracy.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError, closeness, turn_error
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Task, Team
+from anchorctx.kvcomm.agents import Frame, Ids
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.prompts import Frame, Ids
-from anchorctx.kvcomm.session import Session, Turn
+from anchorctx.kvcomm.session import Session
+from anchorctx.kvcomm.turn import Turn
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class Record:
     ttft: list[dict[str, float]] = field(default_factory=list)
     """By problem: seconds by agent."""
     kept_bytes: int = 0
-    """Kept from request to request, at most."""
+    """The most that the arm kept from one request to the next, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +63,12 @@ class Lab:
 
 
 class Trial:
-    """One team, all arms; after `prepare`, `run` takes the problems one by one. UserError for prompts too long."""
+    """One team through all arms: call `prepare`, then `run` for each problem. UserError where a prompt is too long."""
 
     def __init__(self, lab: Lab, task: Task, team: Team) -> None:
         self._lab, self._task, self.team = lab, task, team
         self._dense = self._session("dense", lab.arms["dense"], None)
+        # Each arm has two sessions, for compared and for free runs, since an arm learns from what goes through it.
         self._compared = {name: self._session(name, make, None) for name, make in lab.arms.items()}
         decision = team.decision if lab.decision_dense else None
         self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
@@ -83,6 +85,7 @@ class Trial:
 
     def run(self, problem: Problem) -> None:
         """One problem through every arm."""
+        # What dense says is the script of the compared runs, dense's own included.
         said = self._dense.start(problem.texts)
         script = problem.script or {}
         dense = {name: said.run(name, answer=script.get(name)) for name in self.team.topology.order}
@@ -94,7 +97,7 @@ class Trial:
         for name in self._compared:
             if name != "dense":
                 self._compare(name, problem, dense, truth, shuffled, other)
-        if self.team.decision is not None:
+        if self.team.decision is not None:  # teams without one (copy) are only timed and compared
             self._answer(problem, dense)
 
     def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
@@ -124,11 +127,11 @@ class Trial:
         turns: dict[str, Turn] = {}
         for agent, model in dense.items():
             if other is not None and agent == self.team.decision:
-                # Before the agent reads in its own order, which an arm that learns would answer from; in a fork, so
-                # that nothing is worked out here that the turn's time has to have in it.
+                # Before the agent reads in its usual order: an arm that learns would else answer from what it just
+                # learnt. In a fork, so that work done here does not shorten the time of the turn below.
                 turn = request.fork().run(agent, answer=other, frame=shuffled, keep=False)
                 record.judged[True].append(_says(turn, other))
-            # What is passed on is whole, even where only its beginning is compared.
+            # Only the beginning of the answer is compared, but the whole message is passed on.
             turns[agent] = request.run(agent, answer=model.ids[: self._lab.compare_tokens], message=model.message)
         record.closeness.append([])
         for agent, turn in turns.items():
@@ -153,6 +156,7 @@ class Trial:
         decision = self.team.decision
         assert decision is not None
         self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
+        # Dense's own answers are at hand from the first run: it is not run again.
         for name, session in self._free.items():
             turns = session.ask(problem.texts)
             self.records[name].correct.append(self._task.score(turns[decision].answer, problem))
@@ -163,7 +167,7 @@ class Trial:
         heard = self.team.topology.inputs[decision] if decision is not None else ()
         if len(heard) < 2 or decision is None:
             return None
-        order = list(heard)
+        order = list(heard)  # draw until it differs; two agents have only one other order
         while order == list(heard):
             order = [heard[i] for i in self._rng.permutation(len(heard))]
         if tuple(order) not in self._orders:
@@ -173,5 +177,5 @@ class Trial:
 
 
 def _says(turn: Turn, answer: Ids) -> bool:
-    """Would greedy decoding say `answer`? It does if it predicts each token behind the ones before."""
+    """Whether greedy decoding would say `answer`: it predicts each token after the ones before it."""
     return turn.logits[: len(answer)].argmax(-1).tolist() == list(answer)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
@@ -20,8 +19,9 @@ from anchorctx.evals.evaluators.config import OFFLINE, LmEvalConfig, RulerConfig
 from anchorctx.evals.evaluators.lm_eval import lm_eval_version, run_tasks, task_manager
 from anchorctx.evals.evaluators.ruler import Ruler, as_in_a_fresh_process, shortest
 from anchorctx.evals.runner import EvalConfig, EvalName, evaluate
+from anchorctx.testing.tiny import save, text_model
 
-from ..conftest import ignore, save
+from ..conftest import ignore
 
 LENGTH = 1536
 TASK = """\
@@ -41,19 +41,8 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose model and tokenizer suit RULER: 2,048 positions, and words of more than a byte."""
     tokenizer = train_tokenizer(vocabulary=2048, sample_chars=300_000)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.5,
-        bos_token_id=tokenizer.bos_token_id,  # type: ignore[arg-type]
-        eos_token_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
-    )
-    return save(LlamaForCausalLM(config), tokenizer, tmp_path_factory.mktemp("models") / "small")
+    model = text_model(tokenizer, 2048, width=16, layers=1, spread=0.5)
+    return save(model, tokenizer, tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="module")

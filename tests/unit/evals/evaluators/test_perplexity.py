@@ -13,12 +13,11 @@ from anchorctx.attention.config import RopeDtype
 from anchorctx.data.sources.facts import FactTokens, plant
 from anchorctx.errors import UserError
 from anchorctx.evals import scoring as forward
-from anchorctx.evals.attention import attention_name
 from anchorctx.evals.base import Subject
 from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
-from anchorctx.evals.evaluators.context import ContextPerplexity
-from anchorctx.evals.evaluators.perplexity import Perplexity, encode, windows
+from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity, encode, windows
 from anchorctx.evals.scoring import score
+from anchorctx.evals.subject import attention_name
 from anchorctx.testing.tiny import ARCHITECTURES
 
 from ..conftest import TEXTS, ignore

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from anchorctx.errors import UserError
-from anchorctx.kvcomm.arms.exemplars import Exemplar, Offset, Pool, PoolConfig, exemplar_bytes
-from anchorctx.kvcomm.cache import KV, token_bytes
+from anchorctx.kvcomm.arms.exemplars import Exemplar, Offset, Pool, PoolConfig
+from anchorctx.kvcomm.cache import KV
 
 LAYERS, HEADS, DIM = 3, 2, 4
 READER = ("m", 0)
@@ -138,7 +138,9 @@ def test_memory_is_the_formula(glues: list[int]) -> None:
     for i, glue in enumerate(glues):
         offset = Offset(kv(12), kv(glue) if glue else None)
         found.add("x", 0, torch.zeros(12, dtype=torch.long), (str(i), 0), offset)
-    assert found.nbytes == exemplar_bytes(12, glues, token_bytes(LAYERS, HEADS, DIM, 4), LAYERS)
+    # the formula of the module's docstring, float32: ids, then text and glue for each reader, but for layer 0
+    tokens = sum(12 + glue for glue in glues)
+    assert found.nbytes == 8 * 12 + tokens * 2 * (LAYERS - 1) * HEADS * DIM * 4
 
 
 def test_bytes_are_bounded_over_all_placeholders() -> None:

@@ -45,6 +45,7 @@ class Team:
 
 def fingerprint(problems: Sequence[Problem]) -> str:
     """Twelve hex digits that change with the problems: figures of two models are paired only where these are equal."""
+    # Texts, answers and scripts: all that a problem is made of.
     said = json.dumps([[sorted(p.texts.items()), str(p.expected), sorted((p.script or {}).items())] for p in problems])
     return hashlib.sha256(said.encode()).hexdigest()[:12]
 
@@ -59,7 +60,7 @@ class Task(Protocol):
         ...
 
     def score(self, answer: Answer, problem: Problem) -> bool:
-        """Is the decision agent's answer right?"""
+        """Whether the decision agent's answer is right."""
         ...
 
 
@@ -75,10 +76,12 @@ def panel(
         raise UserError(f"agents={count} must be at least 2: one that answers, and the decision agent")
     names = [f"agent_{i}" for i in range(1, count)]
     graph = _named(topology, names)
+    # A debate's first round is heard through the second one alone.
     graph = graph.with_decision(DECISION, hears=graph.last if topology == "debate" else None)
     agents = []
     for number, name in enumerate(graph.order):
         final = name == DECISION
+        # In a debate agent_1@2 is agent_1's second turn.
         said = "".join(f"\n{other.replace('@', ' in round ')} said: {{{other}}}" for other in graph.inputs[name])
         role = last if final else roles[number % len(roles)]
         agents.append(Agent(name, f"{role}\n\n{question}\n{said}\n\nAnswer:", final_tokens if final else tokens))
@@ -120,7 +123,7 @@ def _local(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path} is no file: give a JSON-lines file of problems, or null for the hub's")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if not line.strip():  # a file may end with an empty line
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))

@@ -1,4 +1,4 @@
-"""Synthetic requests with given lengths, for timing: what is said is given, so every arm has the same words.
+"""Synthetic requests with given lengths, for timing: answers are given, so that every arm has the same tokens.
 
 The paper's geometry is the default of `benchmarks/kvcomm.py`: five fully connected agents, a question of 1,024
 tokens, a fixed prefix of 512 for each agent, answers of 512.
@@ -34,6 +34,7 @@ class CopyTask:
 
     def teams(self) -> Sequence[Team]:
         """One, without a decision agent."""
+        # Drawn in a fixed order (prefixes, then each problem's question and answers), so a seed fixes the problems.
         config, graph, rng = self.config, self._topology, np.random.default_rng([self._seed, 9])
 
         def draw(length: int) -> tuple[int, ...]:
@@ -50,5 +51,5 @@ class CopyTask:
         return [Team(self.name, tuple(agents), graph, tuple(problems), None)]
 
     def score(self, answer: Answer, problem: Problem) -> bool:
-        """Nothing is right or wrong here."""
+        """Always: nothing is right or wrong here."""
         return True

@@ -1,108 +1,173 @@
-"""Questions with exact answers: GSM8K (a number) and MMLU (a letter). Scorers read the answer, never search for it."""
+"""Questions with exact answers: GSM8K (a number), MMLU (a letter) and HumanEval (a function that passes its tests).
+
+Scorers read the answer where it must stand and never search a reply for something that fits. HumanEval runs generated
+code, in `sandbox`, and only when that is allowed.
+"""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar
 
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.config import QuestionTaskConfig
+from anchorctx.evals.evaluators.reuse.config import Limits, QuestionTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, panel, read_rows
+from anchorctx.evals.evaluators.reuse.tasks.sandbox import passes
 from anchorctx.kvcomm.agents import Answer
 
-SOLVERS = (
-    "You are a mathematician. Solve the problem step by step, then write #### and the number.",
-    "You are a careful checker. Work the problem out on your own and compare, then write #### and the number.",
-    "You are a programmer. Set the problem up as a calculation, carry it out, then write #### and the number.",
-)
-EXPERTS = (
-    "You are an expert of the subject. Reason briefly, then give the letter of the right choice.",
-    "You are a critic. Say which choices cannot be right, then give the letter of the right one.",
-    "You are a teacher. Explain what the question tests, then give the letter of the right choice.",
-)
 LETTERS = "ABCD"
+# A whole number with its sign and decimals: not the 3 of 3/4, the 1 of 1e3 or the 8 of 18.
 _NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?(?!\d|\.\d|[/^]|e[+-]?\d)")
-"""Whole: not the 3 of 3/4 or the 1 of 1e3."""
 
 
-class Gsm8k:
-    """School mathematics (arXiv 2110.14168): fields `question` and `answer`, whose last line is `#### number`."""
+class QuestionTask(ABC):
+    """One team of agents in a named topology, and questions from a file or the hub."""
 
-    name = "gsm8k"
+    name: str
+    fields: ClassVar[dict[str, type | tuple[type, ...]]]
+    """What each row of the file must have, by type."""
+    ask: ClassVar[str] = "{question}"
+    """The question in every agent's prompt."""
+    roles: ClassVar[Sequence[str]]
+    """How the agents' prompts begin, in turn."""
+    last: ClassVar[str]
+    """How the decision agent's prompt begins."""
+    final_tokens: ClassVar[int | None] = None
+    """Longest answer of the decision agent, in tokens; None is that of the others, max_new_tokens."""
 
     def __init__(self, config: QuestionTaskConfig, agents: int, topology: str) -> None:
         self.config, self._agents, self._topology = config, agents, topology
 
     def teams(self) -> Sequence[Team]:
         """One."""
-        rows = read_rows(
-            self.config.path,
-            self.config.dataset,
-            self.config.split,
-            {"question": str, "answer": str},
-            self.config.problems,
-        )
-        problems = tuple(Problem({"question": row["question"]}, _reference(row["answer"])) for row in rows)
-        last = "You decide. Read the other agents' solutions, then write #### and the right number."
-        tokens = self.config.max_new_tokens
+        config, tokens = self.config, self.config.max_new_tokens
+        rows = read_rows(config.path, config.dataset, config.split, self.fields, config.problems)
+        problems = tuple(self.problem(row) for row in rows)
         agents, graph = panel(
-            self._agents, self._topology, "Problem: {question}", last, roles=SOLVERS, tokens=tokens, final_tokens=tokens
+            self._agents,
+            self._topology,
+            self.ask,
+            self.last,
+            roles=self.roles,
+            tokens=tokens,
+            final_tokens=self.final_tokens or tokens,
         )
         return [Team(self.name, agents, graph, problems)]
+
+    @abstractmethod
+    def problem(self, row: dict[str, Any]) -> Problem:
+        """The problem of a row, which has all `fields`; UserError where it makes none."""
+
+    @abstractmethod
+    def score(self, answer: Answer, problem: Problem) -> bool:
+        """Whether the decision agent's answer is right."""
+
+
+class Gsm8k(QuestionTask):
+    """School mathematics (arXiv 2110.14168): fields `question` and `answer`, whose last line is `#### number`."""
+
+    name = "gsm8k"
+    fields = {"question": str, "answer": str}
+    ask = "Problem: {question}"
+    roles = (
+        "You are a mathematician. Solve the problem step by step, then write #### and the number.",
+        "You are a careful checker. Work the problem out on your own and compare, then write #### and the number.",
+        "You are a programmer. Set the problem up as a calculation, carry it out, then write #### and the number.",
+    )
+    last = "You decide. Read the other agents' solutions, then write #### and the right number."
+
+    def problem(self, row: dict[str, Any]) -> Problem:
+        """The question, and the number that is right."""
+        answer = row["answer"]
+        expected = number_of(answer) if "####" in answer else None
+        if expected is None:
+            raise UserError(f"a GSM8K answer must end with '#### number', got {answer[-40:]!r}: correct the file")
+        return Problem({"question": row["question"]}, expected)
 
     def score(self, answer: Answer, problem: Problem) -> bool:
         """The numbers are equal."""
         return number_of(answer.text) == problem.expected
 
 
-class Mmlu:
+class Mmlu(QuestionTask):
     """Multiple choice (arXiv 2009.03300): fields `question`, `choices` (four) and `answer` (0..3 or a letter)."""
 
     name = "mmlu"
+    fields = {"question": str, "choices": list, "answer": (int, str)}
+    ask = "Question: {question}"
+    roles = (
+        "You are an expert of the subject. Reason briefly, then give the letter of the right choice.",
+        "You are a critic. Say which choices cannot be right, then give the letter of the right one.",
+        "You are a teacher. Explain what the question tests, then give the letter of the right choice.",
+    )
+    last = "You decide. Read the other agents' answers, then reply with the letter of the right choice alone."
+    final_tokens = 8
 
-    def __init__(self, config: QuestionTaskConfig, agents: int, topology: str) -> None:
-        self.config, self._agents, self._topology = config, agents, topology
-
-    def teams(self) -> Sequence[Team]:
-        """One."""
-        rows = read_rows(
-            self.config.path,
-            self.config.dataset,
-            self.config.split,
-            {"question": str, "choices": list, "answer": (int, str)},
-            self.config.problems,
-        )
-        problems = []
-        for row in rows:
-            if len(row["choices"]) != len(LETTERS):
-                raise UserError(f"{_named(row)} has {len(row['choices'])} choices, where there are four: correct it")
-            choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
-            answer = row["answer"]
-            expected = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < 4 else str(answer).strip().upper()
-            if expected not in tuple(LETTERS):
-                raise UserError(f"{_named(row)} has the answer {answer!r}, neither 0 to 3 nor A to D: correct it")
-            problems.append(Problem({"question": f"{row['question']}\n{choices}"}, expected))
-        last = "You decide. Read the other agents' answers, then reply with the letter of the right choice alone."
-        agents, graph = panel(
-            self._agents,
-            self._topology,
-            "Question: {question}",
-            last,
-            roles=EXPERTS,
-            tokens=self.config.max_new_tokens,
-            final_tokens=8,
-        )
-        return [Team(self.name, agents, graph, tuple(problems))]
+    def problem(self, row: dict[str, Any]) -> Problem:
+        """The question with its choices, and the right letter."""
+        named = f"the MMLU question {row['question'][:60]!r}"
+        if len(row["choices"]) != len(LETTERS):
+            raise UserError(f"{named} has {len(row['choices'])} choices, where there are four: correct it")
+        choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
+        answer = row["answer"]
+        expected = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < 4 else str(answer).strip().upper()
+        if expected not in tuple(LETTERS):
+            raise UserError(f"{named} has the answer {answer!r}, neither 0 to 3 nor A to D: correct it")
+        return Problem({"question": f"{row['question']}\n{choices}"}, expected)
 
     def score(self, answer: Answer, problem: Problem) -> bool:
         """The reply's letter is the right one."""
         return letter_of(answer.text) == problem.expected
 
 
-def _named(row: dict[str, Any]) -> str:
-    return f"the MMLU question {row['question'][:60]!r}"
+@dataclass(frozen=True, slots=True)
+class CodeProblem:
+    """What the tests need."""
+
+    prompt: str
+    """Imports, signature and docstring."""
+    test: str
+    """Defines `check(candidate)`."""
+    entry_point: str
+    """The function's name."""
+
+
+class HumanEval(QuestionTask):
+    """Functions from their docstrings (arXiv 2107.03374): fields `prompt`, `test` and `entry_point`."""
+
+    name = "humaneval"
+    fields = {"prompt": str, "test": str, "entry_point": str}
+    roles = (
+        "You are a programmer. Complete the function. Reply with the whole function in Python and nothing else.",
+        "You are a reviewer. Write the function anew, minding the edge cases. Reply with the whole function in Python.",
+    )
+    last = "You decide. Read the other agents' functions and reply with the right one, in Python and nothing else."
+
+    def __init__(
+        self, config: QuestionTaskConfig, agents: int, topology: str, allow_code_execution: bool, limits: Limits
+    ) -> None:
+        super().__init__(config, agents, topology)
+        if not allow_code_execution:
+            raise UserError(
+                "humaneval runs code that a model wrote: set allow_code_execution=true to allow that, in a subprocess "
+                "without network, with limits on time, memory and files"
+            )
+        self._limits = limits
+
+    def problem(self, row: dict[str, Any]) -> Problem:
+        """The prompt, and what its tests need."""
+        return Problem({"question": row["prompt"]}, CodeProblem(*(row[name] for name in self.fields)))
+
+    def score(self, answer: Answer, problem: Problem) -> bool:
+        """The program's tests pass."""
+        return passes(program_of(answer.text, problem.expected), self._limits)
+
+
+# -- reading replies --------------------------------------------------------------------------------------------------
 
 
 def number_of(text: str) -> Decimal | None:
@@ -125,11 +190,14 @@ def letter_of(text: str) -> str | None:
     return found.group(1) if found else None
 
 
-def _reference(answer: str) -> Decimal:
-    found = number_of(answer) if "####" in answer else None
-    if found is None:
-        raise UserError(f"a GSM8K answer must end with '#### number', got {answer[-40:]!r}: correct the file")
-    return found
+def program_of(reply: str, problem: CodeProblem) -> str:
+    """The reply's code, or the prompt completed by it, followed by the tests and their call."""
+    fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", reply, re.DOTALL)
+    code = fenced.group(1) if fenced else reply
+    whole = re.search(rf"^def {re.escape(problem.entry_point)}\b", code, re.MULTILINE) is not None
+    # A whole function still needs the prompt's imports; `pass` makes the prompt's own signature a valid function first.
+    body = f"{problem.prompt}\n    pass\n\n{code}" if whole else problem.prompt + code
+    return f"{body}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
 
 
 def _decimal(text: str) -> Decimal:

@@ -89,14 +89,16 @@ class RetrievalTask:
         return [self._team(kind) for kind in dict.fromkeys(self.config.kinds)]
 
     def score(self, answer: Answer, problem: Problem) -> bool:
-        """Exact: the first thing said is the value; or nothing is said where nothing is known."""
+        """Whether the answer is exactly the value; or, for `absent`, whether the agent said nothing."""
         said = answer.text if answer.confidence >= self.config.confidence else None
         return said == problem.expected
 
     def _team(self, kind: str) -> Team:
         names = [f"reader_{i}" for i in range(1, self._readers + 1)]
+        # Each reader hears all before it, or in two_hop the first one alone.
         inputs = {name: names[:i] if kind != "two_hop" else names[:1] * bool(i) for i, name in enumerate(names)}
         agents = [self._reader(kind, i, name, inputs[name]) for i, name in enumerate(names)]
+        # The newest first: document_2 before document_1, reader_2's note before reader_1's.
         documents = "".join(f"{{document_{i}}}" for i in range(self._readers, 0, -1))
         said = "".join(f"{{{name}}}" for name in reversed(names))
         ask = "" if kind == "two_hop" else "{question}"
@@ -117,9 +119,11 @@ class RetrievalTask:
                 return ""
             if two_hop and number == 0:
                 return self._vocabulary.keys[self._vocabulary.values.index(answer.text)]
+            # What it passes on is a fact: the key that it was asked, then the value.
             asked = texts[heard[0]] if two_hop else texts["question"]
             return (asked + answer.text) * times if asked else ""
 
+        # Roles of different lengths, so that the same document stands at another place in every prompt.
         role = f"# reader {number + 1} of {self._readers}, who has one document and passes on what it says\n" * (
             1 + number % 3
         )
@@ -129,7 +133,7 @@ class RetrievalTask:
         return Agent(name, template, 1, speak, message_tokens=2 * times)  # a key and its value
 
     def _prefixed(self, prompt: str, number: int) -> Template:
-        """The prompt of agent `number` behind a text of its own, the same in every kind and problem."""
+        """The prompt of agent `number` behind the text of that agent, which is the same in every kind and problem."""
         parts = Template.parse(prompt).parts
         if not self.config.prefix:
             return Template(parts)
@@ -152,6 +156,7 @@ class RetrievalTask:
         elif kind == "override":
             stated[first].append((key, old))
             stated[last].append((key, value))
+        # Other facts have other keys: what the documents say of `key` depends on the kind alone.
         others = iter(order[2:])
         for facts in stated:
             facts += [(int(next(others)), str(rng.choice(words.values))) for _ in range(config.facts)]
@@ -165,6 +170,7 @@ class RetrievalTask:
         lines = self._text(self.config.document_tokens - 2 * len(facts), start)
         slots = np.sort(rng.integers(0, len(lines) + 1, len(facts)))
         order = rng.permutation(len(facts))
+        # From the back, so that the slots in front stay where they are.
         for slot, i in reversed(list(zip(slots.tolist(), order.tolist(), strict=True))):
             key, value = facts[i]
             lines.insert(slot, (self._tokens[self._vocabulary.keys[key]], self._tokens[value]))
@@ -172,6 +178,7 @@ class RetrievalTask:
 
     def _text(self, length: int, at: int) -> list[tuple[int, ...]]:
         """The text's lines from line `at` on, `length` tokens of them; the last is cut."""
+        # Round the text's end to its beginning, if need be.
         lines, found = [], 0
         while found < length:
             line = self._lines[at % len(self._lines)][: length - found]

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.evals.evaluators.precision.config import PrecisionConfig
+from anchorctx.testing.tiny import save, text_model
 
 
 @pytest.fixture(scope="session")
@@ -18,20 +17,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer, and a corpus beside it."""
     folder = tmp_path_factory.mktemp("precision") / "tiny"
     tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-        )
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(text_model(tokenizer, 128), tokenizer, folder)
     texts = (f"def f{i}(x):\n    return x + {i}\n" * (i % 4 + 1) for i in range(60))
     (folder.parent / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder

@@ -12,9 +12,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.evals.evaluators.precision import probe
-from anchorctx.evals.evaluators.precision.measure import Instrument, document_queries, late_queries
+from anchorctx.evals.evaluators.precision.measure import Instrument, TextRow, document_queries, late_queries
 from anchorctx.evals.evaluators.precision.probe import Probe, allowed_rows, compare, first_keys
-from anchorctx.evals.evaluators.precision.texts import TextRow
 from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.testing.tiny import ARCHITECTURES
 

@@ -14,15 +14,14 @@ from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.rope import rotary_modules
 from anchorctx.errors import UserError
 from anchorctx.evals.commands import evaluate_precision as study
-from anchorctx.evals.evaluators.precision import arms
+from anchorctx.evals.evaluators.precision import models
 from anchorctx.evals.evaluators.precision import study as study_module
 from anchorctx.evals.evaluators.precision.config import Arithmetic, PrecisionConfig
-from anchorctx.evals.evaluators.precision.cost import Timings
-from anchorctx.evals.evaluators.precision.random_scores import random_score_changes
+from anchorctx.evals.evaluators.precision.measure import Texts
+from anchorctx.evals.evaluators.precision.models import random_score_changes
 from anchorctx.evals.evaluators.precision.rows import interval_half, key_bins, mean_result
-from anchorctx.evals.evaluators.precision.table import table
-from anchorctx.evals.evaluators.precision.texts import Texts
-from anchorctx.evals.evaluators.precision.verdict import Question, find, verdict
+from anchorctx.evals.evaluators.precision.units import Timings
+from anchorctx.evals.evaluators.precision.verdict import Question, find, table, verdict
 from anchorctx.records.results import Result, read_results
 from anchorctx.testing.numerics import observed_rope_dtype
 
@@ -96,14 +95,14 @@ def test_a_study_is_whole_deterministic_and_resumable(
 
     # Typed again nothing is measured; cut off in the middle of a unit, what is missing is.
     file, loads = out / "results.jsonl", []
-    whole, load = file.read_bytes(), arms.load
-    monkeypatch.setattr(arms, "load", lambda *args: loads.append(args[1:3]) or load(*args))
+    whole, load = file.read_bytes(), models.load
+    monkeypatch.setattr(models, "load", lambda *args: loads.append(args[1:3]) or load(*args))
     assert study(config) == rows and file.read_bytes() == whole and not loads
     lines = whole.splitlines(keepends=True)
     keep = next(i for i, row in enumerate(rows) if row.context.get("weights") == "control")
     file.write_bytes(b"".join(lines[:keep]))
     assert study(config) == rows and file.read_bytes() == whole
-    assert loads == [(arms.Weights.control, arithmetic) for arithmetic in Arithmetic]
+    assert loads == [(models.Weights.control, arithmetic) for arithmetic in Arithmetic]
     # Elsewhere, from the beginning: the same numbers.
     again = study(make_config(out_dir=str(tmp_path / "again")))
     assert numbers(again) == numbers(rows)
@@ -138,9 +137,9 @@ def test_emulation_changes_nothing_that_shows(make_config: Make, tmp_path: Path)
 
 
 def test_the_control_has_the_same_weights_in_every_arithmetic(folder: Path):
-    subject = arms.open_subject(str(folder), {}, "cpu")
-    control = {a: arms.load(subject, arms.Weights.control, a, seed=3) for a in Arithmetic}
-    trained = arms.load(subject, arms.Weights.trained, Arithmetic.float32, seed=3)
+    subject = models.open_checkpoint(str(folder), {}, "cpu")
+    control = {a: models.load(subject, models.Weights.control, a, seed=3) for a in Arithmetic}
+    trained = models.load(subject, models.Weights.trained, Arithmetic.float32, seed=3)
     exact = control[Arithmetic.float32].state_dict()
     for name, weight in control[Arithmetic.bfloat16].state_dict().items():
         assert weight.dtype is torch.bfloat16 and torch.equal(weight, exact[name].bfloat16())
@@ -156,7 +155,7 @@ def test_the_control_has_the_same_weights_in_every_arithmetic(folder: Path):
 
 
 def test_default_lengths_and_layers_follow_the_model(make_config: Make, folder: Path):
-    subject = arms.open_subject(str(folder), {}, "cpu")
+    subject = models.open_checkpoint(str(folder), {}, "cpu")
     setting = study_module.check(make_config(lengths=[], shift=5), subject)
     assert setting.lengths == (16, 32, 64, 128) and setting.layers == {0, 1} and setting.shifts == (5, 16, 2000)
     subject.config.num_hidden_layers = 32
@@ -180,7 +179,7 @@ def test_key_bins_cover_every_key_once(length: int):
 
 
 def test_rows_of_text_are_the_corpus(folder: Path):
-    tokenizer = arms.open_subject(str(folder), {}, "cpu").tokenizer
+    tokenizer = models.open_checkpoint(str(folder), {}, "cpu").tokenizer
     documents = ["abc" * 5, "x = 1\n" * 20, "", "last"]
     texts = Texts(documents, tokenizer)
     one, two = texts.rows(40, 2)
@@ -197,7 +196,7 @@ def test_rows_of_text_are_the_corpus(folder: Path):
 
 
 def test_packed_rows_hold_several_documents(folder: Path):
-    tokenizer = arms.open_subject(str(folder), {}, "cpu").tokenizer
+    tokenizer = models.open_checkpoint(str(folder), {}, "cpu").tokenizer
     documents = [f"value = {i}\n" * (1 + 9 * (i % 2)) for i in range(60)]
     rows = Texts(documents, tokenizer).packed_rows(96, 3)
     assert len(rows) == 3

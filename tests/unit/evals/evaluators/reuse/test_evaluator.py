@@ -15,18 +15,18 @@ from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import GateConfig, ReuseConfig
 from anchorctx.evals.evaluators.reuse.evaluator import arm_makers
-from anchorctx.evals.evaluators.reuse.gate import check_arm, judge
 from anchorctx.evals.evaluators.reuse.measures import (
     context_error,
     kv_error,
     paired_difference,
 )
+from anchorctx.evals.evaluators.reuse.rows import check_arm, judge
 from anchorctx.evals.evaluators.reuse.trial import Trial
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result, Rows, read_results
-from anchorctx.testing.tiny import text_model
+from anchorctx.testing.tiny import save, text_model
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
 
@@ -36,8 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer that knows the facts, a corpus and three GSM8K-like questions."""
     path = tmp_path_factory.mktemp("kvcomm")
     tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
-    text_model(tokenizer, 1024).save_pretrained(path / "tiny")
-    tokenizer.save_pretrained(path / "tiny")
+    save(text_model(tokenizer, 1024), tokenizer, path / "tiny")
     (path / "corpus.jsonl").write_text(json.dumps({"text": LINES}) + "\n")
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)]
     (path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,11 +115,11 @@ def test_the_other_order_is_not_answered_from_the_same_request(folder: Path, mon
     """When the decision agent reads in another order, no exemplar has this request's offsets for it yet."""
     asked = []
 
-    def place(self: Kvcomm, scene: Any) -> Any:
-        if not scene.keep:
-            mine = [e for e in self.pool if e.request == scene.request.number]
-            asked.append([agent for e in mine for agent, _ in e.offsets if agent == scene.prompt.agent])
-        return original(self, scene)
+    def place(self: Kvcomm, context: Any) -> Any:
+        if not context.keep:
+            mine = [e for e in self.pool if e.request == context.request.number]
+            asked.append([agent for e in mine for agent, _ in e.offsets if agent == context.prompt.agent])
+        return original(self, context)
 
     original = Kvcomm.place
     monkeypatch.setattr(Kvcomm, "place", place)

@@ -18,8 +18,15 @@ from anchorctx.evals.evaluators.reuse.config import (
 )
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, fingerprint, panel, read_rows
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
-from anchorctx.evals.evaluators.reuse.tasks.humaneval import CodeProblem, HumanEval, program_of
-from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, Mmlu, letter_of, number_of
+from anchorctx.evals.evaluators.reuse.tasks.questions import (
+    CodeProblem,
+    Gsm8k,
+    HumanEval,
+    Mmlu,
+    letter_of,
+    number_of,
+    program_of,
+)
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import CORRECTIONS, FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.tasks.sandbox import passes
 from anchorctx.kvcomm.agents import Answer, Template

@@ -10,10 +10,9 @@ import torch
 from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.evals.evaluators.precision import probe
-from anchorctx.evals.evaluators.precision.bfloat16 import EmulatedBfloat16, arithmetic_context, emulates
 from anchorctx.evals.evaluators.precision.config import Emulate
-from anchorctx.evals.evaluators.precision.measure import Instrument, late_queries
-from anchorctx.evals.evaluators.precision.texts import TextRow
+from anchorctx.evals.evaluators.precision.measure import Instrument, TextRow, late_queries
+from anchorctx.evals.evaluators.precision.models import EmulatedBfloat16, arithmetic_context, emulates
 from anchorctx.layout import PackedLayout
 from anchorctx.testing.tiny import ARCHITECTURES
 
