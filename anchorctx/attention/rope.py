@@ -28,6 +28,10 @@ from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
 
 
+EXACT = (torch.float32, torch.float64)
+"""Dtypes that inverse frequencies may have."""
+
+
 def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:
     """Set the rotation's dtype in every rotary module of `model`; idempotent and reversible.
 
@@ -71,6 +75,20 @@ def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in model.modules() if _frequencies(module)]
 
 
+def restore_frequencies(model: torch.nn.Module) -> None:
+    """Make frequencies that were rounded while the model was built anew, in float32.
+
+    DeepSpeed's `zero.Init` casts every tensor that is made inside it, these too; transformers keeps it from doing so
+    by itself in 5.24, but not yet in 5.17. Rounded to bfloat16, angles are wrong by radians at long distances.
+    """
+    for module in rotary_modules(model):
+        if all(frequencies.dtype in EXACT for frequencies in _frequencies(module).values()):
+            continue
+        fresh = type(module)(module.config)  # type: ignore[call-arg, arg-type]
+        for name, rounded in _frequencies(module).items():
+            module._buffers[name] = getattr(fresh, name).to(rounded.device)
+
+
 def _frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: x for name, x in module._buffers.items() if name.endswith("inv_freq") and x is not None}
 
@@ -83,7 +101,7 @@ def _rounded_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torc
 def _asked_for(module: torch.nn.Module, dtype: torch.dtype, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """The rotary module's own forward, asked for `dtype`."""
     for name, frequencies in _frequencies(module).items():
-        if frequencies.dtype not in (torch.float32, torch.float64):
+        if frequencies.dtype not in EXACT:
             # A blanket model.to(bfloat16) rounds them: the angles would be wrong by radians at long distances.
             raise RuntimeError(f"{name} was cast to {frequencies.dtype}: load the model in its dtype, do not cast it")
     with _exact_matmul():

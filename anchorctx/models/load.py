@@ -29,6 +29,7 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
         found: Any = AutoModelForCausalLM.from_pretrained(folder or path, config=config, **options)
     model, info = found
     _judge(path, type(model).__name__, info)
+    restore_frequencies(model)
     return model
 
 

@@ -74,7 +74,7 @@ OUT_OF_RANGE = {
         "models=[{path: a},{path: b, max_length: 0}]": "models[1].max_length=0 must be at least 1",
         "models=[{path: a, rope: {factor: nan}}]": "models[0].rope.factor=nan must be at least 1: leave it out",
         "perplexity.max_length=2": "perplexity.max_length=2 must be at least 3; the default is 4096",
-        "needle.depths=[0,nan]": "needle.depths[1]=nan must be between 0 and 1; the default is [0.0, 0.25, 0.5, 0.75, 1.0]",
+        "needle.depths=[0,nan]": "needle.depths[1]=nan must be between 0 and 1; the default is [0.0, 0.25, 0.5,",
         "retrieval.facts=65": "retrieval.facts=65 must be between 1 and 64; the default is 8",
         "retrieval.mentions=1": "retrieval.mentions=1 must be at least 2: a fact is stated once, then asked for",
         "ruler.limit=0": "ruler.limit=0 must be at least 1; the default is null",

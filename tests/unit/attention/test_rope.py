@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import anchorctx.attention.interface as interface
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.rope import rotary_modules, set_rope_dtype
+from anchorctx.attention.rope import restore_frequencies, rotary_modules, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models import checkpoint_activations
@@ -211,3 +211,18 @@ def test_tf32_is_off_inside_and_restored(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_without_rope_is_refused() -> None:
     with pytest.raises(UserError, match="Linear has no rotary"):
         set_rope_dtype(torch.nn.Linear(2, 2), RopeDtype.float32)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_frequencies_that_a_loader_rounded_are_made_anew(name: str) -> None:
+    model = build(name, RopeDtype.bfloat16)
+    expected = run(model)
+    exact = [{**module._buffers} for module in rotary_modules(model)]
+    for module in rotary_modules(model):
+        for key, frequencies in module._buffers.items():
+            module._buffers[key] = frequencies.to(torch.bfloat16)  # as DeepSpeed's zero.Init does
+    restore_frequencies(model)
+    for module, before in zip(rotary_modules(model), exact, strict=True):
+        assert module._buffers.keys() == before.keys()
+        assert all(x.dtype is torch.float32 and torch.equal(x, before[key]) for key, x in module._buffers.items())
+    assert torch.equal(run(model), expected)
