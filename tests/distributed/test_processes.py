@@ -1,6 +1,8 @@
 """One process and two give the same run at every ZeRO stage, and what is exported is what was trained."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -91,3 +93,25 @@ def test_metrics_have_what_the_dashboard_groups(alone):
     manifest = json.loads((alone / "manifest.json").read_text())
     assert manifest["command"] == "train"
     assert manifest["config"]["steps"] == 6
+
+
+OLDER_TRANSFORMERS = """
+import contextlib, sys
+import transformers.modeling_utils
+transformers.modeling_utils.prevent_arange_dtype_change = contextlib.nullcontext  # which 5.17 does not have yet
+from anchorctx.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_zero_3_in_bfloat16_keeps_exact_angles_whatever_the_loader_rounds(launcher, alone, tmp_path):
+    exported = export(ExportConfig(run=str(alone), out_dir=str(tmp_path / "exported")))
+    losses = []
+    for name, sharded in (("sharded", "true"), ("whole", "false")):
+        words = launcher.overrides(name, f"model.path={exported}", "model.dtype=bfloat16", "parallel=zero3", "steps=2")
+        words = [word for word in words if not word.startswith("model.config=")]
+        command = [sys.executable, "-c", OLDER_TRANSFORMERS, "train", *words, f"memory.sharded_loading={sharded}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append(curve(launcher.root / name, "train/loss"))
+    np.testing.assert_array_equal(*losses)
