@@ -83,12 +83,6 @@ class Decoder:
         """Of the KV entries."""
         return self.model.dtype
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
-        heads, key_dim, value_dim = self._head_shape
-        return self.layers * heads * (key_dim + value_dim) * self.dtype.itemsize
-
     def buffer(self, capacity: int, batch: int = 1) -> Buffer:
         """An empty buffer; what is never written is never read."""
         # empty, not zeros: every slot is written before anything attends to it.
