@@ -43,7 +43,7 @@ def _machine() -> Iterator[str | tuple[str, str]]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    compiler = shutil.which("g++") or "not found: DeepSpeed needs it for CPU collectives and optimizer offload"
+    compiler = shutil.which("g++") or "not found: DeepSpeed needs it for optimizer offload"
     yield "machine"
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     yield "cpu", f"{os.cpu_count()} cores, {memory:.0f} GiB"

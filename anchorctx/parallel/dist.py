@@ -16,6 +16,9 @@ import torch.distributed as torch_dist
 
 logger = logging.getLogger(__name__)
 
+SHARED_MEMORY = "deepspeed_shm_comm"
+"""DeepSpeed's extension for reductions on a CPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -52,8 +55,11 @@ def start(timeout_s: float = 1800.0) -> Ranks:
     if not torch_dist.is_initialized():
         import deepspeed
 
-        if not cuda and os.environ["RANK"] == "0":
+        if os.environ["RANK"] == "0":
             _say_what_is_waited_for()
+        # On a CPU DeepSpeed compiles an extension that reduces over shared memory, under a lock that outlives a killed
+        # process and then stops every later run, in silence. gloo reduces as well, and needs no compiler.
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
         timeout = datetime.timedelta(seconds=timeout_s)
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
     return Ranks(torch_dist.get_rank(), torch_dist.get_world_size(), device)
@@ -100,11 +106,12 @@ def highest(value: float, device: torch.device) -> float:
 
 
 def _say_what_is_waited_for() -> None:
-    """A run killed while DeepSpeed builds its C++ extension leaves a lock that later ones wait for in silence."""
+    """A run killed while DeepSpeed builds its CPU optimizer (for offload) leaves a lock that later ones wait for."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in sorted([*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")]):
+    locks = {*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")}
+    for lock in sorted(lock for lock in locks if lock.parent.name != SHARED_MEMORY):
         logger.warning(
             "waiting while another process builds DeepSpeed's extension; if none does (a run was killed at it), "
             "remove %s",
