@@ -27,7 +27,6 @@ import torch
 from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
 
-
 EXACT = (torch.float32, torch.float64)
 """Dtypes that inverse frequencies may have."""
 

@@ -121,7 +121,7 @@ def test_a_models_own_argmax_is_scored(subject: Subject):
     [
         (RetrievalConfig(lengths=[32]), "takes 33 tokens"),
         (RetrievalConfig(lengths=[]), "must each hold"),
-        (RetrievalConfig(facts=65), "facts=65 must be 1 to 64"),
+        (RetrievalConfig(facts=65), "facts=65 must be between 1 and 64"),
         (RetrievalConfig(rows=0), "retrieval.rows=0 must be at least 1"),
         (RetrievalConfig(mentions=1), "mentions=1 must be at least 2: a fact is stated once"),
     ],
