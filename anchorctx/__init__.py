@@ -11,8 +11,9 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     """The layout needs numpy, whose import takes longer than all of `anchorctx --version`."""
-    from anchorctx import layout
+    import importlib
 
     if name not in __all__:
         raise AttributeError(name)
-    return getattr(layout, name)
+    # Not `from anchorctx import layout`, which asks for the attribute `layout` first, and so for this function again.
+    return getattr(importlib.import_module("anchorctx.layout"), name)

@@ -62,7 +62,7 @@ def resolve(command: str, overrides: list[str], recipe: str | None = None) -> An
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         given = " ".join(f"{key}=..." for key in missing)
-        raise UserError(f"anchorctx {command} needs {' and '.join(missing)}: add {given}")
+        raise UserError(f"{' and '.join(missing)} must be given: add {given}")
     resolved = OmegaConf.to_object(config)
     check_ranges(resolved)
     return resolved
@@ -82,7 +82,7 @@ def compose_config(command: str, overrides: list[str], recipe: str | None = None
     if recipe is not None:
         path = Path(recipe).resolve()
         if not path.is_file():
-            raise UserError(f"--recipe {recipe} is no file: name a recipe's .yaml, such as those under recipes/")
+            raise UserError(f"--recipe {recipe} is not a file: name a recipe's .yaml, such as those under recipes/")
         # the right side still has conf/ as `folder`: Hydra looks beside the recipe first, then in conf/
         folder, name, search = path.parent, path.stem, [f"hydra.searchpath=[file://{folder}]"]
     # conf/train.yaml begins with `defaults: [train_schema, ...]`, so that its values are checked by the dataclass

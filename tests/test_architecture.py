@@ -6,6 +6,7 @@ Imports are read with `ast`, those inside functions too, so that no arrow hides 
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -274,3 +275,13 @@ def test_checkers_are_content(command: str) -> None:
     binary = Path(sys.executable).parent / program
     done = subprocess.run([str(binary), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+
+
+@pytest.mark.parametrize("package", ["anchorctx", "anchorctx.attention", "anchorctx.kvcomm", "anchorctx.models"])
+def test_every_public_name_can_be_imported_first(package: str) -> None:
+    """Each in a process of its own: in this one the modules behind the names are imported already."""
+    names = importlib.import_module(package).__all__
+    asked = "; ".join(f"from {package} import {name}" for name in names)
+    code = f"import {package} as p; assert not hasattr(p, 'nonsense'); {asked}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -115,7 +115,7 @@ def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else "see its transformers configuration class for the valid ones"
-            raise UserError(f"model.config.{name} is no field of {model_type}: {hint}")
+            raise UserError(f"model.config.{name} is not a field of {model_type}: {hint}")
     _check_heads({"head_dim": _own_head_dim(default)} | fields)
     try:
         return AutoConfig.for_model(model_type, **fields)

@@ -45,7 +45,7 @@ def local_folder(path: str) -> Path | None:
         return None
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"model {path} has no config.json, so it is no Hugging Face model: name an exported folder "
+            f"model {path} has no config.json, so it is not a Hugging Face model: name an exported folder "
             "(a DeepSpeed checkpoint becomes one with anchorctx export)"
         )
     return folder
@@ -154,13 +154,13 @@ def _judge(path: str, kind: str, info: Mapping[str, Any]) -> None:
     wrong = sorted(info["mismatched_keys"])
     if missing:
         raise UserError(
-            f"model {path} lacks {len(missing)} weights of {kind} (first: {missing[0]}): download or export it again, "
+            f"model {path} lacks {_counted(len(missing))} of {kind} (first: {missing[0]}): download or export it again, "
             "or name a complete causal language model"
         )
     if wrong:
         name, found, needed = wrong[0]
         raise UserError(
-            f"model {path} has {len(wrong)} weights of another shape than its configuration asks for (first: {name} "
+            f"model {path} has {_counted(len(wrong))} of another shape than its configuration asks for (first: {name} "
             f"is {tuple(found)}, {kind} needs {tuple(needed)}): undo changes of the configuration, or download or "
             "export it again"
         )
@@ -170,9 +170,11 @@ def _judge(path: str, kind: str, info: Mapping[str, Any]) -> None:
 
 @functools.cache  # once, though a command may look at the headers first and read the weights later
 def _report_unknown(path: str, kind: str, count: int, first: str) -> None:
-    logger.warning(
-        "model %s has %d weights that %s does not know (first: %s): they are left out", path, count, kind, first
-    )
+    logger.warning("model %s has %s that %s does not know (first: %s), left out", path, _counted(count), kind, first)
+
+
+def _counted(count: int) -> str:
+    return "1 weight" if count == 1 else f"{count} weights"
 
 
 def _weight_files(folder: Path) -> list[Path]:

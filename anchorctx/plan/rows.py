@@ -55,7 +55,7 @@ def _documents(corpus: CorpusConfig) -> Iterator[int]:
 
 def _listed(path: Path) -> np.ndarray:
     if not path.is_file():
-        raise UserError(f"corpus.lengths={path} is no file: name a text file with the tokens of one document a line")
+        raise UserError(f"corpus.lengths={path} is not a file: name a text file with the tokens of one document a line")
     lengths = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip().isdigit() or int(line) < 1:

@@ -114,7 +114,7 @@ def append_results(path: Path, results: Iterable[Result]) -> None:
 def read_results(path: Path) -> Iterator[Result]:
     """Yield the rows of `path` in order; UserError for a missing file or a line that is not a result row."""
     if not path.is_file():
-        raise UserError(f"{path} is no file of results: evaluate a model first, with anchorctx eval out_dir=...")
+        raise UserError(f"{path} is not a file of results: evaluate a model first, with anchorctx eval out_dir=...")
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -164,7 +164,7 @@ def _take(place: Place, material: Material) -> list[tuple[Result, Place]]:
 
 def _places(folder: Path, argument: str) -> Iterator[Place]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: name the out_dir of a training run or of an evaluation")
+        raise UserError(f"{folder} is not a folder: name the out_dir of a training run or of an evaluation")
     for path, folders, files in os.walk(folder):
         # Assigned in place: `os.walk` goes into the folders that are left, in this order.
         folders[:] = sorted(f for f in folders if f not in SKIPPED and not f.startswith(".") and ".partial" not in f)

@@ -18,7 +18,7 @@ mkdir -p "$out"
 step() { printf '\n[%d/7, %ds] %s\n' "$1" $((SECONDS - began)) "$2"; }
 
 step 1 "a byte-level BPE, and a small Llama that knows 512 tokens"
-[ -d "$out/base" ] || python "$recipe/pretrain.py" "$out/base"
+[ -d "$out/base" ] || python "$recipe/pretrain.py" "$out/base" --max-seconds 1800
 
 step 2 "documents to packed rows of 4,096 tokens"
 packed() {

@@ -130,12 +130,12 @@ def test_every_choice_of_a_group_composes(path: Path) -> None:
             "^parallel.activation_checkpointing moved: write memory.checkpoint_every=1$",
         ),
         ("train", ["model.dtype=float8"], "model.dtype.*float8.*float32, bfloat16"),
-        ("train", [], "anchorctx train needs data.train and out_dir: add data.train=... out_dir=..."),
+        ("train", [], "data.train and out_dir must be given: add data.train=... out_dir=..."),
         ("train", ["out_dir"], "out_dir"),
         ("prepare", ["rowlength=4"], "did you mean 'row_length'"),
         ("prepare", ["sources=[{pth: x}]"], "'pth': did you mean 'path'. valid keys beside it are path, format, name"),
         ("prepare", ["sources=x.jsonl"], r"sources is a list: write sources=\[...\] .anchorctx prepare --help"),
-        ("export", ["run=x"], "needs out_dir"),
+        ("export", ["run=x"], "out_dir must be given: add out_dir="),
         ("plot", ["out_dir=x", "run=[1]"], "run"),
         (
             "train",
@@ -151,7 +151,7 @@ def test_mistakes_are_one_sentence(command: str, overrides: list[str], sentence:
 
 
 def test_a_recipe_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no file: name a recipe's .yaml"):
+    with pytest.raises(UserError, match="is not a file: name a recipe's .yaml"):
         resolve("train", [], str(tmp_path / "recipe_train.yaml"))
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(UserError, match="not valid YAML"):

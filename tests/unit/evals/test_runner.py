@@ -264,7 +264,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     refused("257 tokens, but tiny has max_position_embeddings=256: .*extend the model with max_length", **{
         "perplexity": PerplexityConfig(max_length=257)
     })  # fmt: skip
-    refused("has no config.json, so it is no Hugging Face model", tmp_path)
+    refused("has no config.json, so it is not a Hugging Face model", tmp_path)
     refused("does not exist", "no/such/model")
     refused("name what to evaluate, once", None)
     refused("name what to evaluate, once", folder, models=[EvaluatedModel(path="x")])

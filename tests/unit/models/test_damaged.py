@@ -105,9 +105,9 @@ def refusal(read: Callable[[Path], None], path: Path, capsys: pytest.CaptureFixt
     return str(error.value)
 
 
-LACKS = f"lacks 1 weights of LlamaForCausalLM (first: {NAME}): download or export it again"
+LACKS = f"lacks 1 weight of LlamaForCausalLM (first: {NAME}): download or export it again"
 SHAPE = re.compile(
-    rf"has 1 weights of another shape .*first: {re.escape(NAME)} is \((\d+), 32\), LlamaForCausalLM needs "
+    rf"has 1 weight of another shape .*first: {re.escape(NAME)} is \((\d+), 32\), LlamaForCausalLM needs "
     r"\((\d+), 32\)\): undo changes"
 )
 
@@ -128,7 +128,7 @@ def test_damaged_checkpoints(
     more = damaged(folder, tmp_path / "more", unknown)
     with caplog.at_level(logging.WARNING):
         read(more)
-    text = f"model {more} has 1 weights that LlamaForCausalLM does not know (first: {OTHER}): they are left out"
+    text = f"model {more} has 1 weight that LlamaForCausalLM does not know (first: {OTHER}), left out"
     assert caplog.messages.count(text) == 1 and "LOAD REPORT" not in caplog.text
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_run(
     monkeypatch.setattr(export, "_gather", lambda folder: weights)
     if damage is unknown:
         export._restore(folder, Path("step_1"), torch.float32)
-        assert "model step_1 has 1 weights that LlamaForCausalLM does not know" in caplog.text
+        assert "model step_1 has 1 weight that LlamaForCausalLM does not know" in caplog.text
         return
     with pytest.raises(UserError) as error:
         export._restore(folder, Path("step_1"), torch.float32)

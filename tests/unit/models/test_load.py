@@ -224,7 +224,7 @@ def test_a_hub_name_without_network_and_a_folder_without_config(
         with pytest.raises(UserError, match=f"model {path} cannot be loaded .*: name a folder with a model") as error:
             load_model(ModelConfig(path=path))
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=f"model {tmp_path} has no config.json, so it is no Hugging Face model"):
+    with pytest.raises(UserError, match=f"model {tmp_path} has no config.json, so it is not a Hugging Face model"):
         load_model(ModelConfig(path=str(tmp_path)))
 
 
@@ -233,7 +233,7 @@ def test_a_hub_name_without_network_and_a_folder_without_config(
     [
         ({"hidden_size": 8}, "needs model_type"),
         ({"model_type": "lama"}, "model_type=lama is unknown"),
-        (LLAMA | {"num_layers": 2}, "num_layers is no field of llama: did you mean num_hidden_layers"),
+        (LLAMA | {"num_layers": 2}, "num_layers is not a field of llama: did you mean num_hidden_layers"),
         ({"model_type": "gpt2"}, "gpt2 has no rotary"),
         (LLAMA | {"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
         (LLAMA | {"hidden_size": 34}, r"hidden_size=34 must be a multiple of num_attention_heads=4: change one"),

@@ -154,7 +154,7 @@ def test_rows_come_from_a_law_or_a_list(tmp_path: Path) -> None:
         ([MODEL, "row_length=4096", "parallel=zero5"], "did you mean zero"),
         ([MODEL, "row_length=4096", "simulate=true"], "simulate=true draws a picture: give out_dir=..."),
         ([MODEL, "row_length=4096", "assume.link=0"], "assume.link=0.0 must be above 0 and at most 1"),
-        ([MODEL, "row_length=4096", "corpus.lengths=none.txt"], "corpus.lengths=none.txt is no file"),
+        ([MODEL, "row_length=4096", "corpus.lengths=none.txt"], "corpus.lengths=none.txt is not a file"),
         ([MODEL, "row_length=2"], "row_length=2 must be at least 3"),
         (
             [MODEL, "row_length=2048", "gpus=2", "search=true", "gpu_memory_gib=2.11", "micro_rows=16"],

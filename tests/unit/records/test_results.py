@@ -25,7 +25,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path):
     path.write_text(path.read_text() + '{"metric": "a"}\n')
     with pytest.raises(UserError, match="results.jsonl:2 is no result row"):
         list(read_results(path))
-    with pytest.raises(UserError, match="is no file of results"):
+    with pytest.raises(UserError, match="is not a file of results"):
         list(read_results(tmp_path / "none.jsonl"))
 
 

@@ -264,7 +264,7 @@ def test_of_a_cell_measured_twice_the_later_counts(project: Path):
     ("words", "message"),
     [
         ([], "needs at least one folder"),
-        (["{root}/nothing"], "is no folder"),
+        (["{root}/nothing"], "is not a folder"),
         (["{root}/empty"], "holds no metrics.jsonl, results.jsonl or packed set"),
         (["{root}/mine", "{root}/mine"], "names a folder twice"),
         (["{root}/mine", "runs=[a]"], "given twice"),

@@ -170,7 +170,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
     known = makers()
     unknown = [name for name in config.arms if name not in known]
     if unknown:
-        raise UserError(f"arms has {unknown[0]!r}, which is none: choose {', '.join(known)}")
+        raise UserError(f"arms has {unknown[0]!r}, which is unknown: choose {', '.join(known)}")
     check_ranges(config)
     s = config.settings
     pool = PoolConfig(s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes)

@@ -211,7 +211,7 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
         (lambda: harness.LmEval(LmEvalConfig()), r"lm_eval.tasks=\[\] names no task"),
         (
             lambda: harness.LmEval(LmEvalConfig(tasks=["x"], include_path="no/such")),
-            "include_path=no/such is no folder",
+            "include_path=no/such is not a folder",
         ),
     ],
 )

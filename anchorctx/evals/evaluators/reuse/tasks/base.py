@@ -120,7 +120,7 @@ def read_rows(
 
 def _local(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
-        raise UserError(f"{path} is no file: give a JSON-lines file of problems, or null for the hub's")
+        raise UserError(f"{path} is not a file: give a JSON-lines file of problems, or null for the hub's")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():  # a file may end with an empty line

@@ -63,7 +63,7 @@ class RetrievalTask:
             raise UserError(f"retrieval with agents={agents} has too few readers: give at least 3, the last decides")
         unknown = [kind for kind in config.kinds if kind not in KINDS]
         if unknown or not config.kinds:
-            given = f"{unknown[0]!r}, which is none" if unknown else "none"
+            given = f"{unknown[0]!r}, which is unknown" if unknown else "none"
             raise UserError(f"retrieval.kinds has {given}: choose {', '.join(KINDS)}")
         check_ranges(config, "retrieval")
         used = config.facts * (agents - 1) + 2

@@ -277,7 +277,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("arms=[fast]", "arms has 'fast', which is none: choose dense"),
+        ("arms=[fast]", "arms has 'fast', which is unknown: choose dense"),
         ("gate.arm=kvcomm arms=[rotate]", "gate.arm=kvcomm is not among the arms"),
         ("settings.warmup=0", "settings.warmup=0 must be at least 1"),
         ("settings.min_exemplars=30", "min_exemplars=30 must not exceed"),
@@ -285,7 +285,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("agents=2", "agents=2 has too few readers"),
         ("retrieval.document_tokens=900", "prompt of .* the model reaches 1024"),
         ("tasks=[humaneval]", "allow_code_execution=true"),
-        ("retrieval.kinds=[three_hop]", "retrieval.kinds has 'three_hop', which is none: choose single"),
+        ("retrieval.kinds=[three_hop]", "retrieval.kinds has 'three_hop', which is unknown: choose single"),
         ("retrieval.prefix=-1", "retrieval.prefix=-1 must be at least 0"),
         ("retrieval.prefix=900", "prompt of .* the model reaches 1024"),
         ("retrieval.document_tokens=4", "no room for 3 facts"),

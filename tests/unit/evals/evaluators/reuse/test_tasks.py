@@ -213,7 +213,7 @@ def test_gsm8k_and_mmlu_read_local_files(tmp_path: Path) -> None:
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none.jsonl is no file"):
+    with pytest.raises(UserError, match="none.jsonl is not a file"):
         read_rows(str(tmp_path / "none.jsonl"), "", "test", {"a": int}, 0)
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{\n')
     with pytest.raises(UserError, match="bad.jsonl:2 is not JSON"):
