@@ -154,8 +154,8 @@ def _judge(path: str, kind: str, info: Mapping[str, Any]) -> None:
     wrong = sorted(info["mismatched_keys"])
     if missing:
         raise UserError(
-            f"model {path} lacks {_counted(len(missing))} of {kind} (first: {missing[0]}): download or export it again, "
-            "or name a complete causal language model"
+            f"model {path} lacks {_counted(len(missing))} of {kind} (first: {missing[0]}): download or export it "
+            "again, or name a complete causal language model"
         )
     if wrong:
         name, found, needed = wrong[0]

@@ -55,9 +55,7 @@ class LmEval:
         if not config.tasks:
             raise UserError("lm_eval.tasks=[] names no task: give some, like lm_eval.tasks=[hellaswag,mmlu]")
         if config.include_path is not None and not Path(config.include_path).is_dir():
-            raise UserError(
-                f"lm_eval.include_path={config.include_path} is not a folder: name one that holds task files"
-            )
+            raise UserError(f"lm_eval.include_path={config.include_path} is not a folder: name one with task files")
 
     def longest(self) -> int:
         """See Evaluator: lm-eval itself keeps prompts to the model's limit."""
