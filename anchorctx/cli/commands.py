@@ -144,9 +144,9 @@ def evaluate(config: EvalConfig) -> None:
 
 def precision(config: PrecisionConfig) -> None:
     """Study a model's rotation in bfloat16; prints a table and the verdict, and draws."""
-    from anchorctx.evals.commands import evaluate_precision
     from anchorctx.evals.distribute import is_first
     from anchorctx.evals.evaluators.precision.verdict import table
+    from anchorctx.evals.shortcuts import evaluate_precision
     from anchorctx.records.results import Rows
     from anchorctx.report.figures.precision import Study, precision_figure
 
@@ -160,8 +160,8 @@ def precision(config: PrecisionConfig) -> None:
 
 def kvcomm(config: KvcommConfig) -> int:
     """Evaluate KV reuse, print the table and draw; 0, or 1 when the gate's arm is beyond its bounds."""
-    from anchorctx.evals.commands import evaluate_reuse
     from anchorctx.evals.distribute import is_first
+    from anchorctx.evals.shortcuts import evaluate_reuse
     from anchorctx.report.figures.reuse import draw_reuse
     from anchorctx.report.sections.reuse import reuse_table
 

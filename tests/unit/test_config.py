@@ -6,8 +6,10 @@ import dataclasses
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from anchorctx.config import MOVED, SCHEMAS, conf_dir, resolve, schema
 from anchorctx.errors import UserError
@@ -113,7 +115,22 @@ def test_every_choice_of_a_group_composes(path: Path) -> None:
     }
     group = path.parent.name
     command = next(name for name in needed if group in {field.name for field in dataclasses.fields(schema(name))})
-    resolve(command, [*needed[command], f"{group}={path.stem}"]).validate()
+    config = resolve(command, [*needed[command], f"{group}={path.stem}"])
+    config.validate()
+    chosen = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(chosen, dict)
+    chosen.pop("defaults", None)
+    everything = dataclasses.asdict(config)
+    holds(everything if "@package _global_" in path.read_text() else everything[group], chosen)
+
+
+def holds(config: dict[str, Any], chosen: dict[Any, Any]) -> None:
+    """Every chosen value is in the configuration; free dictionaries, such as a mixture's weights, are equal."""
+    for key, value in chosen.items():
+        if isinstance(value, dict) and key in ("parallel", "memory", "model", "optim", "logging"):
+            holds(config[key], value)
+        else:
+            assert config[key] == value, key
 
 
 @pytest.mark.parametrize(
@@ -176,4 +193,8 @@ def test_a_key_that_moved_is_named_with_the_new_one(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("word", ["model.config.any.thing=1", "+model.rope.extra.x=2", "++model.rope.theta=3"])
 def test_free_keys_and_hydras_syntax_are_left_to_hydra(word: str) -> None:
-    resolve("train", ["out_dir=x", "data.train=y", word])
+    key, value = word.lstrip("+").split("=")
+    found = dataclasses.asdict(resolve("train", ["out_dir=x", "data.train=y", word]))
+    for part in key.split("."):
+        found = found[part]
+    assert found == float(value)

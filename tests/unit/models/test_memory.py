@@ -37,7 +37,7 @@ def gradients(model: PreTrainedModel, **options: object) -> dict[str, torch.Tens
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-11, msg=name)
@@ -51,7 +51,7 @@ def test_tiled_mlps(name: str, recompute: bool) -> None:
     if recompute:
         checkpoint_activations(model)
     tile_mlps(model, 7)  # 60 tokens: the last tile is shorter
-    same(gradients(model), expected)
+    assert_same(gradients(model), expected)
 
 
 def test_tiles_that_hold_all_tokens_change_nothing_at_all() -> None:
@@ -82,7 +82,7 @@ def test_experts_are_refused() -> None:
 def test_recomputing_every_nth_layer(every: int) -> None:
     model = build()
     checkpoint_activations(model, every=every)
-    same(gradients(model), gradients(build()))
+    assert_same(gradients(model), gradients(build()))
 
 
 def test_every_second_layer_means_every_second_layer() -> None:
@@ -96,7 +96,7 @@ def test_every_second_layer_means_every_second_layer() -> None:
 
 
 def test_the_loss_in_tiles_is_the_whole_rows() -> None:
-    same(gradients(build(), kind=LossKind.tiled, tile_tokens=5), gradients(build(), kind=LossKind.whole))
+    assert_same(gradients(build(), kind=LossKind.tiled, tile_tokens=5), gradients(build(), kind=LossKind.whole))
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -110,7 +110,7 @@ def test_activations_that_wait_in_files_or_memory(every: int, tmp_path: Path) ->
         store.put = lambda tensor, put=put, taken=taken: (taken.append(tensor.shape), put(tensor))[1]  # type: ignore[method-assign]
         found = gradients(model, saving=Offload(store, smallest_bytes=1))
         assert all(found[name].equal(value) for name, value in gradients_of(every).items())
-        same(found, expected)
+        assert_same(found, expected)
         assert taken.count(torch.Size([2, 30, 32])) >= 1
         if every == 1:
             assert taken.count(torch.Size([2, 30, 32])) >= 2  # each layer's input

@@ -34,7 +34,7 @@ def test_recipes_compose(name: str) -> None:
     assert config.rows_per_step(config.model.max_length, RECIPES[name] // config.parallel.sequence_parallel) >= 4
 
 
-def planned(name: str, tmp_path: Path) -> None:
+def assert_fits_as_its_header_says(name: str, tmp_path: Path) -> None:
     """The planner says that the recipe fits, and that it needs what its header says."""
     recipe = GPU_RECIPES / f"{name}.yaml"
     arguments = ["--recipe", str(recipe), "gpu=A100", f"gpus={RECIPES[name]}", f"out_dir={tmp_path}"]
@@ -47,14 +47,14 @@ def planned(name: str, tmp_path: Path) -> None:
 
 
 def test_the_recipe_for_four_gpus_fits_as_its_header_says(tmp_path: Path) -> None:
-    planned("llama2_7b_64k", tmp_path)
+    assert_fits_as_its_header_says("llama2_7b_64k", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "llama2_7b_64k"])
 def test_the_other_recipes_fit_as_their_headers_say(name: str, tmp_path: Path) -> None:
     """Slow: rows of up to 524,288 tokens are traced, three to ten seconds each."""
-    planned(name, tmp_path)
+    assert_fits_as_its_header_says(name, tmp_path)
 
 
 def test_the_search_finds_the_fastest_that_fits() -> None:

@@ -13,7 +13,6 @@ import torch
 from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.rope import rotary_modules
 from anchorctx.errors import UserError
-from anchorctx.evals.commands import evaluate_precision as study
 from anchorctx.evals.evaluators.precision import models
 from anchorctx.evals.evaluators.precision import study as study_module
 from anchorctx.evals.evaluators.precision.config import Arithmetic, PrecisionConfig
@@ -22,6 +21,7 @@ from anchorctx.evals.evaluators.precision.models import random_score_changes
 from anchorctx.evals.evaluators.precision.rows import interval_half, key_bins, mean_result
 from anchorctx.evals.evaluators.precision.units import Timings
 from anchorctx.evals.evaluators.precision.verdict import Question, find, table, verdict
+from anchorctx.evals.shortcuts import evaluate_precision as study
 from anchorctx.records.results import Result, read_results
 from anchorctx.testing.numerics import observed_rope_dtype
 
