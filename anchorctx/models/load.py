@@ -42,6 +42,7 @@ def local_folder(path: str) -> Path | None:
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if looks_local:
             raise UserError(f"model {path} does not exist: name the folder of a Hugging Face model, or one on the hub")
+        _report_hub(path)
         return None
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -49,6 +50,12 @@ def local_folder(path: str) -> Path | None:
             "(a DeepSpeed checkpoint becomes one with anchorctx export)"
         )
     return folder
+
+
+@functools.cache  # once, though configuration, tokenizer and weights are read one after the other
+def _report_hub(path: str) -> None:
+    """Without a network the hub client tries for half a minute: say what it looks for."""
+    logger.info("there is no folder %s here: looking for a model of that name on the hub", path)
 
 
 def read_config(path: str, fields: Mapping[str, Any] | None = None) -> PretrainedConfig:
