@@ -3,6 +3,10 @@
 A row is `T` tokens: an anchor (the first `anchor_len` tokens), then documents. Visibility and positions follow
 AnchorAttention (arXiv 2411.13476, section 4): a token sees the anchor and the earlier tokens of its own document.
 
+One shared anchor equals a private copy of it, at position 0, in front of every document: the same outputs, loss and
+gradients. Laid out like that (`with_copies`) a row needs nothing but intra-document causal attention, and may be cut
+between documents (`pieces`).
+
 This module holds the specification of both in numpy, so that packing and plotting need no torch; the methods that
 return tensors import torch when they are called.
 """
@@ -10,11 +14,15 @@ return tensors import torch when they are called.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from anchorctx.pieces import TOKEN_COST, cut, document_costs
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +35,25 @@ class Positions(StrEnum):
     """0..T-1 over the whole row: every rotation angle up to T is trained, the anchor keeps 0."""
     reset = "reset"
     """Each document restarts right after the anchor (at 0 where there is none)."""
+
+
+class Document(NamedTuple):
+    """Where one document lies in its row."""
+
+    spans: tuple[tuple[int, int], ...]
+    """(start, stop) of each of its segments in the row, in order."""
+    positions: tuple[int, ...]
+    """Position of each segment's first token."""
+
+    @property
+    def length(self) -> int:
+        """Its tokens; no anchor counted."""
+        return sum(stop - start for start, stop in self.spans)
+
+    def index(self, copies: int = 0) -> np.ndarray:
+        """(copies + length,) int64: the row's tokens to gather for it, behind so many of the row's first."""
+        # spans (1, 3) and (7, 9) behind one copy: [0, 1, 2, 7, 8]
+        return np.concatenate([np.arange(copies), *(np.arange(start, stop) for start, stop in self.spans)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +70,10 @@ class PackedLayout:
     positions: Positions = Positions.continuous
     doc_ids: tuple[int, ...] | None = None
     """The document of each segment (the anchor's included); `None` when each segment is a document of its own."""
+    starts: tuple[int, ...] | None = None
+    """The position of each segment's first token (behind its copies of the anchor); `None`: as `positions` says."""
+    copies: int = 0
+    """Anchor tokens at the head of each document, at positions 0 to copies - 1; part of its first segment."""
 
     def __post_init__(self) -> None:
         offsets = self.doc_offsets
@@ -57,6 +88,10 @@ class PackedLayout:
                 raise ValueError(f"doc_ids has {len(self.doc_ids)} entries for {len(offsets) - 1} segments")
             if self.anchor_len and self.doc_ids[0] in self.doc_ids[1:]:
                 raise ValueError("the anchor's doc_id must not be a document's: the anchor is nobody's text")
+        if self.starts is not None and len(self.starts) != len(offsets) - 1:
+            raise ValueError(f"starts has {len(self.starts)} entries for {len(offsets) - 1} segments")
+        if self.copies and (self.anchor_len or self.starts is None):
+            raise ValueError("a layout with copies of the anchor has starts, and no shared anchor: use with_copies()")
 
     @property
     def length(self) -> int:
@@ -70,8 +105,62 @@ class PackedLayout:
         return segments - (1 if self.anchor_len else 0)
 
     def by_document(self) -> PackedLayout:
-        """The same row with each document's segments moved together, in order of first appearance."""
+        """The same row with each document's segments moved together, in order of first appearance: its boundaries."""
         return self if self.doc_ids is None else _grouped(self)[1]
+
+    @property
+    def together(self) -> bool:
+        """Do each document's segments lie together already?"""
+        if self.doc_ids is None:
+            return True
+        changes = 1 + sum(a != b for a, b in zip(self.doc_ids, self.doc_ids[1:], strict=False))
+        return changes == len(set(self.doc_ids))
+
+    # -- copies and pieces --------------------------------------------------------------------------------------
+
+    def documents(self) -> tuple[Document, ...]:
+        """The documents of a row (whose layout has no copies yet), in order of first appearance, without the anchor."""
+        if self.copies:
+            raise ValueError("the documents of a layout with copies are those of the layout that it was made from")
+        ids = range(len(self.doc_offsets) - 1) if self.doc_ids is None else self.doc_ids
+        spans = list(zip(self.doc_offsets, self.doc_offsets[1:], strict=False))
+        first = self.position_array()[list(self.doc_offsets[:-1])].tolist()
+        found: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
+        for document, span, position in list(zip(ids, spans, first, strict=True))[1 if self.anchor_len else 0 :]:
+            lists = found.setdefault(document, ([], []))
+            lists[0].append(span)
+            lists[1].append(position)
+        return tuple(Document(tuple(spans), tuple(positions)) for spans, positions in found.values())
+
+    def with_copies(self) -> tuple[PackedLayout, np.ndarray]:
+        """The row with a copy of the anchor in front of each document, and (T',) int64 which of its tokens to gather.
+
+        The documents come one after the other, in order of first appearance, at their positions in the row; the shared
+        anchor itself is gone. Equal in outputs, loss and gradients (the third identity of AnchorAttention). A row
+        without an anchor gets no copies.
+        """
+        # anchor 0, documents 1-2 and 3-5: index [0, 1, 2, 0, 3, 4, 5], offsets (0, 3, 7), positions [0, 1, 2, 0, 3, 4, 5]
+        documents = self.documents()
+        index = np.concatenate([document.index(self.anchor_len) for document in documents])
+        return lay_out(documents, self.anchor_len), index
+
+    def pieces(self, max_tokens: int, token_cost: float = TOKEN_COST) -> list[tuple[PackedLayout, np.ndarray]]:
+        """`with_copies`, cut between documents into pieces of at most `max_tokens` and about the same cost.
+
+        A document that is longer than that with its copy is a piece by itself. `token_cost` is what a token costs
+        besides attention, in (query, key) pairs (`pieces.TOKEN_COST`). A row that is one document, as under
+        `Pattern.full`, cannot be cut.
+        """
+        if max_tokens <= self.anchor_len:
+            raise ValueError(f"pieces of {max_tokens} tokens have no room behind an anchor of {self.anchor_len}")
+        documents = self.documents()
+        tokens = np.array([document.length + self.anchor_len for document in documents])
+        chosen = cut(tokens, document_costs(tokens, token_cost), max_tokens)
+        pieces = ([documents[i] for i in piece] for piece in chosen if len(piece))
+        return [
+            (lay_out(piece, self.anchor_len), np.concatenate([document.index(self.anchor_len) for document in piece]))
+            for piece in pieces
+        ]
 
     # -- specification, numpy -----------------------------------------------------------------------------------
 
@@ -107,11 +196,24 @@ class PackedLayout:
 
     def position_array(self) -> np.ndarray:
         """(T,) int64 position ids."""
+        if self.starts is not None:
+            return self._from_starts(self.starts)
         if self.positions is Positions.continuous:
             return np.arange(self.length)
         ranks = self.token_ranks()
         ranks[self.anchor_len :] += self.anchor_len
         return ranks
+
+    def _from_starts(self, starts: tuple[int, ...]) -> np.ndarray:
+        # offsets (0, 4, 6) with one copy each, starts (7, 2): [0, 7, 8, 9, 0, 2]
+        ids = range(len(starts)) if self.doc_ids is None else self.doc_ids
+        seen: set[int] = set()
+        parts = []
+        for document, start, length in zip(ids, starts, np.diff(self.doc_offsets).tolist(), strict=True):
+            copies = 0 if document in seen else self.copies
+            seen.add(document)
+            parts += [np.arange(copies), np.arange(start, start + length - copies)]
+        return np.concatenate(parts)
 
     def attention_pairs(self, window: int | None = None) -> int:
         """Number of allowed (query, key) pairs: the row's attention cost, in score elements."""
@@ -188,6 +290,25 @@ class Pattern(StrEnum):
         )
 
 
+def lay_out(documents: Sequence[Document], anchor_len: int = 0, *, shared: bool = False) -> PackedLayout:
+    """The layout of documents of one row or several, one after the other, each behind a copy of its row's anchor.
+
+    With `shared` the anchor stands once, in front of all. `Document.index` says which tokens to gather.
+    """
+    head = 0 if shared else anchor_len
+    once = (anchor_len,) if shared and anchor_len else ()
+    lengths, starts, ids = [*once], [0 for _ in once], [-1 for _ in once]
+    for number, document in enumerate(documents):
+        for part, ((start, stop), position) in enumerate(zip(document.spans, document.positions, strict=True)):
+            lengths.append(stop - start + (0 if part else head))
+            starts.append(position)
+            ids.append(number)
+    offsets = (0, *itertools.accumulate(lengths))
+    scattered = len(documents) + len(once) < len(ids)
+    doc_ids = tuple(ids) if scattered else None
+    return PackedLayout(offsets, anchor_len - head, doc_ids=doc_ids, starts=tuple(starts), copies=head)
+
+
 @functools.lru_cache(maxsize=64)
 def _grouped(layout: PackedLayout) -> tuple[np.ndarray, PackedLayout]:
     docs = layout.token_docs()
@@ -195,7 +316,7 @@ def _grouped(layout: PackedLayout) -> tuple[np.ndarray, PackedLayout]:
     order = np.argsort(first[inverse.reshape(-1)], kind="stable")
     lengths = np.bincount(inverse.reshape(-1))[np.argsort(first)]
     offsets = (0, *np.cumsum(lengths).tolist())
-    return order, PackedLayout(offsets, layout.anchor_len, layout.positions)
+    return order, PackedLayout(offsets, layout.anchor_len, layout.positions)  # boundaries: positions stay with tokens
 
 
 @functools.lru_cache(maxsize=256)  # never called under a FakeTensorMode: real calls would meet fake tensors

@@ -22,7 +22,7 @@ FOLDERS = ("benchmarks", "docs", "recipes", "scripts", "tests")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = SOURCES + [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
 
-FOUNDATION = {"errors", "settings", "records", "layout", "flops"}
+FOUNDATION = {"errors", "settings", "records", "pieces", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "plan", "report"}
 MAY_IMPORT = {
     "__main__": {"cli"},

@@ -172,12 +172,12 @@ def attend(
         )
     score = Score(query.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
     chosen = choose(backend, query, score)
-    if all(layout.doc_ids is None for layout in layouts):
-        return chosen.attend(query, key, value, layouts, score)
+    grouped = tuple(layout.by_document() for layout in layouts)
+    if all(layout.together for layout in layouts):
+        return chosen.attend(query, key, value, grouped, score)
     orders = _orders if type(query) is torch.Tensor else _orders.__wrapped__  # no FakeTensor is kept for later calls
     order, back = orders(layouts, query.device)
     # Kernels take documents that lie together: gather them, attend, and put every token back.
-    grouped = tuple(layout.by_document() for layout in layouts)
     query, key, value = (_reorder(x, order) for x in (query, key, value))
     out = chosen.attend(query, key, value, grouped, score)
     return _reorder(out, back)
