@@ -139,7 +139,7 @@ class PackedLayout:
         anchor itself is gone. Equal in outputs, loss and gradients (the third identity of AnchorAttention). A row
         without an anchor gets no copies.
         """
-        # anchor 0, documents 1-2 and 3-5: index [0, 1, 2, 0, 3, 4, 5], offsets (0, 3, 7), positions [0, 1, 2, 0, 3, 4, 5]
+        # anchor 0, documents 1-2 and 3-5: index [0, 1, 2, 0, 3, 4, 5], which are the positions too, offsets (0, 3, 7)
         documents = self.documents()
         index = np.concatenate([document.index(self.anchor_len) for document in documents])
         return lay_out(documents, self.anchor_len), index
