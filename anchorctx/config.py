@@ -33,7 +33,10 @@ SCHEMAS = {
 """Each command's configuration, imported when the command runs."""
 
 
-MOVED = {"parallel.activation_checkpointing": "memory.checkpoint_every=1"}
+MOVED = {
+    "parallel.activation_checkpointing": "memory.checkpoint_every=1",
+    "micro_rows": "micro_tokens=TOKENS, what a forward pass holds (before: micro_rows x the row length)",
+}
 """Keys of earlier versions, and what to write now."""
 
 

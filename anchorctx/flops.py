@@ -99,6 +99,11 @@ class ModelFlops:
         # its input and of itself. Likewise 2 x 2 x D for q.k and p.v of a pair in each head, three times.
         return cls(6.0 * _active_weights(model), 12.0 * head_dim * heads, layer_windows(config))
 
+    @property
+    def token_cost(self) -> float:
+        """What a token costs besides attention, in (query, key) pairs of all layers."""
+        return self.per_token / (self.per_pair * len(self.windows))
+
     def attention(self, layout: PackedLayout) -> float:
         """FLOPs of attention for one row, forward and backward."""
         # pairs are counted once for each kind of layer: Gemma 3 has 5 of a window of 1,024 to one without

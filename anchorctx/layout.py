@@ -50,7 +50,7 @@ class Document(NamedTuple):
         """Its tokens; no anchor counted."""
         return sum(stop - start for start, stop in self.spans)
 
-    def index(self, copies: int = 0) -> np.ndarray:
+    def where(self, copies: int = 0) -> np.ndarray:
         """(copies + length,) int64: the row's tokens to gather for it, behind so many of the row's first."""
         # spans (1, 3) and (7, 9) behind one copy: [0, 1, 2, 7, 8]
         return np.concatenate([np.arange(copies), *(np.arange(start, stop) for start, stop in self.spans)])
@@ -141,7 +141,7 @@ class PackedLayout:
         """
         # anchor 0, documents 1-2 and 3-5: index [0, 1, 2, 0, 3, 4, 5], which are the positions too, offsets (0, 3, 7)
         documents = self.documents()
-        index = np.concatenate([document.index(self.anchor_len) for document in documents])
+        index = np.concatenate([document.where(self.anchor_len) for document in documents])
         return lay_out(documents, self.anchor_len), index
 
     def pieces(self, max_tokens: int, token_cost: float = TOKEN_COST) -> list[tuple[PackedLayout, np.ndarray]]:
@@ -158,7 +158,7 @@ class PackedLayout:
         chosen = cut(tokens, document_costs(tokens, token_cost), max_tokens)
         pieces = ([documents[i] for i in piece] for piece in chosen if len(piece))
         return [
-            (lay_out(piece, self.anchor_len), np.concatenate([document.index(self.anchor_len) for document in piece]))
+            (lay_out(piece, self.anchor_len), np.concatenate([document.where(self.anchor_len) for document in piece]))
             for piece in pieces
         ]
 
@@ -210,7 +210,7 @@ class PackedLayout:
         seen: set[int] = set()
         parts = []
         for document, start, length in zip(ids, starts, np.diff(self.doc_offsets).tolist(), strict=True):
-            copies = 0 if document in seen else self.copies
+            copies = 0 if document in seen else min(self.copies, length)  # padding may be shorter than an anchor
             seen.add(document)
             parts += [np.arange(copies), np.arange(start, start + length - copies)]
         return np.concatenate(parts)
@@ -293,7 +293,7 @@ class Pattern(StrEnum):
 def lay_out(documents: Sequence[Document], anchor_len: int = 0, *, shared: bool = False) -> PackedLayout:
     """The layout of documents of one row or several, one after the other, each behind a copy of its row's anchor.
 
-    With `shared` the anchor stands once, in front of all. `Document.index` says which tokens to gather.
+    With `shared` the anchor stands once, in front of all. `Document.where` says which tokens to gather.
     """
     head = 0 if shared else anchor_len
     once = (anchor_len,) if shared and anchor_len else ()

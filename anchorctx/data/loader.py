@@ -1,22 +1,23 @@
 """Rows to batches, in an order that is a pure function of (seed, epoch, packed set).
 
 A step is addressed by its number: resuming means asking for the next one. The global batch of a step is the same rows
-whatever the number of processes; each takes its share. The order does not depend on the batch size either, so that a
-run goes on from the number of tokens it has trained, with another number of processes or another batch (`resume_at`).
+whatever the number of processes; their documents are dealt out in pieces (`data.pieces`). The order does not depend on
+the batch size either, so that a run goes on from the number of tokens it has trained, with another number of processes,
+another batch or other pieces (`resume_at`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from anchorctx.data.order import deal, epoch_order
+from anchorctx.data.order import epoch_order
 from anchorctx.data.packed_set import PackedSet
+from anchorctx.data.pieces import Cutting, Piece, deal_pieces
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 
@@ -26,7 +27,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B rows of T tokens, as a model takes them."""
+    """What one forward pass takes: B rows of T tokens; the loader makes one row of each piece."""
 
     input_ids: torch.Tensor
     """(B, T) int64."""
@@ -35,7 +36,9 @@ class Batch:
     loss_weights: torch.Tensor
     """(B, T) float32: the weight of each prediction; 0 where not trained."""
     layouts: tuple[PackedLayout, ...]
-    """One for each row, with the pattern applied."""
+    """One for each row."""
+    spread: bool = False
+    """Do the processes of a sequence-parallel group share these tokens? Else they are this process's alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,16 @@ class Step:
     """What this process runs."""
     rows: tuple[int, ...]
     """Rows of the global step."""
+    layouts: tuple[PackedLayout, ...]
+    """Their layouts, with the pattern applied and one shared anchor, as they were packed."""
     weight: float
     """Sum of the loss weights of the global step."""
     trained_tokens: int
     """Trained tokens of the global step."""
     documents: int
-    """Documents (or pieces) in the global step."""
+    """Documents of the global step, those that packing cut from others included."""
+    long_documents: int
+    """Those among them that are longer than a piece."""
 
 
 class RowLoader:
@@ -61,11 +68,9 @@ class RowLoader:
         self,
         packed: PackedSet,
         pattern: Pattern,
+        cutting: Cutting,
         *,
         rows_per_step: int,
-        micro_rows: int,
-        rank: int = 0,
-        world: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         balance: bool = True,
@@ -75,17 +80,16 @@ class RowLoader:
         Args:
             packed: the set.
             pattern: what a token may see.
-            rows_per_step: rows of a step, over all processes; a multiple of `micro_rows` x `world`.
-            micro_rows: rows of a micro-batch.
-            rank, world: this process's number, and how many there are; those that share a row count as one.
+            cutting: how a step's rows are cut into pieces, and which process this is.
+            rows_per_step: rows of a step, over all processes.
             seed: of the order.
             shuffle: a new random order in every epoch, else the set's order.
-            balance: rows of like attention cost in a step, dealt out evenly to the processes (see `order`).
+            balance: rows of like attention cost share a step (see `order`).
         """
-        _check(rows_per_step, micro_rows, rank, world, seed)
-        self._packed, self._pattern = packed, pattern
-        self._rows_per_step, self._micro_rows = rows_per_step, micro_rows
-        self._rank, self._world = rank, world
+        if seed < 0:
+            raise UserError(f"seed={seed} is negative: use 0 or more")
+        self._packed, self._pattern, self._cutting = packed, pattern, cutting
+        self._rows_per_step = rows_per_step
         self._seed, self._shuffle, self._balance = seed, shuffle, balance
         self._first_step = self._first_row = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -142,12 +146,6 @@ class RowLoader:
         epochs, within = np.divmod(counters, len(self._packed))
         return np.concatenate([self._order(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
 
-    def share(self, rows: np.ndarray) -> np.ndarray:
-        """(rows_per_step / world,) those of a step's `rows` that this process runs, in its order."""
-        if not self._balance:
-            return rows[self._rank :: self._world]
-        return rows[deal(self._packed.row_cost[rows], self._world)[self._rank]]
-
     def _order(self, epoch: int) -> np.ndarray:
         """(rows,) the order of an epoch's rows."""
         if not self._shuffle:
@@ -160,70 +158,46 @@ class RowLoader:
         return cached[1]
 
     def _make(self, index: int) -> Step:
-        rows = self.rows(index)
-        mine = self.share(rows)
-        batches = tuple(
-            make_batch(self._packed, mine[i : i + self._micro_rows], self._pattern)
-            for i in range(0, len(mine), self._micro_rows)
-        )
-        packed = self._packed
+        rows, packed = self.rows(index), self._packed
+        layouts = row_layouts(packed, rows, self._pattern)
+        dealt = deal_pieces(layouts, self._cutting)
         return Step(
-            batches,
+            tuple(make_batch(packed, rows, piece, layouts[0].anchor_len, self._cutting) for piece in dealt.pieces),
             tuple(rows.tolist()),
+            layouts,
             float(packed.row_weight[rows].sum()),
             int(packed.row_trained[rows].sum()),
             int(packed.row_documents[rows].sum()),
+            dealt.long_documents,
         )
 
 
-def _check(rows_per_step: int, micro_rows: int, rank: int, world: int, seed: int) -> None:
-    if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world} processes")
-    if seed < 0:
-        raise UserError(f"seed={seed} is negative: use 0 or more")
-    if micro_rows < 1 or rows_per_step < 1:
-        raise UserError(f"micro_rows={micro_rows} and {rows_per_step} rows a step must both be at least 1: raise them")
-    unit = micro_rows * world
-    if rows_per_step % unit:
-        below, above = rows_per_step // unit * unit, (rows_per_step // unit + 1) * unit
-        share, rest = divmod(rows_per_step, world)
-        fits = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        other = "" if rest else f", or micro_rows of {fits}"
-        raise UserError(
-            f"{rows_per_step} rows a step do not divide into {world} processes x {micro_rows} micro_rows: "
-            f"use {f'{below} or ' if below else ''}{above} rows a step{other}"
-        )
+def row_layouts(packed: PackedSet, rows: np.ndarray, pattern: Pattern) -> tuple[PackedLayout, ...]:
+    """The layouts of whole rows under `pattern`."""
+    return tuple(pattern.apply(packed.layout(int(row))) for row in rows)
 
 
-def make_batch(packed: PackedSet, rows: np.ndarray, pattern: Pattern) -> Batch:
-    """The given rows as a batch under `pattern`."""
-    read = [packed.row(int(row)) for row in rows]
-    ids = torch.from_numpy(np.stack([row.input_ids for row in read]))
-    weights = torch.from_numpy(np.stack([row.loss_weights for row in read]))
-    # ids     [<s>, a, b, c] with weights [0, 0, 1, .5]
-    # targets [  _, b, c, _] with weights [0, 1, .5, 0]: what is predicted at each token
-    weights = F.pad(weights[:, 1:], (0, 1))
-    targets = F.pad(ids[:, 1:], (0, 1)).masked_fill(weights == 0, IGNORE)
-    return Batch(ids, targets, weights, tuple(pattern.apply(row.layout) for row in read))
+def make_batch(packed: PackedSet, rows: np.ndarray, piece: Piece, anchor_len: int, cutting: Cutting) -> Batch:
+    """A piece of the given rows as one row of tokens, (1, T')."""
+    layout = piece.layout(anchor_len, cutting)
+    parts = [(rows[row], document.where(layout.copies)) for row, document in piece.documents]
+    if layout.anchor_len:  # shared by all documents of the piece
+        parts.insert(0, (rows[piece.documents[0][0]], np.arange(anchor_len)))
+    read = [packed.predictions(int(row), index) for row, index in parts]
+    ids, targets, weights = (torch.from_numpy(np.concatenate(x)) for x in zip(*(read or [EMPTY]), strict=True))
+    targets.masked_fill_(weights == 0, IGNORE)
+    return Batch(ids[None], targets[None], weights[None], (layout,), piece.spread)
+
+
+EMPTY = (np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.float32))
+"""Token, target and weight of an empty piece."""
 
 
 def validation_batches(
-    packed: PackedSet, pattern: Pattern, micro_rows: int, rank: int, world: int, max_rows: int | None = None
+    packed: PackedSet, pattern: Pattern, cutting: Cutting, max_rows: int | None = None
 ) -> Iterator[Batch]:
-    """The first `max_rows` rows, each once over all processes, in order.
-
-    Every process gets the same number of batches, so that collectives line up: where rows run out, a batch repeats the
-    last row with all targets masked.
-    """
-    count = len(packed) if max_rows is None else min(len(packed), max_rows)
-    unit = micro_rows * world
-    # 5 rows, 2 processes, micro_rows=1: process 0 reads rows 0, 2, 4, process 1 rows 1, 3 and row 4 again, masked
-    for start in range(rank * micro_rows, -(-count // unit) * unit, unit):
-        wanted = np.arange(start, start + micro_rows)
-        batch = make_batch(packed, np.minimum(wanted, count - 1), pattern)
-        beyond = torch.from_numpy(wanted >= count)[:, None]
-        yield replace(
-            batch,
-            targets=batch.targets.masked_fill(beyond, IGNORE),
-            loss_weights=batch.loss_weights.masked_fill(beyond, 0.0),
-        )
+    """This process's pieces of the first `max_rows` rows; every process gets the same number of them."""
+    rows = np.arange(len(packed) if max_rows is None else min(len(packed), max_rows))
+    layouts = row_layouts(packed, rows, pattern)
+    for piece in deal_pieces(layouts, cutting).pieces:
+        yield make_batch(packed, rows, piece, layouts[0].anchor_len, cutting)

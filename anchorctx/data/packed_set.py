@@ -26,6 +26,7 @@ import numpy as np
 from anchorctx.data.packing.shard import Row, Shard
 from anchorctx.data.tokens.store import token_dtype
 from anchorctx.errors import UserError
+from anchorctx.layout import PackedLayout
 from anchorctx.records.files import StagedFolder, file_sha256
 from anchorctx.records.manifest import FILE, read_manifest, write_json
 
@@ -191,11 +192,33 @@ class PackedSet:
 
     def row(self, index: int) -> Row:
         """Row `index`, 0 .. len-1."""
+        shard, i = self._place(index)
+        return shard.row(i, int(self.manifest["anchor_len"]))
+
+    def layout(self, index: int) -> PackedLayout:
+        """The layout of row `index`; its tokens are not read."""
+        shard, i = self._place(index)
+        return shard.layout(i, int(self.manifest["anchor_len"]))
+
+    def predictions(self, index: int, where: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of row `index` the tokens at `where` (N,), the tokens after them, and those predictions' loss weights.
+
+        (N,) int64, int64 and float32; the row's last token predicts nothing: weight 0. Nothing else is read.
+        """
+        # a row <s> a b c of weights [0, 0, 1, .5]: at [0, 1, 3] there is <s> a c, then a b c, weights [0, 1, 0]
+        shard, i = self._place(index)
+        after = np.minimum(where + 1, self.row_length - 1)
+        weights = np.where(where < self.row_length - 1, shard.weights[i][after], 0).astype(np.float32)
+        tokens = shard.tokens[i]
+        return tokens[where].astype(np.int64), tokens[after].astype(np.int64), weights
+
+    def _place(self, index: int) -> tuple[Shard, int]:
+        """The shard of row `index`, and its number there."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         # 8,192 rows a shard: row 20,000 is row 3,616 of shard 2
         number, i = divmod(index, int(self.manifest["rows_per_shard"]))
-        return self._shard(number).row(i, int(self.manifest["anchor_len"]))
+        return self._shard(number), i
 
     def _shard(self, number: int) -> Shard:
         """The shard, memory-mapped; of too many open ones the least recently used is closed."""

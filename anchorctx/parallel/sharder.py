@@ -1,8 +1,8 @@
 """A batch's slice for one process of a sequence-parallel group: no communication, no state.
 
-Every process of a group reads the same rows. Each token comes with its target, so that a slice's last token still
-predicts the next slice's first. Rows are padded to a multiple of the group with untrained tokens, which form one more
-document: nothing that is trained sees them.
+Every process of a group reads the same long document. Each token comes with its target, so that a slice's last token
+still predicts the next slice's first. It is padded to a multiple of the group with untrained tokens, which form one
+more document: nothing that is trained sees them.
 
 Shapes: B rows, T tokens, S = padded T / processes of a group.
 """
@@ -26,7 +26,7 @@ class Shard:
     input_ids: torch.Tensor
     """(B, S) int64."""
     position_ids: torch.Tensor
-    """(B, S) int64, positions in the whole row."""
+    """(B, S) int64."""
     layouts: tuple[PackedLayout, ...]
     """The whole (padded) rows': attention sees all tokens, for some of the heads."""
     targets: torch.Tensor
@@ -47,7 +47,7 @@ def shard_batch(
     layouts: tuple[PackedLayout, ...],
     mesh: Mesh,
 ) -> Shard:
-    """This process's slice of whole rows (B, T); the whole of them where there is no sequence parallelism."""
+    """This process's slice of rows (B, T) that its group shares; the whole of them where it has no group."""
     layouts = tuple(padded(layout, mesh.sequence) for layout in layouts)
     positions = torch.stack([layout.position_ids() for layout in layouts])
     missing = (0, layouts[0].length - input_ids.shape[1])
@@ -67,7 +67,8 @@ def padded(layout: PackedLayout, multiple: int) -> PackedLayout:
     if length == layout.length:
         return layout
     ids = None if layout.doc_ids is None else (*layout.doc_ids, max(layout.doc_ids) + 1)
-    return replace(layout, doc_offsets=(*layout.doc_offsets, length), doc_ids=ids)
+    starts = None if layout.starts is None else (*layout.starts, 0)
+    return replace(layout, doc_offsets=(*layout.doc_offsets, length), doc_ids=ids, starts=starts)
 
 
 def _slice(x: torch.Tensor, mesh: Mesh) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 Outside attention each process holds T/SP tokens of a row. Before attention an all-to-all trades tokens for heads, so
 that each process attends over all T tokens with Hq/SP heads, by `anchorctx.attention` and its layouts; after it, back.
-Key heads fewer than SP are replicated. Per layer and direction a process sends, to the others of its group,
+Key heads fewer than SP are replicated. Only documents that are longer than a piece are shared like this: a batch that
+one process has for itself, told by the length of its layout, passes by the exchange. Per layer and direction a process
+sends, to the others of its group,
 
     (SP-1)/SP * T/SP * D * bytes * (2 Hq + 2 max(Hkv, SP))        (q, k, v out, the output back)
 
@@ -65,8 +67,8 @@ def check_core(name: str) -> None:
         raise UserError(f"attention '{name}' cannot run under sequence parallelism: {why}; use model.attention=auto")
 
 
-def enable(model: PreTrainedModel, mesh: Mesh, micro_rows: int) -> None:
-    """Let the model's attention exchange tokens for heads within this process's group; undone by `release`."""
+def enable(model: PreTrainedModel, mesh: Mesh) -> None:
+    """Let attention exchange tokens for heads within this process's group, where it shares them; see `release`."""
     if mesh.sequence == 1:
         return
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -75,14 +77,15 @@ def enable(model: PreTrainedModel, mesh: Mesh, micro_rows: int) -> None:
     assert core is not None
     check_core(core)
     check_sizes(model.config, mesh.sequence, mesh.ranks.world)
+    alone = ALL_ATTENTION_FUNCTIONS[core]
     UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=_facts(model.config, core),
         core_attn_implementation=core,
         sequence_parallel_size=mesh.sequence,
-        micro_batch_size=micro_rows,
+        micro_batch_size=1,
         seq_length_is_variable=True,
     )
-    ALL_ATTENTION_FUNCTIONS[core] = _cast_first(ALL_ATTENTION_FUNCTIONS[core])
+    ALL_ATTENTION_FUNCTIONS[core] = _where_shared(ALL_ATTENTION_FUNCTIONS[core], alone)
 
 
 def release() -> None:
@@ -108,6 +111,19 @@ def bytes_sent(
     return local * (2 * heads + 2 * max(kv_heads, sequence)) * (sequence - 1) // sequence
 
 
+def exchanged_bytes(config: PretrainedConfig, tokens: int, element: int, sequence: int, recomputed: float) -> int:
+    """Bytes that a process sends for one document of so many tokens: all layers, forward and backward.
+
+    `element` is the bytes of a number, `recomputed` the share of layers whose forward pass runs twice.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    sizes = {"heads": heads, "kv_heads": key_heads(text), "head_dim": dim, "element": element}
+    layer = bytes_sent(tokens=-(-tokens // sequence) * sequence, sequence=sequence, **sizes)
+    return round(layer * text.num_hidden_layers * (2 + recomputed))
+
+
 def _facts(config: PretrainedConfig, core: str) -> Any:
     """What the registration reads of a model, where some architectures leave fields out or at None."""
     text = config.get_text_config()
@@ -124,7 +140,9 @@ def _facts(config: PretrainedConfig, core: str) -> Any:
     return SimpleNamespace(config=facts)
 
 
-def _cast_first(exchange: Callable[..., Any]) -> Callable[..., Any]:
+def _where_shared(exchange: Callable[..., Any], alone: Callable[..., Any]) -> Callable[..., Any]:
+    """`exchange` where this process holds a slice of the tokens that the layouts describe, `alone` where all."""
+
     def attention(
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -133,6 +151,8 @@ def _cast_first(exchange: Callable[..., Any]) -> Callable[..., Any]:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> Any:
+        if kwargs["layouts"][0].length == query.shape[2]:
+            return alone(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("position_ids") is None:
             raise UserError(f"{type(module).__name__} does not hand position_ids to its attention: use another model")
         return exchange(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)

@@ -19,7 +19,7 @@ from anchorctx.train.config import TrainConfig
 from anchorctx.train.engine import deepspeed_config
 
 
-def build_model(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> PreTrainedModel:
+def build_model(config: TrainConfig, mesh: Mesh) -> PreTrainedModel:
     """The model, whole in every process, or under ZeRO 3 each process's share of it.
 
     A new model is always built whole: under ZeRO 3 transformers would draw other random weights.
@@ -30,30 +30,23 @@ def build_model(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> PreTrain
         # Headers first: under sharded loading transformers fills missing weights in silence.
         if config.parallel.zero_stage == 3 and config.memory.sharded_loading and config.model.path:
             check_weights(config.model.path, hf_config)
-            stack.enter_context(sharded_loading(engine_config(config, mesh, rows_per_step)))
+            stack.enter_context(sharded_loading(engine_config(config, mesh)))
         return load_model(config.model)
 
 
-def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, row_length: int) -> CausalLMLoss:
-    """The model with its memory switches and attention, and the loss around it."""
+def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, tokens: int) -> CausalLMLoss:
+    """The model with its memory switches and attention, and the loss around it; a pass holds about so many tokens."""
     memory = config.memory
     if every := memory.checkpoint_every:
         checkpoint_activations(model, every=every)
-        # of this process: its slice of each row, rounded up
-        tokens = config.micro_rows * -(-row_length // mesh.sequence)
         check_offload(memory, model, tokens, every, mesh.ranks.world)
     if memory.mlp_tile:
         tile_mlps(model, memory.mlp_tile)
-    ulysses.enable(model, mesh, config.micro_rows)
+    ulysses.enable(model, mesh)
     return CausalLMLoss(model, tile_tokens=memory.loss_tile, kind=memory.loss, saving=saving(memory, mesh.ranks.device))
 
 
-def accumulation(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> int:
-    """Micro-batches of a step."""
-    return rows_per_step // (config.micro_rows * mesh.data)
-
-
-def engine_config(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> dict[str, Any]:
+def engine_config(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """The whole DeepSpeed configuration of the run."""
     import torch
 
@@ -61,8 +54,6 @@ def engine_config(config: TrainConfig, mesh: Mesh, rows_per_step: int) -> dict[s
         config.parallel,
         config.optim,
         dtype=getattr(torch, config.model.dtype.value),
-        micro_rows=config.micro_rows,
-        accumulation=accumulation(config, mesh, rows_per_step),
         world=mesh.ranks.world,
         cuda=mesh.ranks.device.type == "cuda",
     )

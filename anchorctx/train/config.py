@@ -9,6 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Lt
 
+from anchorctx.data.pieces import AnchorVisible, piece_tokens
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
@@ -134,9 +135,13 @@ class TrainConfig:
     steps: Positive = 2000
     """Optimizer updates."""
     tokens_per_step: Positive = 524288
-    """Batch size in tokens, over all processes: a multiple of row length x micro_rows x processes."""
-    micro_rows: Positive = 1
-    """Rows that a process runs forward and backward at once."""
+    """Batch size in tokens, over all processes: a multiple of the row length."""
+    micro_tokens: Positive | None = None
+    """Tokens that a process runs forward and backward at once, copies of the anchor included: a step's documents are
+    cut into pieces of at most so many. A longer document is a piece by itself, which `parallel.sequence_parallel`
+    processes share. null is a row and a sixteenth, so that a row with its copies is one piece."""
+    anchor_visible: AnchorVisible = AnchorVisible.window
+    """In models with sliding windows: window (the anchor is a document's first token) or always."""
     validate_every: Count = 100
     """Steps between validations, which also run before the first step and after the last; 0 is none between."""
     validation_rows: Positive = 64
@@ -160,17 +165,18 @@ class TrainConfig:
         for part in (self.optim, self.parallel, self.memory):
             part.validate()
 
-    def rows_per_step(self, row_length: int, world: int) -> int:
-        """Rows of one global step; UserError when the batch does not divide."""
-        # rows of 65,536 tokens, 1 at once, 4 processes: 262,144 tokens, so 524,288 a step are two micro-batches
-        unit = row_length * self.micro_rows * world
-        if self.tokens_per_step % unit:
-            near = max(round(self.tokens_per_step / unit), 1) * unit
+    def rows_per_step(self, row_length: int) -> int:
+        """Rows of one global step; UserError when the batch is not a whole number of them."""
+        if self.tokens_per_step % row_length:
+            near = max(round(self.tokens_per_step / row_length), 1) * row_length
             raise UserError(
-                f"tokens_per_step={self.tokens_per_step} must be a multiple of {unit} (row length {row_length} x "
-                f"micro_rows {self.micro_rows} x {world} processes): use {near}"
+                f"tokens_per_step={self.tokens_per_step} must be a multiple of the row length, {row_length}: use {near}"
             )
         return self.tokens_per_step // row_length
+
+    def piece_tokens(self, row_length: int) -> int:
+        """Tokens that a piece of such rows holds at most; UserError for a row that would have to be cut, but cannot."""
+        return piece_tokens(self.micro_tokens, row_length, self.pattern, self.parallel.sequence_parallel)
 
 
 class ExportDtype(StrEnum):

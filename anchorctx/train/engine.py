@@ -18,19 +18,21 @@ def deepspeed_config(
     optim: OptimConfig,
     *,
     dtype: torch.dtype,
-    micro_rows: int,
-    accumulation: int,
     world: int,
     cuda: bool,
 ) -> dict[str, Any]:
-    """The whole DeepSpeed configuration as a dictionary."""
+    """The whole DeepSpeed configuration as a dictionary.
+
+    Steps have different numbers of micro-batches, so that the loop itself says which is the last
+    (`set_gradient_accumulation_boundary`); DeepSpeed's own count is one, and it scales nothing.
+    """
     adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
     if not parallel.offload_optimizer:  # torch's own AdamW needs no compiler; offloading needs DeepSpeed's CPU Adam
         adam |= {"torch_adam": True, "foreach": True}
     return {
-        "train_batch_size": micro_rows * accumulation * world,
-        "train_micro_batch_size_per_gpu": micro_rows,
-        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": world,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip,
         "bf16": {"enabled": dtype is torch.bfloat16},
         "fp16": {"enabled": False},
@@ -49,21 +51,11 @@ def build_engine(
     ranks: Ranks,
     *,
     dtype: torch.dtype,
-    micro_rows: int,
-    accumulation: int,
 ) -> Any:
     """`deepspeed.initialize` on `module`, whose forward returns the loss; returns the engine."""
     import deepspeed
 
-    config = deepspeed_config(
-        parallel,
-        optim,
-        dtype=dtype,
-        micro_rows=micro_rows,
-        accumulation=accumulation,
-        world=ranks.world,
-        cuda=ranks.device.type == "cuda",
-    )
+    config = deepspeed_config(parallel, optim, dtype=dtype, world=ranks.world, cuda=ranks.device.type == "cuda")
     groups = parameter_groups(module.named_parameters(), optim.weight_decay)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)  # type: ignore[arg-type]
     return engine

@@ -1,7 +1,7 @@
 """The training loop: packed rows in, checkpoints and metrics out.
 
 The loss of a step is the sum of all trained tokens' losses over the global number (weight) of them, whatever the
-number of processes, micro-batches and rows: never a mean of means. The global weight is known in advance from the
+number of processes and pieces: never a mean of means. The global weight is known in advance from the
 packed set's index, so it costs no communication.
 """
 
@@ -21,15 +21,17 @@ from transformers import PreTrainedModel, set_seed
 
 from anchorctx.data.loader import Batch, RowLoader, Step, validation_batches
 from anchorctx.data.packed_set import PackedSet
+from anchorctx.data.pieces import AnchorVisible, Cutting
 from anchorctx.errors import InterruptedRun, UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.models import check_attention, check_length, check_vocabulary
 from anchorctx.parallel import dist, ulysses
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Shard, shard_batch
+from anchorctx.parallel.ulysses import exchanged_bytes
 from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train import checkpoint
-from anchorctx.train.build import accumulation, build_model, build_module
+from anchorctx.train.build import build_model, build_module
 from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb
 from anchorctx.train.config import TrainConfig, WandbMode
 from anchorctx.train.engine import build_engine, set_lr
@@ -66,11 +68,11 @@ class Trainer:
         self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
         self.validation = self._open_validation()
         self.mesh = Mesh.of(ranks, config.parallel.sequence_parallel)
-        rows = config.rows_per_step(self.packed.row_length, self.mesh.data)
+        rows, tokens = config.rows_per_step(self.packed.row_length), config.piece_tokens(self.packed.row_length)
         self.resume_from = checkpoint.find(self.out_dir / "checkpoints", config.checkpoint.resume)
         state = self._resume_state()
         set_seed(config.seed)
-        model = build_model(config, self.mesh, rows)
+        model = build_model(config, self.mesh)
         check_length(model.config, self.packed.row_length)
         check_vocabulary(model, self.packed.manifest["vocab_size"])
         check_attention(model, config.model.attention, ranks.device)
@@ -81,14 +83,21 @@ class Trainer:
                 f"live evaluations cannot run with parallel.sequence_parallel={self.mesh.sequence}, which spreads "
                 "each row over processes: set live.every=0 and evaluate exported checkpoints"
             )
-        self.meter = Meter(ModelFlops.of(model), ranks, rows)
+        flops = ModelFlops.of(model)
+        self.meter = Meter(flops, ranks)
+        self.cutting = Cutting(
+            tokens,
+            ranks.rank,
+            ranks.world,
+            config.parallel.sequence_parallel,
+            flops.token_cost,
+            shared_anchor=config.anchor_visible is AnchorVisible.always,
+        )
         self.loader = RowLoader(
             self.packed,
             config.pattern,
+            self.cutting,
             rows_per_step=rows,
-            micro_rows=config.micro_rows,
-            rank=self.mesh.data_rank,
-            world=self.mesh.data,
             seed=config.seed,
             shuffle=config.data.shuffle,
             balance=config.data.balance,
@@ -97,13 +106,11 @@ class Trainer:
         self.loader.resume_at(self.step, self.tokens, state.get("rows"))
         self._write_run(model)
         self.engine = build_engine(
-            build_module(config, model, self.mesh, self.packed.row_length),
+            build_module(config, model, self.mesh, tokens),
             config.parallel,
             config.optim,
             ranks,
             dtype=model.dtype,
-            micro_rows=config.micro_rows,
-            accumulation=accumulation(config, self.mesh, rows),
         )
         if self.resume_from is not None:
             checkpoint.load(self.engine, self.resume_from, ranks, int(state["processes"]))
@@ -146,7 +153,6 @@ class Trainer:
         self.engine.step()
         self.step += 1
         self.tokens += step.trained_tokens
-        layouts = tuple(layout for batch in step.micro_batches for layout in batch.layouts)
         norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise UserError(
@@ -154,7 +160,15 @@ class Trainer:
                 f"{self.packed.fingerprint}; the last checkpoint is intact"
             )
         row = {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
-        return row | self.meter.row(step, layouts, waited) | {"perf/waiting_seconds": self.waiting}
+        return row | self.meter.row(step, waited) | self._waited(step)
+
+    def _waited(self, step: Step) -> dict[str, float]:
+        """What other processes cost this one."""
+        model, every = self.engine.module.model, self.config.memory.checkpoint_every
+        again = 1 / every if every else 0.0
+        spread = [batch.layouts[0].length for batch in step.micro_batches if batch.spread]
+        sent = sum(exchanged_bytes(model.config, n, model.dtype.itemsize, self.mesh.sequence, again) for n in spread)
+        return {"perf/waiting_seconds": self.waiting, "perf/exchanged_bytes": sent}
 
     def _forward_backward(self, step: Step) -> float:
         """Accumulate the step's gradients; returns its loss. The caller makes the update."""
@@ -162,12 +176,13 @@ class Trainer:
         self.waiting = 0.0
         summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for index, batch in enumerate(step.micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
             loss = self._loss_sum(self._shard(batch))
             self.waiting += dist.wait(self.ranks.device)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             summed += loss.detach()
             if index < len(step.micro_batches) - 1:
-                self.engine.step()  # counts the micro-batch, no update yet
+                self.engine.step()  # counts the piece, no update yet
         total, stops = dist.total([summed.item() / step.weight, float(self.interrupted)], self.ranks.device)
         self.stopping = stops > 0  # decided together, so that no rank saves alone
         if not math.isfinite(total):
@@ -183,11 +198,9 @@ class Trainer:
             return {}
         self.engine.eval()
         sums = [0.0, 0.0]
-        ranks, mesh, rows = self.ranks, self.mesh, self.config.validation_rows
+        ranks, rows = self.ranks, self.config.validation_rows
         with torch.no_grad():
-            for batch in validation_batches(
-                self.validation, self.config.pattern, self.config.micro_rows, mesh.data_rank, mesh.data, rows
-            ):
+            for batch in validation_batches(self.validation, self.config.pattern, self.cutting, rows):
                 mine = self._shard(batch)
                 sums[0] += float(self._loss_sum(mine))
                 sums[1] += float(mine.loss_weights.sum())
@@ -214,7 +227,8 @@ class Trainer:
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
 
     def _shard(self, batch: Batch) -> Shard:
-        return shard_batch(batch.input_ids, batch.targets, batch.loss_weights, batch.layouts, self.mesh)
+        mesh = self.mesh if batch.spread else Mesh(self.ranks, 1)
+        return shard_batch(batch.input_ids, batch.targets, batch.loss_weights, batch.layouts, mesh)
 
     def _loss_sum(self, mine: Shard) -> torch.Tensor:
         return self.engine(**mine.arguments(self.ranks.device))

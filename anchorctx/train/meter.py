@@ -10,7 +10,6 @@ import torch
 
 from anchorctx.data.loader import Step
 from anchorctx.flops import ModelFlops, peak_flops
-from anchorctx.layout import PackedLayout
 from anchorctx.parallel.dist import Ranks
 
 GIB = 2**30
@@ -19,8 +18,8 @@ GIB = 2**30
 class Meter:
     """Times training steps; time spent elsewhere (validation, checkpoints) is taken out by `pause` and `go`."""
 
-    def __init__(self, flops: ModelFlops, ranks: Ranks, rows_per_step: int) -> None:
-        self._flops, self._ranks, self._rows = flops, ranks, rows_per_step
+    def __init__(self, flops: ModelFlops, ranks: Ranks) -> None:
+        self._flops, self._ranks = flops, ranks
         name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
         self._peak = peak_flops(name)
         self.go()
@@ -29,23 +28,24 @@ class Meter:
         """Start timing the next step."""
         self._start = time.perf_counter()
 
-    def row(self, step: Step, layouts: tuple[PackedLayout, ...], data_seconds: float) -> dict[str, float]:
-        """Metrics of the step that ends now; `layouts` are this process's rows, taken as typical for all."""
+    def row(self, step: Step, data_seconds: float) -> dict[str, float]:
+        """Metrics of the step that ends now."""
         seconds = time.perf_counter() - self._start
-        tokens = self._rows * layouts[0].length
+        rows = len(step.layouts)
+        tokens = sum(layout.length for layout in step.layouts)
         row = {
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/data_seconds": data_seconds,
-            "perf/attention_flops_saved": self._flops.attention_saved(layouts),
+            "perf/attention_flops_saved": self._flops.attention_saved(step.layouts),
             "memory/peak_gib": peak_memory(self._ranks.device) / GIB,
-            "data/documents_per_row": step.documents / self._rows,
-            "data/trained_tokens_per_row": step.trained_tokens / self._rows,
+            "data/documents_per_row": step.documents / rows,
+            "data/trained_tokens_per_row": step.trained_tokens / rows,
+            "data/long_documents": step.long_documents,
         }
         if self._peak is not None:
-            # of all processes: these rows stand for the step's
-            flops = self._flops.step(layouts) * self._rows / len(layouts)
-            row["perf/mfu"] = flops / seconds / (self._peak * self._ranks.world)
+            # of the rows as they were packed: copies of the anchor are no use to anybody
+            row["perf/mfu"] = self._flops.step(step.layouts) / seconds / (self._peak * self._ranks.world)
         self.go()
         return row
 

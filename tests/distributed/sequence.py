@@ -45,7 +45,7 @@ class Counter:
 def loss_and_gradients(name, mesh, counter=None):
     backend = "reference" if ARCHITECTURES[name].softcap or ARCHITECTURES[name].window else "cpu"
     model = ARCHITECTURES[name].build(torch.float64, attention=backend)
-    ulysses.enable(model, mesh, micro_rows=2)
+    ulysses.enable(model, mesh)
     try:
         with true_float64():
             loss = CausalLMLoss(model)(**shard_batch(*ROWS, mesh).arguments(CPU))

@@ -43,9 +43,9 @@ def test_the_live_model_is_measured_under_zero_3_as_in_one_process(launcher: Any
         *("live.corpus.format=jsonl", "live.perplexity.max_length=50", "live.perplexity.batch_tokens=80"),
         *("live.context.lengths=[20,40]", "live.context.targets=8", "live.context.batch_tokens=40"),
     )
-    spread = launcher.run("live_spread", 2, "parallel=zero3", "micro_rows=2", *live)
+    spread = launcher.run("live_spread", 2, "parallel=zero3", "micro_tokens=136", *live)
     too_long = ("live.every=2", "live.perplexity.max_length=65")
-    runs = [("live_alone", "micro_rows=2", *live), ("unwatched", "micro_rows=2"), ("too_long", *too_long)]
+    runs = [("live_alone", "micro_tokens=136", *live), ("unwatched", "micro_rows=2"), ("too_long", *too_long)]
     *made, refused = launcher.several(1, runs)
     assert [result["code"] for result in made] == [0, 0], made
     assert refused["code"] == 2 and not (launcher.root / "too_long").exists()

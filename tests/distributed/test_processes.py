@@ -23,7 +23,7 @@ NAMES = ("train/loss", "train/grad_norm", "val/loss")
 
 @pytest.fixture(scope="module")
 def alone(launcher):
-    return launcher.run("alone", 1, "micro_rows=2")
+    return launcher.run("alone", 1, "micro_tokens=136")
 
 
 STAGES = (1, 2, 3)
@@ -77,7 +77,7 @@ def plain_validation_loss(folder, validation):
 
 
 def test_activation_checkpointing_and_accumulation_change_nothing(launcher, alone):
-    run = launcher.run("recomputed", 1, "memory.checkpoint_every=1", "micro_rows=4")
+    run = launcher.run("recomputed", 1, "memory.checkpoint_every=1", "micro_tokens=272")
     np.testing.assert_allclose(curve(run, *NAMES), curve(alone, *NAMES), rtol=1e-5)
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.distributed
 NAMES = ("train/loss", "train/grad_norm", "val/loss")
 COMBINATIONS = {
     "zero1": ("parallel=zero1",),
-    "zero2_rows": ("parallel=zero2", "micro_rows=2"),
+    "zero2_rows": ("parallel=zero2", "micro_tokens=136"),
     "zero3_memory": ("parallel=zero3", "memory=long"),
 }
 
@@ -27,7 +27,7 @@ def spread(launcher):
 
 @pytest.fixture(scope="module")
 def one(launcher):
-    return launcher.run("one", 1, "micro_rows=2")
+    return launcher.run("one", 1, "micro_tokens=136")
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)

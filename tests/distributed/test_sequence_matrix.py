@@ -26,7 +26,7 @@ MESHES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
 """Processes, and those that share each row."""
 FACTORS = {
     "stage": (1, 2, 3),
-    "accumulation": (1, 2),
+    "micro_tokens": (160, 24),
     "clip": (0.3, 0.0),
     "loss": ("memory.loss_tile=7", "memory.loss=whole"),
 }
@@ -50,13 +50,12 @@ def pairwise(cases: list[tuple]) -> list[tuple]:
 
 
 def settings(case: tuple) -> tuple[str, ...]:
-    """A run's name and overrides: 8 rows a step, over `groups` of processes, in so many micro-batches."""
-    world, sequence, stage, accumulation, clip, loss = case
-    groups = world // sequence
+    """A run's name and overrides: 8 rows of 64 tokens a step; documents of more than 24 tokens are long or not."""
+    _, sequence, stage, micro_tokens, clip, loss = case
     return (
         "_".join(str(x).replace("=", "_") for x in case),
         *(f"parallel=zero{stage}", f"parallel.sequence_parallel={sequence}", f"optim.clip={clip}", loss),
-        *(f"micro_rows={8 // groups // accumulation}", *STEPS),
+        *(f"micro_tokens={micro_tokens}", *STEPS),
     )
 
 

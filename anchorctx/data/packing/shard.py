@@ -78,11 +78,15 @@ class Shard:
 
     def row(self, index: int, anchor_len: int) -> Row:
         """A single row, copied out of the arrays."""
+        tokens, weights = self.tokens[index].astype(np.int64), self.weights[index].astype(np.float32)
+        return Row(tokens, weights, self.layout(index, anchor_len))
+
+    def layout(self, index: int, anchor_len: int) -> PackedLayout:
+        """Where a row's documents lie."""
         # pointers = [[0, 0], [4, 0], [9, 4]]: row 1 has offsets[4:9] and doc_ids[0:4]; row 0 has no doc_ids
         (a, c), (b, d) = self.pointers[index].tolist(), self.pointers[index + 1].tolist()
         doc_ids = tuple(self.doc_ids[c:d].tolist()) or None
-        layout = PackedLayout(tuple(self.offsets[a:b].tolist()), anchor_len, doc_ids=doc_ids)
-        return Row(self.tokens[index].astype(np.int64), self.weights[index].astype(np.float32), layout)
+        return PackedLayout(tuple(self.offsets[a:b].tolist()), anchor_len, doc_ids=doc_ids)
 
     @classmethod
     def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Shard:

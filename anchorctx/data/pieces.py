@@ -1,0 +1,132 @@
+"""A step's rows as pieces: which documents each forward pass of each process holds.
+
+Documents are dealt out from their lengths alone, by every process alike and without communication. A *piece* is a run
+of whole documents, of one row or several, each behind its own copy of the anchor; it holds at most `max_tokens`. A
+document that is longer is a piece by itself: of one process, or, where `sequence` processes work together, of all of
+them, which then share its tokens and exchange keys (Ulysses). Nothing else is ever exchanged inside attention.
+
+All processes run the same number of pieces, since collectives (ZeRO 3 gathers weights in every pass) must line up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from anchorctx.data.order import deal
+from anchorctx.errors import UserError
+from anchorctx.layout import Document, PackedLayout, Pattern, lay_out
+from anchorctx.pieces import TOKEN_COST, cut, document_costs
+
+
+class AnchorVisible(StrEnum):
+    """What a sliding window does to the anchor."""
+
+    window = "window"
+    """A copy of the anchor is its document's first token: a window moves past it, as past any other."""
+    always = "always"
+    """No window hides it. One anchor is shared by all documents of a piece, which costs the merge of attention."""
+
+
+def piece_tokens(micro_tokens: int | None, row_length: int, pattern: Pattern, sequence: int) -> int:
+    """Tokens that a piece of such rows holds at most; None is a row and a sixteenth for the copies of the anchor.
+
+    UserError for `full` rows that would have to be cut.
+    """
+    tokens = row_length * 17 // 16 if micro_tokens is None else micro_tokens
+    if pattern is Pattern.full and tokens * sequence < row_length:
+        processes = f" x {sequence} processes" if sequence > 1 else ""
+        raise UserError(
+            f"micro_tokens={tokens}{processes} cannot hold a row of {row_length} tokens, and pattern=full makes each "
+            "row one document, which cannot be cut: raise micro_tokens or parallel.sequence_parallel, or take another "
+            "pattern"
+        )
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How rows are cut, and for whom."""
+
+    max_tokens: int
+    """Tokens of a piece at most, copies of the anchor included."""
+    rank: int = 0
+    world: int = 1
+    """This process's number, and how many there are."""
+    sequence: int = 1
+    """Neighbouring processes that share a document which is longer than a piece; divides `world`."""
+    token_cost: float = TOKEN_COST
+    """What a token costs besides attention, in (query, key) pairs."""
+    shared_anchor: bool = False
+    """One anchor in front of a piece instead of a copy a document: windows then never hide it."""
+
+
+class Piece(NamedTuple):
+    """What one forward pass of a process holds; nothing at all where a process has fewer pieces than others."""
+
+    documents: tuple[tuple[int, Document], ...]
+    """Each with the number of its row."""
+    spread: bool = False
+    """Do the `sequence` processes share it?"""
+
+    def layout(self, anchor_len: int, cutting: Cutting) -> PackedLayout:
+        """Where its documents lie; an empty piece is one token of its own."""
+        if not self.documents:
+            return PackedLayout((0, 1))
+        return lay_out([document for _, document in self.documents], anchor_len, shared=cutting.shared_anchor)
+
+
+class Dealt(NamedTuple):
+    """A step's documents, dealt out."""
+
+    pieces: list[Piece]
+    """Those of this process, in the order in which it runs them."""
+    long_documents: int
+    """Documents of all processes that are longer than a piece."""
+
+
+def deal_pieces(layouts: Sequence[PackedLayout], cutting: Cutting) -> Dealt:
+    """Cut whole rows, which share one anchor length, and deal the pieces out.
+
+    Documents of one token are left out: the first token of a document is never predicted, so they train nothing.
+    """
+    if cutting.max_tokens <= layouts[0].anchor_len + 1:
+        raise UserError(
+            f"micro_tokens={cutting.max_tokens} leaves no room for a document of two tokens behind an anchor of "
+            f"{layouts[0].anchor_len}: use at least {layouts[0].anchor_len + 2}"
+        )
+    documents = [(row, document) for row, layout in enumerate(layouts) for document in layout.documents()]
+    documents = [(row, document) for row, document in documents if document.length > 1]
+    copies = 0 if cutting.shared_anchor else layouts[0].anchor_len
+    tokens = np.array([document.length + copies for _, document in documents], np.int64)
+    room = cutting.max_tokens - (layouts[0].anchor_len - copies)
+    long = tokens > room
+    spread = long if cutting.sequence > 1 else np.zeros_like(long)
+    pieces = []
+    if spread.any():
+        pieces += _dealt(documents, tokens, np.flatnonzero(spread), room, cutting, spread=True)
+    if not spread.all() or not len(spread):  # nothing to train is an empty piece: a step needs one pass
+        pieces += _dealt(documents, tokens, np.flatnonzero(~spread), room, cutting, spread=False)
+    return Dealt(pieces, int(long.sum()))
+
+
+def _dealt(
+    documents: list[tuple[int, Document]],
+    tokens: np.ndarray,
+    chosen: np.ndarray,
+    room: int,
+    cutting: Cutting,
+    *,
+    spread: bool,
+) -> list[Piece]:
+    """The pieces of this process (or, `spread`, of its group) among those of the `chosen` documents."""
+    # 8 processes that share documents by fours: 2 groups, process 5 is in group 1
+    size = cutting.sequence if spread else 1
+    costs = document_costs(tokens[chosen], cutting.token_cost)
+    pieces = cut(tokens[chosen], costs, room, cutting.world // size)
+    share = deal(np.array([costs[piece].sum() for piece in pieces]), cutting.world // size)[cutting.rank // size]
+    return [Piece(tuple(documents[chosen[i]] for i in pieces[number]), spread) for number in share]
