@@ -21,57 +21,76 @@ def document_costs(tokens: np.ndarray, token_cost: float = TOKEN_COST) -> np.nda
     return tokens * (tokens + 1) / 2 + tokens * token_cost
 
 
-def cut(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, multiple: int = 1) -> list[np.ndarray]:
+def cut(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, count: int = 1) -> list[np.ndarray]:
     """Put documents into pieces of at most `max_tokens`, of about the same cost; one longer than that is alone.
 
     The costliest document goes first, each into the cheapest piece that has room (longest processing time first, Graham
-    1969). Where that leaves a document without room, there are `multiple` pieces more.
+    1969). Where that leaves a document without room, there is one piece more.
 
     Args:
         tokens: (N,) of each document.
         costs: (N,) of each document.
         max_tokens: that a piece holds.
-        multiple: the number of pieces is a multiple of this, and at least this; pieces may be empty.
+        count: pieces, at least; they may be empty.
 
     Returns:
         Indices of documents for each piece, the longest document first; the costliest piece first.
     """
     alone = int((tokens > max_tokens).sum())
-    together = -(-int(tokens[tokens <= max_tokens].sum()) // max_tokens)
-    # 5 pieces for 4 processes are 8
-    count = max(-(-(alone + together) // multiple), 1) * multiple
-    order = np.argsort(-costs, kind="stable").tolist()
-    sizes, prices = tokens.tolist(), costs.tolist()
-    while (pieces := _fill(order, sizes, prices, max_tokens, count)) is None:
-        count += multiple
-    pieces.sort(key=lambda piece: -piece[0])
-    return [np.array(sorted(members, key=lambda i: -sizes[i]), np.int64) for _, members in pieces]
+    count = max(alone - (-int(tokens[tokens <= max_tokens].sum()) // max_tokens), count, 1)
+    order = _costliest_first(costs)
+    while (pieces := _fill(order, tokens, costs, max_tokens, count)) is None:
+        count += 1
+    return pieces
+
+
+def deal(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, processes: int) -> list[list[np.ndarray]]:
+    """The pieces of each process: about the same cost, and the same number, for each; arguments as for `cut`.
+
+    Documents are dealt to processes first, so that short ones make up for long ones, and then cut into pieces. The
+    costliest pieces come first, so that what processes run at the same time costs about the same.
+    """
+    # 3 processes, pieces of 100 tokens, 650 tokens in all: at least 3 pieces each, so a process may have 300
+    each = max(-(-int(tokens.sum()) // (max_tokens * processes)), 1)
+    order = _costliest_first(costs)
+    while (shares := _fill(order, tokens, costs, each * max_tokens, processes)) is None:
+        each += 1
+    pieces = [cut(tokens[share], costs[share], max_tokens) for share in shares]
+    while (most := max(len(own) for own in pieces)) > min(len(own) for own in pieces):
+        pieces = [cut(tokens[share], costs[share], max_tokens, most) for share in shares]
+    return [[share[piece] for piece in own] for share, own in zip(shares, pieces, strict=True)]
+
+
+def _costliest_first(costs: np.ndarray) -> list[int]:
+    return np.argsort(-costs, kind="stable").tolist()
 
 
 def _fill(
-    order: list[int], tokens: list[int], costs: list[float], max_tokens: int, count: int
-) -> list[tuple[float, list[int]]] | None:
-    """(cost, documents) of each of `count` pieces; None where a document finds no room."""
+    order: list[int], tokens: np.ndarray, costs: np.ndarray, max_tokens: int, count: int
+) -> list[np.ndarray] | None:
+    """Documents of each of `count` groups, the costliest first; None where one finds no room."""
     # documents of 5, 3, 3 and 1 tokens into two pieces of 6: [5, 1] and [3, 3]
-    open_pieces = [(0.0, number) for number in range(count)]  # a heap, the cheapest first
-    room, members = [max_tokens] * count, [[] for _ in range(count)]
-    total = [0.0] * count
+    sizes, prices = tokens.tolist(), costs.tolist()
+    cheapest = [(0.0, number) for number in range(count)]  # a heap of those with room
+    room, total = [max_tokens] * count, [0.0] * count
+    members: list[list[int]] = [[] for _ in range(count)]
     for document in order:
-        passed = []  # cheaper pieces without room
-        while open_pieces:
-            number = open_pieces[0][1]
-            if room[number] >= tokens[document] or not members[number]:
+        passed = []  # cheaper ones, but too full
+        while cheapest:
+            number = cheapest[0][1]
+            if room[number] >= sizes[document] or not members[number]:
                 break
-            passed.append(heapq.heappop(open_pieces))
+            passed.append(heapq.heappop(cheapest))
         else:
             return None
-        room[number] -= tokens[document]
+        room[number] -= sizes[document]
         members[number].append(document)
-        total[number] += costs[document]
+        total[number] += prices[document]
         if room[number] > 0:
-            heapq.heapreplace(open_pieces, (total[number], number))
+            heapq.heapreplace(cheapest, (total[number], number))
         else:
-            heapq.heappop(open_pieces)
+            heapq.heappop(cheapest)
         for entry in passed:
-            heapq.heappush(open_pieces, entry)
-    return list(zip(total, members, strict=True))
+            heapq.heappush(cheapest, entry)
+    numbers = sorted(range(count), key=lambda number: -total[number])
+    return [np.array(sorted(members[n], key=lambda i: -sizes[i]), np.int64) for n in numbers]

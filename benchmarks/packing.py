@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from anchorctx.data.config import PrepareConfig
 from anchorctx.data.inspection import expect
-from anchorctx.data.order import deal, epoch_order
+from anchorctx.data.order import epoch_order
 from anchorctx.data.packed_set import ShardWriter, rows_per_shard
 from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
@@ -51,6 +51,7 @@ from anchorctx.data.sources.documents import OnBadRow, Reading
 from anchorctx.data.sources.source import SourceConfig, SourceFormat
 from anchorctx.data.sources.stdlib import Split, StdlibConfig, train_tokenizer
 from anchorctx.data.tokens.store import DOCUMENT, TokenPart
+from anchorctx.pieces import deal
 from anchorctx.records.manifest import build_manifest, write_json
 
 MEDIAN, SIGMA = 900, 1.2
@@ -325,9 +326,15 @@ def balance(rows_per_step: int) -> Iterator[dict[str, Any]]:
         for name, is_balanced in (("shuffled", False), ("balanced", True)):
             order = epoch_order(costs, 0, 0, 0, is_balanced)
             steps = costs[order[: len(order) // rows_per_step * rows_per_step]].reshape(-1, rows_per_step)
-            each = np.stack([step[deal(step, 8)] if is_balanced else step.reshape(-1, 8).T for step in steps]).sum(2)
+            each = np.stack([_eight(step) if is_balanced else step.reshape(-1, 8).sum(0) for step in steps])
             found[name] = float(each.max(1).sum() / each.mean(1).sum())
         yield found
+
+
+def _eight(costs: np.ndarray) -> list[float]:
+    """What each of 8 processes has of a step's rows, dealt out whole."""
+    rows = np.ones(len(costs), int)
+    return [sum(float(costs[piece].sum()) for piece in own) for own in deal(rows, costs, len(costs) // 8, 8)]
 
 
 def tokenising(folder: Path, rounds: int) -> dict[str, Any]:

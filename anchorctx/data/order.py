@@ -1,4 +1,4 @@
-"""The order of an epoch's rows, and which process gets which: pure functions of (seed, epoch, packed set).
+"""The order of an epoch's rows: a pure function of (seed, epoch, packed set).
 
 In packed rows attention costs the sum of the squared lengths of the documents (`PackedSet.row_cost`), which differs
 from row to row by a factor of ten and more. Processes that train together wait for the one with the costliest rows. So
@@ -54,21 +54,3 @@ def _turned(blocks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         blocks = np.where(swap, pairs[:, :, ::-1], pairs).reshape(len(blocks), BLOCK_ROWS)
         half //= 2
     return blocks
-
-
-def deal(costs: np.ndarray, world: int) -> np.ndarray:
-    """(world, n / world) a step's rows, as indices into `costs` (n,), by process.
-
-    The costliest rows come first, so that what the processes run at the same time costs about the same; of each `world`
-    rows the least burdened process gets the costliest.
-    """
-    # costs = [9, 1, 8, 2], world = 2: order = [[0, 2], [3, 1]]. Row 0 goes to process 0, row 2 to process 1, which is
-    # less burdened then and gets row 3: shares = [[0, 1], [2, 3]], both of cost 10
-    shares = np.empty((world, len(costs) // world), np.int64)
-    order = np.argsort(-costs, kind="stable").reshape(-1, world)
-    burden = np.zeros(world)
-    for place, rows in enumerate(order):
-        processes = np.argsort(burden, kind="stable")
-        shares[processes, place] = rows
-        burden[processes] += costs[rows]
-    return shares

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from anchorctx.data.order import deal
 from anchorctx.errors import UserError
 from anchorctx.layout import Document, PackedLayout, Pattern, lay_out
-from anchorctx.pieces import TOKEN_COST, cut, document_costs
+from anchorctx.pieces import TOKEN_COST, deal, document_costs
 
 
 class AnchorVisible(StrEnum):
@@ -127,6 +126,5 @@ def _dealt(
     # 8 processes that share documents by fours: 2 groups, process 5 is in group 1
     size = cutting.sequence if spread else 1
     costs = document_costs(tokens[chosen], cutting.token_cost)
-    pieces = cut(tokens[chosen], costs, room, cutting.world // size)
-    share = deal(np.array([costs[piece].sum() for piece in pieces]), cutting.world // size)[cutting.rank // size]
-    return [Piece(tuple(documents[chosen[i]] for i in pieces[number]), spread) for number in share]
+    pieces = deal(tokens[chosen], costs, room, cutting.world // size)[cutting.rank // size]
+    return [Piece(tuple(documents[chosen[i]] for i in piece), spread) for piece in pieces]

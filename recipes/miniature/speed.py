@@ -23,6 +23,7 @@ from tqdm import tqdm
 from anchorctx.data.config import LossWeights, PrepareConfig
 from anchorctx.data.loader import Batch, validation_batches
 from anchorctx.data.packed_set import PackedSet
+from anchorctx.data.pieces import Cutting
 from anchorctx.data.prepare import prepare
 from anchorctx.data.sources.source import SourceConfig, SourceFormat
 from anchorctx.data.sources.stdlib import StdlibConfig
@@ -40,7 +41,7 @@ def measure(base: Path, out: Path, length: int, turns: int) -> dict[Pattern, lis
     """Seconds of each turn; the first turn of all warms up and is left out."""
     model = load_model(ModelConfig(path=str(base), rope=RopeConfig(theta=1e5), max_length=length))
     loss, packed = CausalLMLoss(model), corpus(base, out, length)
-    batches = {pattern: next(validation_batches(packed, pattern, 1, 0, 1, 1)) for pattern in PATTERNS}
+    batches = {pattern: next(validation_batches(packed, pattern, Cutting(2 * length), 1)) for pattern in PATTERNS}
     seconds: dict[Pattern, list[float]] = {pattern: [] for pattern in PATTERNS}
     for turn in tqdm(range(turns + 1), desc=f"{length:,} tokens", unit="turn"):
         for pattern in PATTERNS if turn % 2 else PATTERNS[::-1]:  # who goes first changes, so that none is favoured

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import anchorctx
 from anchorctx.data.loader import RowLoader
 from anchorctx.data.packed_set import PackedSet
+from anchorctx.data.pieces import Cutting
 from anchorctx.layout import Pattern
 from anchorctx.train.config import ExportConfig
 from anchorctx.train.export import export
@@ -122,7 +123,7 @@ def test_a_run_goes_on_with_another_batch_from_its_trained_tokens(launcher, whol
     packed = PackedSet.open(launcher.train)
     seen = {row["step"]: row["tokens"] for row in metrics(run)}
     assert [seen[step] for step in range(31)] == [row["tokens"] for row in metrics(whole)][:31]
-    stream = RowLoader(packed, Pattern.anchor, rows_per_step=1, micro_rows=1)
+    stream = RowLoader(packed, Pattern.anchor, Cutting(LENGTH), rows_per_step=1)
     trained = np.cumsum([packed.row_trained[stream.rows(i)[0]] for i in range(30 * 8 + 30 * 16)])
     assert [seen[30 + step] for step in range(31)] == [trained[30 * 8 + step * 16 - 1] for step in range(31)]
 
@@ -132,7 +133,7 @@ CANNOT = [
     (("pattern=full",), "written with pattern=anchor, but this run has pattern=full"),
     (("checkpoint.resume=never",), "already holds a run"),
     (("checkpoint.resume=nowhere",), "nowhere is no folder"),
-    (("tokens_per_step=100",), "tokens_per_step=100 must be a multiple of 128"),
+    (("tokens_per_step=100",), "tokens_per_step=100 must be a multiple of the row length, 64: use 128"),
     (("data.train={validation}",), "written with corpus=000000000001, but this run has corpus=000000000002"),
 ]
 

@@ -6,22 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from anchorctx.data.loader import Batch, RowLoader, Step, make_batch, validation_batches
+from anchorctx.data.loader import Batch, RowLoader, Step, validation_batches
 from anchorctx.data.packed_set import PackedSet, ShardWriter
 from anchorctx.data.packing.shard import Row
+from anchorctx.data.pieces import AnchorVisible, Cutting, deal_pieces, piece_tokens
 from anchorctx.errors import UserError
-from anchorctx.layout import PackedLayout, Pattern, Positions
+from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.pieces import document_costs
 
 T, ROWS = 8, 11
 
 
 def build(folder: Path, name: str = "ab12") -> PackedSet:
-    """Row i is all 10 + i, with three kinds of weights and two interleaved documents in every third row."""
-    with ShardWriter(folder / name, T, 100, 1, 4) as writer:
+    """Row i is 100 i + 100, + 101, ..., behind a 1, with three kinds of weights; every third row is interleaved."""
+    with ShardWriter(folder / name, T, 2000, 1, 4) as writer:
         for i in range(ROWS):
             weights = np.array([0, 0, 1, 0.1, 0, 0, 1, 0 if i % 2 else 0.5], np.float32)
             layout = PackedLayout((0, 1, 3, 5, T), 1, doc_ids=(0, 1, 2, 1) if i % 3 == 0 else None)
-            writer.add(Row(np.full(T, 10 + i), weights, layout), layout.num_documents)
+            ids = np.arange(T) + 100 * (i + 1)
+            ids[0] = 1
+            writer.add(Row(ids, weights, layout), layout.num_documents)
         writer.close({"fingerprint": name, "row_length": T})
     return PackedSet.open(folder / name)
 
@@ -32,42 +36,101 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedSet:
 
 
 def loader(packed: PackedSet, pattern: Pattern = Pattern.anchor, **options) -> RowLoader:
-    return RowLoader(packed, pattern, **{"rows_per_step": 4, "micro_rows": 1, "seed": 3, **options})
+    names = ("max_tokens", "rank", "world", "sequence", "shared_anchor")
+    cutting = Cutting(**{"max_tokens": 9, **{name: options.pop(name) for name in names if name in options}})
+    return RowLoader(packed, pattern, cutting, **{"rows_per_step": 4, "seed": 3, **options})
 
 
-def rows_in(batches: tuple[Batch, ...] | list[Batch]) -> list[int]:
-    return [int(row) - 10 for batch in batches for row in batch.input_ids[:, 0]]
+def trained(batches: tuple[Batch, ...] | list[Batch]) -> list[tuple[float, ...]]:
+    """(token, target, weight, position) of every prediction that is trained, sorted."""
+    found = []
+    for batch in batches:
+        (layout,) = batch.layouts
+        positions = layout.position_array().tolist()
+        columns = (batch.input_ids[0], batch.targets[0], batch.loss_weights[0])
+        for *values, position in zip(*(x.tolist() for x in columns), positions, strict=True):
+            if values[1] != -100:
+                found.append((*values, position))
+    return sorted(found)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("micro_rows", [1, 2])
-def test_the_global_batch_is_the_same_for_any_number_of_processes(
-    packed: PackedSet, world: int, micro_rows: int
+def expected(packed: PackedSet, rows: list[int], pattern: Pattern = Pattern.anchor) -> list[tuple[float, ...]]:
+    """The same, read from the rows token by token."""
+    found = []
+    for i in rows:
+        row = packed.row(i)
+        positions = pattern.apply(row.layout).position_array().tolist()
+        for t in range(T - 1):
+            if row.loss_weights[t + 1]:
+                weight = float(row.loss_weights[t + 1])
+                found.append((int(row.input_ids[t]), int(row.input_ids[t + 1]), weight, positions[t]))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("pattern", Pattern)
+@pytest.mark.parametrize(("world", "sequence"), [(1, 1), (2, 1), (2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("max_tokens", [3, 4, 9, 100])
+def test_a_step_trains_the_same_for_any_pieces_and_any_number_of_processes(
+    packed: PackedSet, world: int, sequence: int, max_tokens: int, pattern: Pattern
 ) -> None:
-    reference = loader(packed, rows_per_step=8)
-    ranks = [loader(packed, rows_per_step=8, micro_rows=micro_rows, rank=r, world=world) for r in range(world)]
-    for index in range(4):
-        whole, shares = reference.step(index), [rank.step(index) for rank in ranks]
-        assert sorted(row for share in shares for row in rows_in(share.micro_batches)) == sorted(whole.rows)
-        assert len({len(share.micro_batches) for share in shares}) == 1
+    whole = loader(packed, pattern, rows_per_step=5)
+    options = {"rows_per_step": 5, "world": world, "sequence": sequence, "max_tokens": max_tokens}
+    ranks = [loader(packed, pattern, rank=rank, **options) for rank in range(world)]
+    for index in range(3):
+        reference, shares = whole.step(index), [rank.step(index) for rank in ranks]
+        wanted = expected(packed, list(reference.rows), pattern)
+        assert trained(reference.micro_batches) == wanted
+        # what a group shares is in the hands of each of its processes
+        own = [batch for share in shares for batch in share.micro_batches if not batch.spread]
+        shared = [batch for share in shares[::sequence] for batch in share.micro_batches if batch.spread]
+        assert trained(own + shared) == wanted
+        assert len({tuple(batch.spread for batch in share.micro_batches) for share in shares}) == 1
         for share in shares:
-            assert all(batch.input_ids.shape == (micro_rows, T) for batch in share.micro_batches)
-            assert (share.rows, share.weight, share.trained_tokens, share.documents) == (
-                whole.rows,
-                whole.weight,
-                whole.trained_tokens,
-                whole.documents,
-            )
+            for name in ("rows", "weight", "trained_tokens", "documents", "layouts"):
+                assert getattr(share, name) == getattr(reference, name)
+
+
+@pytest.mark.parametrize("max_tokens", [3, 5, 7, 20])
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_pieces_hold_whole_documents_behind_copies_and_no_more_than_they_may(
+    packed: PackedSet, max_tokens: int, sequence: int
+) -> None:
+    run = loader(packed, rows_per_step=8, max_tokens=max_tokens, world=2, sequence=sequence)
+    for index in range(3):
+        step = run.step(index)
+        for batch in step.micro_batches:
+            (layout,) = batch.layouts
+            assert layout.anchor_len == 0 and layout.together
+            if layout == PackedLayout((0, 1)):
+                continue
+            long = layout.length > max_tokens
+            assert not long or layout.num_documents == 1
+            assert batch.spread == (long and sequence > 1)
+            boundaries = layout.by_document().doc_offsets[:-1]
+            assert layout.copies == 1 and set(batch.input_ids[0, list(boundaries)].tolist()) == {1}
+            assert (batch.input_ids[0] == 1).sum() == layout.num_documents
+        lengths = [d.length + 1 for layout in step.layouts for d in layout.documents()]
+        assert step.long_documents == sum(length > max_tokens for length in lengths)
+
+
+def test_a_shared_anchor_stands_once_in_front_of_each_piece(packed: PackedSet) -> None:
+    run = loader(packed, rows_per_step=4, shared_anchor=True, max_tokens=9)
+    step = run.step(0)
+    for batch in step.micro_batches:
+        assert batch.layouts[0].anchor_len == 1 and batch.layouts[0].copies == 0 and batch.layouts[0].length <= 9
+        assert batch.input_ids[0, 0] == 1 and (batch.input_ids[0, 1:] > 1).all()
+    assert trained(step.micro_batches) == expected(packed, list(step.rows))
 
 
 def test_what_a_step_says_of_the_whole_is_what_its_batches_hold(packed: PackedSet) -> None:
     for index in range(3):
         step = loader(packed, rows_per_step=6).step(index)
-        weights = torch.cat([batch.loss_weights for batch in step.micro_batches]).double()
-        targets = torch.cat([batch.targets for batch in step.micro_batches])
+        weights = torch.cat([batch.loss_weights[0] for batch in step.micro_batches]).double()
+        targets = torch.cat([batch.targets[0] for batch in step.micro_batches])
         assert step.weight == pytest.approx(weights.sum().item(), abs=1e-12)
         assert step.trained_tokens == (targets != -100).sum().item()
-        assert step.documents == sum(layout.num_documents for b in step.micro_batches for layout in b.layouts)
+        assert step.documents == sum(layout.num_documents for batch in step.micro_batches for layout in batch.layouts)
+        assert step.documents == sum(layout.num_documents for layout in step.layouts)
 
 
 def positions(batch: Batch) -> torch.Tensor:
@@ -136,8 +199,8 @@ def test_a_run_goes_on_from_its_trained_tokens_with_another_batch_and_other_proc
         for rank in ranks:
             rank.resume_at(steps, tokens, rows)
         assert stream(before, 0, steps) + stream(ranks[0], steps, 3) == whole[: steps * 4 + 3 * rows_per_step]
-        shares = [rows_in(rank.step(steps).micro_batches) for rank in ranks]
-        assert sorted(row for share in shares for row in share) == sorted(ranks[0].rows(steps).tolist())
+        batches = [batch for rank in ranks for batch in rank.step(steps).micro_batches]
+        assert trained(batches) == expected(packed, ranks[0].rows(steps).tolist())
         again = loader(packed, balance=balance, rows_per_step=4)  # and once more, from where that one stopped
         again.resume_at(steps + 2, tokens + sum(ranks[0].step(steps + i).trained_tokens for i in range(2)))
         assert again.rows(steps + 2).tolist() == whole[steps * 4 + 2 * rows_per_step :][:4]
@@ -165,70 +228,93 @@ def test_tokens_of_another_order_are_refused(packed: PackedSet) -> None:
 
 
 @pytest.mark.parametrize("pattern", Pattern)
-def test_patterns_change_layouts_and_nothing_else(packed: PackedSet, pattern: Pattern) -> None:
-    rows = np.array([0, 1, 2])
-    batch, reference = make_batch(packed, rows, pattern), make_batch(packed, rows, Pattern.anchor)
-    for name in ("input_ids", "targets", "loss_weights"):
-        assert torch.equal(getattr(batch, name), getattr(reference, name))
-    assert batch.layouts == tuple(pattern.apply(packed.row(i).layout) for i in range(3))
-    assert len(set(batch.layouts)) == (1 if pattern is Pattern.full else 2)
+def test_a_pattern_decides_on_copies_and_positions(packed: PackedSet, pattern: Pattern) -> None:
+    run = loader(packed, pattern, rows_per_step=1, shuffle=False, max_tokens=100)
     anchored = pattern in (Pattern.anchor, Pattern.anchor_reset)
-    reset = pattern in (Pattern.intra_doc_reset, Pattern.anchor_reset)
-    for layout in batch.layouts:
-        assert layout.anchor_len == int(anchored)
-        assert layout.positions is (Positions.reset if reset else Positions.continuous)
-        assert layout.num_documents == 1 or pattern is not Pattern.full
-    expected = {  # row 0: documents 1 (two chunks) and 2; row 1: three documents
-        Pattern.anchor_reset: [[0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 2, 1, 2, 1, 2, 3]],
-        Pattern.intra_doc_reset: [[0, 0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 0, 1, 0, 1, 2]],
+    found = []
+    for index in range(2):  # row 0: documents 1 (two chunks) and 2; row 1: three documents
+        (batch,) = run.step(index).micro_batches
+        (layout,) = batch.layouts
+        assert layout.copies == int(anchored)
+        found.append(sorted(zip(batch.input_ids[0].tolist(), layout.position_array().tolist(), strict=True)))
+    wanted = {
+        Pattern.full: [[1, *range(101, 108)], [1, *range(201, 208)]],
+        Pattern.anchor: [[1, 1, *range(101, 108)], [1, 1, 1, *range(201, 208)]],
     }
-    assert positions(batch)[:2].tolist() == expected.get(pattern, [list(range(T))] * 2)
-
-
-def test_targets_are_the_next_tokens_where_these_have_weights(packed: PackedSet) -> None:
-    batch = make_batch(packed, np.arange(ROWS), Pattern.anchor)
-    assert torch.equal(batch.targets == -100, batch.loss_weights == 0)
-    for i in range(ROWS):
-        row = packed.row(i)
-        assert batch.loss_weights[i].tolist() == [*row.loss_weights[1:].tolist(), 0]
-        wanted = np.where(row.loss_weights[1:] == 0, -100, row.input_ids[1:])
-        assert batch.targets[i].tolist() == [*wanted.tolist(), -100]
-    assert batch.targets.dtype == torch.int64 and batch.loss_weights.dtype == torch.float32
+    # without an anchor the row's first token is a document of one token, which trains nothing and is left out
+    ids = wanted.get(pattern, wanted[Pattern.anchor] if anchored else [list(range(101, 108)), list(range(201, 208))])
+    places = {
+        Pattern.anchor_reset: [[0, 0, 1, 2, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 1, 2, 1, 2, 3]],
+        Pattern.intra_doc_reset: [[0, 1, 0, 1, 2, 3, 4], [0, 1, 0, 1, 0, 1, 2]],
+        Pattern.anchor: [[0, 0, *range(1, 8)], [0, 0, 0, *range(1, 8)]],
+        Pattern.full: [list(range(8))] * 2,
+        Pattern.intra_doc: [list(range(1, 8))] * 2,
+    }[pattern]
+    assert found == [sorted(zip(a, b, strict=True)) for a, b in zip(ids, places, strict=True)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("micro_rows", [1, 2, 4])
+@pytest.mark.parametrize("max_tokens", [3, 9, 30])
 @pytest.mark.parametrize("max_rows", [None, 1, 5, 100])
-def test_validation_sees_each_row_once(packed: PackedSet, world: int, micro_rows: int, max_rows: int | None) -> None:
-    ranks = [list(validation_batches(packed, Pattern.anchor, micro_rows, r, world, max_rows)) for r in range(world)]
+def test_validation_sees_each_row_once(packed: PackedSet, world: int, max_tokens: int, max_rows: int | None) -> None:
+    ranks = [
+        list(validation_batches(packed, Pattern.anchor, Cutting(max_tokens, r, world), max_rows)) for r in range(world)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
-    seen, repeats = [], 0
-    for batch in (batch for batches in ranks for batch in batches):
-        assert batch.input_ids.shape == (micro_rows, T)
+    batches = [batch for batches in ranks for batch in batches]
+    assert trained(batches) == expected(packed, list(range(min(ROWS, max_rows or ROWS))))
+    for batch in batches:
         assert torch.equal(batch.targets == -100, batch.loss_weights == 0)
-        for row, targets in zip(batch.input_ids[:, 0].tolist(), batch.targets, strict=True):
-            if bool((targets != -100).any()):
-                seen.append(row - 10)
-            else:
-                repeats += 1
-    count = min(ROWS, max_rows or ROWS)
-    assert sorted(seen) == list(range(count))
-    assert repeats == -count % (world * micro_rows)
+        assert batch.targets.dtype == torch.int64 and batch.loss_weights.dtype == torch.float32
+
+
+def test_a_process_without_documents_gets_an_empty_piece(packed: PackedSet) -> None:
+    ranks = [loader(packed, rows_per_step=1, max_tokens=100, rank=rank, world=8) for rank in range(8)]
+    batches = [batch for rank in ranks for batch in rank.step(0).micro_batches]
+    assert len(batches) == 8
+    empty = [batch for batch in batches if batch.layouts == (PackedLayout((0, 1)),)]
+    assert len(empty) >= 5 and all(batch.targets.tolist() == [[-100]] for batch in empty)
+    assert trained(batches) == expected(packed, list(ranks[0].step(0).rows))
+
+
+def test_eight_processes_have_the_same_to_do() -> None:
+    """A row of 1,048,576 tokens of log-normal documents: the costliest process is within 5 % of the mean."""
+    rng, offsets = np.random.default_rng(0), [0, 1]
+    while offsets[-1] < 2**20:
+        offsets.append(min(offsets[-1] + max(int(rng.lognormal(np.log(800), 1.2)), 1), 2**20))
+    layout = PackedLayout(tuple(offsets), 1)
+    cuttings = [Cutting(32_768, rank, 8, token_cost=25_000) for rank in range(8)]
+    costs = [
+        sum(
+            document_costs(np.array([d.length + 1 for _, d in piece.documents]), 25_000).sum()
+            for piece in deal_pieces([layout], cutting).pieces
+        )
+        for cutting in cuttings
+    ]
+    assert max(costs) < 1.02 * np.mean(costs)
+
+
+def test_the_room_of_a_piece_follows_the_row_unless_it_is_given() -> None:
+    assert piece_tokens(None, 1024, Pattern.anchor, 1) == 1088
+    assert piece_tokens(100, 1024, Pattern.anchor, 1) == 100
+    assert piece_tokens(512, 1024, Pattern.full, 2) == 512
+    with pytest.raises(UserError) as error:
+        piece_tokens(100, 1024, Pattern.full, 2)
+    assert str(error.value) == (
+        "micro_tokens=100 x 2 processes cannot hold a row of 1024 tokens, and pattern=full makes each row one "
+        "document, which cannot be cut: raise micro_tokens or parallel.sequence_parallel, or take another pattern"
+    )
+    assert [choice.value for choice in AnchorVisible] == ["window", "always"]
+
+
+def test_pieces_too_small_for_any_document(packed: PackedSet) -> None:
+    with pytest.raises(UserError, match="micro_tokens=2 leaves no room for a document of two tokens behind an anchor"):
+        loader(packed, max_tokens=2).step(0)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (
-            {"rows_per_step": 6, "micro_rows": 2, "world": 2},
-            "6 rows a step do not divide into 2 processes x 2 micro_rows: use 4 or 8 rows a step, or "
-            "micro_rows of 1, 3",
-        ),
-        (
-            {"rows_per_step": 1, "world": 2},
-            "1 rows a step do not divide into 2 processes x 1 micro_rows: use 2 rows a step",
-        ),
-        ({"micro_rows": 0}, "micro_rows=0 and 4 rows a step must both be at least 1: raise them"),
         ({"seed": -1}, "seed=-1 is negative: use 0 or more"),
     ],
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorctx.data.order import BLOCK_ROWS, WINDOW_ROWS, deal, epoch_order
+from anchorctx.data.order import BLOCK_ROWS, WINDOW_ROWS, epoch_order
 from anchorctx.data.packing.accounting import Accounting
 from anchorctx.data.packing.config import PackConfig
 from anchorctx.data.packing.packer import Packer
 from anchorctx.data.packing.pieces import Rows, make_pieces
+from anchorctx.pieces import deal
 
 WORLD = 8
 
@@ -30,10 +31,13 @@ def slowest(costs: np.ndarray, order: np.ndarray, rows_per_step: int, balance: b
     """Over all steps: what the slowest of 8 processes does, over what each does on average."""
     steps = order[: len(order) // rows_per_step * rows_per_step].reshape(-1, rows_per_step)
     worst = mean = 0.0
+    ones = np.ones(rows_per_step, int)  # each row as one document
     for rows in steps:
         own = costs[rows]
-        shares = deal(own, WORLD) if balance else np.arange(rows_per_step).reshape(-1, WORLD).T
-        each = own[shares].sum(axis=1)
+        each = np.array(
+            [sum(own[p].sum() for p in pieces) for pieces in deal(ones, own, rows_per_step // WORLD, WORLD)]
+        )
+        each = each if balance else own.reshape(-1, WORLD).sum(axis=0)
         worst, mean = worst + each.max(), mean + each.mean()
     return worst / mean
 
@@ -84,18 +88,3 @@ def test_blocks_come_in_any_order() -> None:
     costs = np.arange(WINDOW_ROWS, dtype=float)
     firsts = {epoch_order(costs, seed, 0, 0, balance=True)[0] // BLOCK_ROWS for seed in range(200)}
     assert len(firsts) == WINDOW_ROWS // BLOCK_ROWS
-
-
-@pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_rows_are_dealt_out_once_and_in_order_of_cost(world: int) -> None:
-    costs = np.random.default_rng(world).lognormal(size=16)
-    shares = deal(costs, world)
-    assert shares.shape == (world, 16 // world)
-    assert sorted(shares.reshape(-1).tolist()) == list(range(16))
-    rounds = costs[shares]  # what runs at the same time is of like cost
-    assert (rounds[:, :-1].min(axis=0) >= rounds[:, 1:].max(axis=0)).all()
-
-
-def test_dealing_by_hand() -> None:
-    costs = np.array([1.0, 9.0, 5.0, 4.0, 2.0, 3.0])
-    assert costs[deal(costs, 2)].tolist() == [[9, 3, 1], [5, 4, 2]]

@@ -19,15 +19,13 @@ from anchorctx.train.meter import Meter
 
 
 def generated(cuda: bool = False, dtype: torch.dtype = torch.float32, **options) -> dict:
-    return deepspeed_config(
-        ParallelConfig(**options), OptimConfig(), dtype=dtype, micro_rows=2, accumulation=3, world=4, cuda=cuda
-    )
+    return deepspeed_config(ParallelConfig(**options), OptimConfig(), dtype=dtype, world=4, cuda=cuda)
 
 
 def test_batch_sizes_multiply_and_nothing_is_auto() -> None:
     config = generated()
-    assert config["train_batch_size"] == 24
-    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 3)
+    assert config["train_batch_size"] == 4
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (1, 1)
     assert "auto" not in str(config)
     assert config["bf16"] == {"enabled": False}
 
@@ -76,27 +74,28 @@ def test_training_settings_that_cannot_be_meant(options: dict, sentence: str) ->
 
 
 def test_the_batch_is_stated_in_tokens() -> None:
-    config = TrainConfig(tokens_per_step=1024, micro_rows=2)
-    assert config.rows_per_step(64, 4) == 16
-    with pytest.raises(UserError, match="tokens_per_step=1024 must be a multiple of 600 .*: use 1200"):
-        config.rows_per_step(100, 3)
+    config = TrainConfig(tokens_per_step=1024)
+    assert config.rows_per_step(64) == 16
+    with pytest.raises(UserError, match="tokens_per_step=1024 must be a multiple of the row length, 100: use 1000"):
+        config.rows_per_step(100)
 
 
 def test_mfu_counts_what_the_layout_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device of a known peak: MFU is the row's own operations over peak and time, so masking lowers it."""
     flops = ModelFlops(per_token=10.0, per_pair=1000.0, windows=(None,))
     monkeypatch.setattr("anchorctx.train.meter.peak_flops", lambda name: 1e6)
-    meter = Meter(flops, Ranks(0, 2, torch.device("cpu")), rows_per_step=4)
+    meter = Meter(flops, Ranks(0, 2, torch.device("cpu")))
     monkeypatch.setattr("time.perf_counter", lambda: 102.0)
     meter._start = 100.0
     packed, whole = PackedLayout((0, 1, 5, 9), 1), PackedLayout((0, 9))
-    row = meter.row(Step((), (0,), 1.0, 20, 8), (packed, packed), data_seconds=0.5)
+    row = meter.row(Step((), (0,), (packed,) * 4, 1.0, 20, 8, 3), data_seconds=0.5)
     assert row["perf/step_seconds"] == 2.0 and row["perf/tokens_per_second"] == 4 * 9 / 2
     pairs = 1 + 2 * (4 * 5 // 2 + 4)
     assert packed.attention_pairs() == pairs and whole.attention_pairs() == 45
     assert row["perf/mfu"] == pytest.approx(4 * (10 * 9 + 1000 * pairs) / 2.0 / (1e6 * 2))
     assert row["perf/attention_flops_saved"] == pytest.approx(1 - pairs / 45)
     assert row["data/documents_per_row"] == 2 and row["data/trained_tokens_per_row"] == 5
+    assert row["data/long_documents"] == 3
 
 
 def test_exporting_what_is_not_there(tmp_path: Path) -> None:
