@@ -3,10 +3,11 @@
     python benchmarks/training_step.py            some minutes on two cores; writes benchmarks/training_step_cpu.*
     python benchmarks/training_step.py --quick    seconds, to see that it works
 
-A step is forward, backward and AdamW's update of one row of T tokens, in float32, through the same model, loss and
-attention that `anchorctx train` uses. The model's width is chosen so that attention has the share of the work that it
-has in LLaMA-2-7B at 65,536 tokens: under full attention that ratio is T / (12 * width) against the layers' matrices,
-and 16,384 / (12 * 1,024) = 65,536 / (12 * 4,096). Its vocabulary is small, as the head's share is in a 7B model.
+A step is forward, backward and AdamW's update of one row of T tokens (and its copies of the anchor, one a document), in
+float32, through the same model, loss and attention that `anchorctx train` uses. The model's width is chosen so that
+attention has the share of the work that it has in LLaMA-2-7B at 65,536 tokens: under full attention that ratio is
+T / (12 * width) against the layers' matrices, and 16,384 / (12 * 1,024) = 65,536 / (12 * 4,096). Its vocabulary is
+small, as the head's share is in a 7B model.
 Rounds go through all variants in turn; ratios are taken within a round.
 """
 
@@ -90,8 +91,8 @@ def layouts(tokens: int, document: int, seed: int) -> dict[str, PackedLayout]:
     equal, spread = equal_documents(tokens, document), lognormal_documents(tokens, seed)
     return {
         "full": Pattern.full.apply(equal),
-        f"anchor, documents of {document:,}": equal,
-        "anchor, log-normal documents": spread,
+        f"anchor, documents of {document:,}": equal.with_copies()[0],
+        "anchor, log-normal documents": spread.with_copies()[0],
         "intra_doc, log-normal documents": Pattern.intra_doc.apply(spread),
     }
 

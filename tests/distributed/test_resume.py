@@ -128,6 +128,14 @@ def test_a_run_goes_on_with_another_batch_from_its_trained_tokens(launcher, whol
     assert [seen[30 + step] for step in range(31)] == [trained[30 * 8 + step * 16 - 1] for step in range(31)]
 
 
+def test_a_run_goes_on_with_other_pieces(launcher, whole):
+    """A step trains the same whatever its pieces: tokens to the last one, losses to rounding."""
+    run = stopped_at(launcher, whole, "other_pieces", 30)
+    launcher.run(run.name, 2, *LONG, "micro_tokens=20", "parallel.sequence_parallel=2")
+    same_curve(run, whole)
+    assert metrics(run)[-1]["data/long_documents"] > 0
+
+
 CANNOT = [
     (("seed=5",), "written with seed=0, but this run has seed=5"),
     (("pattern=full",), "written with pattern=anchor, but this run has pattern=full"),

@@ -84,6 +84,8 @@ def compare(run: Path, one: Path, case: tuple) -> None:
     found, expected = curve(run, *NAMES), curve(one, *NAMES)
     assert found.shape == expected.shape == (11, 3)
     np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(case))
+    sent = curve(run, "perf/exchanged_bytes")[1:]
+    assert (sent.min() > 0) if case[1] > 1 and case[3] == 24 else (sent.max() == 0)
     ours, theirs = weights(run), weights(one)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -135,7 +137,7 @@ class FromFolder(Launcher):
 def test_a_checkpoint_is_loaded_in_shares_and_trains_the_same(tmp_path: Path) -> None:
     save_model(load_model(ModelConfig(config=yaml.safe_load(MODEL.partition("=")[2]))), tmp_path / "model")
     launcher = FromFolder(tmp_path)
-    long = ("memory.checkpoint_every=2", "memory.mlp_tile=128", "micro_rows=4")
+    long = ("memory.checkpoint_every=2", "memory.mlp_tile=128", "micro_tokens=24")
     files = ("memory.offload_activations=folder", f"memory.offload_folder={tmp_path / 'files'}")
     runs = [
         ("whole", "parallel=zero3", "memory.sharded_loading=false"),
