@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def main() -> None:
     lengths = [unit * n for n in (1, 4, 16, 64)]
     manifest = build_manifest("benchmarks/pieces", {"lengths": lengths, "model": MODEL}, **processor())
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-        runs = [train(Path(scratch), length, unit) for length in tqdm(lengths, desc="rows", unit="run")]
+        runs = [
+            train(Path(scratch), length, unit, max(lengths[-2] // length, 1))
+            for length in tqdm(lengths, desc="rows", unit="run")
+        ]
         balance = eight_processes(Path(scratch), lengths[-1], 2 * unit)
     result = {"manifest": manifest, "runs": runs, "balance": balance, "exchanged": exchanged(lengths, unit)}
     print(report(result))
@@ -120,15 +124,16 @@ def packed_set(folder: Path, length: int, longest: int, rows: int) -> Path:
 # -- real training ----------------------------------------------------------------------------------------------------
 
 
-def train(scratch: Path, length: int, unit: int) -> dict[str, Any]:
-    """Real steps of one row each, a quarter of the longest row in all (or one step of that); a process of its own."""
-    steps = max(16 * unit // length, 1)
+def train(
+    scratch: Path, length: int, unit: int, steps: int, model: dict[str, Any] = MODEL, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Real steps of one row each, in pieces of `unit` tokens and a sixteenth, in a process of its own."""
     packed = packed_set(scratch / f"packed_{length}", length, unit, steps)
     run = scratch / f"run_{length}"
     command = [sys.executable, "-m", "anchorctx", "train", f"out_dir={run}", f"data.train={packed}", f"steps={steps}"]
     command += [f"tokens_per_step={length}", f"micro_tokens={unit * 17 // 16}", "data.shuffle=false"]
-    config = MODEL | {"max_position_embeddings": 64 * unit}
-    command += ["model.config={" + ", ".join(f"{k}: {v}" for k, v in config.items()) + "}", "validate_every=0"]
+    config = model | {"max_position_embeddings": 64 * unit}
+    command += ["model.config={" + ", ".join(f"{k}: {v}" for k, v in config.items()) + "}", "validate_every=0", *more]
     began = time.perf_counter()
     done = subprocess.run([*command, "checkpoint.every=0"], capture_output=True, text=True)
     if done.returncode:
@@ -139,6 +144,7 @@ def train(scratch: Path, length: int, unit: int) -> dict[str, Any]:
         "row_length": length,
         "steps": len(rows),
         "documents": rows[0]["data/documents_per_row"],
+        "step_seconds": [row["perf/step_seconds"] for row in rows],
         "peak_gib": max(row["memory/peak_gib"] for row in rows),
         "microseconds_a_token": 1e6 * sum(row["perf/step_seconds"] for row in rows) / (length * len(rows)),
         "exchanged_bytes": sum(row["perf/exchanged_bytes"] for row in rows),
