@@ -116,8 +116,8 @@ class DataConfig:
     shuffle: bool = True
     """Draw rows in an order that depends only on (seed, epoch, packed set); false takes them as packed."""
     balance: bool = True
-    """Let rows of like attention cost share a step, and deal them out evenly, so that no process waits for another;
-    false leaves the rows as they were shuffled."""
+    """Let rows of like attention cost share a step, so that their documents can be dealt out evenly and no process
+    waits for another; false leaves the rows as they were shuffled."""
 
 
 @dataclass(kw_only=True, slots=True)
