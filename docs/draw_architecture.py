@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anchorctx"
-FOUNDATION = ("records", "layout", "errors", "settings", "flops")
+FOUNDATION = ("records", "layout", "pieces", "errors", "settings", "flops")
 """Every package may import these: they are drawn as the ground, without arrows."""
 LEFT_OUT = ("testing", "__main__", "__init__")
 WHAT = {
@@ -23,12 +23,13 @@ WHAT = {
     "plan": "memory and time before a run",
     "data": "documents, packed rows, batches",
     "report": "figures, and one HTML page",
-    "parallel": "processes and the row they share",
+    "parallel": "processes, what they share",
     "models": "loading, loss, memory switches",
     "kvcomm": "KV caches that agents share",
-    "attention": "the anchor's merge, kernels, RoPE",
+    "attention": "kernels, merge, RoPE",
     "records": "files, manifests, results, statistics",
     "layout": "documents of a row, what they see",
+    "pieces": "documents of a forward pass",
     "errors": "what a user can mend",
     "settings": "ranges of numbers",
     "flops": "what a model costs",

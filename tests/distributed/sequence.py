@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 INPUT_IDS = torch.randint(3, 96, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 TARGETS = INPUT_IDS.roll(-1, 1).masked_fill((torch.arange(LENGTH) == 8) | (torch.arange(LENGTH) == LENGTH - 1), -100)
 LAYOUTS = (PackedLayout((0, 1, 9, LENGTH), 1), PackedLayout((0, 1, 5, 12, LENGTH), 1, doc_ids=(0, 1, 2, 1)))
-ROWS = (INPUT_IDS, TARGETS, (TARGETS != -100).float(), LAYOUTS)
+ROWS = [(INPUT_IDS[i, None], TARGETS[i, None], (TARGETS[i, None] != -100).float(), LAYOUTS[i : i + 1]) for i in (0, 1)]
+"""Two batches of a row, as the training loop has them."""
 
 
 class Counter:
@@ -48,7 +49,8 @@ def loss_and_gradients(name, mesh, counter=None):
     ulysses.enable(model, mesh)
     try:
         with true_float64():
-            loss = CausalLMLoss(model)(**shard_batch(*ROWS, mesh).arguments(CPU))
+            module = CausalLMLoss(model)
+            loss = sum(module(**shard_batch(*row, mesh).arguments(CPU)) for row in ROWS)
             forward = counter.bytes if counter else 0
             loss.backward()
     finally:
