@@ -27,6 +27,8 @@ import torch
 from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
 
+LENGTH_BOUND = ("dynamic", "longrope")
+"""Scalings whose angles depend on the longest position in sight: of the row, of the prompt, or of a part of either."""
 EXACT = (torch.float32, torch.float64)
 """Dtypes that inverse frequencies may have."""
 
@@ -72,6 +74,39 @@ def _makers(model: torch.nn.Module) -> list[torch.nn.Module]:
 def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that turn position ids into cosines and sines: those that hold inverse frequencies."""
     return [module for module in model.modules() if _frequencies(module)]
+
+
+@contextlib.contextmanager
+def row_in_sight(model: torch.nn.Module, tokens: int | None) -> Iterator[None]:
+    """Inside, `LENGTH_BOUND` scalings take the angles of a row of so many tokens, whatever positions they are given.
+
+    So a row's pieces are rotated as the row is. None changes nothing.
+    """
+    bound = [module for module in rotary_modules(model) if tokens is not None and _length_bound(module)]
+    before = [module.__dict__.get("forward") for module in bound]
+    for module, forward in zip(bound, before, strict=True):
+        forward = forward or partial(type(module).forward, module)
+        module.forward = partial(_with_last_position, forward, (tokens or 1) - 1)
+    try:
+        yield
+    finally:
+        for module, forward in zip(bound, before, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _length_bound(module: torch.nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)  # of each kind of layer where these differ
+    return any(kind in LENGTH_BOUND for kind in (kinds.values() if isinstance(kinds, dict) else (kinds,)))
+
+
+def _with_last_position(
+    forward: Any, last: int, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """A rotary module's cosines and sines (B, T, R), made with the row's last position at the end, which is dropped."""
+    seen = torch.nn.functional.pad(position_ids, (0, 1), value=last)
+    return tuple(angles[..., :-1, :] for angles in forward(x, seen, *args, **kwargs))
 
 
 def restore_frequencies(model: torch.nn.Module) -> None:

@@ -16,11 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from anchorctx.attention.rope import rotary_modules
+from anchorctx.attention.rope import LENGTH_BOUND, rotary_modules
 from anchorctx.errors import UserError
-
-PROMPT_DEPENDENT = ("dynamic", "longrope")
-"""Scalings whose frequencies change with the prompt's length: a key cannot move from one prompt to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +140,7 @@ class Rope:
             )
         parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         kind = parameters.get("rope_type", "default")
-        if kind in PROMPT_DEPENDENT:
+        if kind in LENGTH_BOUND:  # a key cannot move from one prompt to another
             raise UserError(
                 f"{name} has {kind} RoPE scaling, whose frequencies depend on the prompt's length, so keys cannot move "
                 "between prompts: set rope_type to default, linear, yarn or llama3"

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from anchorctx.attention.rope import row_in_sight
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind
@@ -81,14 +82,17 @@ class CausalLMLoss(nn.Module):
         *,
         tile_tokens: int | None = None,
         kind: LossKind = LossKind.tiled,
+        row_length: int | None = None,
         saving: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """`tile_tokens` is how many tokens' logits exist at once; None chooses it (see `TILE_BYTES`).
 
-        The model (without the head) runs inside `saving()`, which may move what it keeps for the backward pass.
+        `row_length` is the tokens of the rows that batches may be pieces of: some RoPE scalings depend on it
+        (`attention.rope.row_in_sight`). The model (without the head) runs inside `saving()`, which may move what it
+        keeps for the backward pass.
         """
         super().__init__()
-        self.model, self.saving = model, saving
+        self.model, self.saving, self.row_length = model, saving, row_length
         self.transform = LogitTransform.of(model.config)
         self.tile_tokens = tile_tokens or default_tile(model.config.vocab_size, model.config.hidden_size)
         self.kind = kind
@@ -111,7 +115,7 @@ class CausalLMLoss(nn.Module):
             targets: (B, T) int64: the token that each token must predict, that is the next one; -100 is not trained.
             loss_weights: (B, T) float weight of each prediction; None is 1.
         """
-        with self.saving():
+        with self.saving(), row_in_sight(self.model, self.row_length):
             hidden = self.model.base_model(
                 input_ids=input_ids, position_ids=position_ids, layouts=layouts, use_cache=False
             ).last_hidden_state  # (B, T, D)

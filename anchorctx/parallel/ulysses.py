@@ -26,6 +26,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
 from anchorctx.parallel.mesh import Mesh, check_heads
 
@@ -35,8 +36,6 @@ WRONG_CORES = {
     "flex_attention": "DeepSpeed replaces its mask by a plain causal one, so that documents would see each other",
 }
 """Attention of transformers that runs under Ulysses without an error, and is wrong for packed rows."""
-LENGTH_BOUND = ("dynamic", "longrope")
-"""RoPE scalings whose angles depend on the longest position in sight, which differs between slices of a row."""
 
 
 def key_heads(config: PretrainedConfig) -> int:

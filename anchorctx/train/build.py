@@ -34,8 +34,11 @@ def build_model(config: TrainConfig, mesh: Mesh) -> PreTrainedModel:
         return load_model(config.model)
 
 
-def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, tokens: int) -> CausalLMLoss:
-    """The model with its memory switches and attention, and the loss around it; a pass holds about so many tokens."""
+def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, tokens: int, row_length: int) -> CausalLMLoss:
+    """The model with its memory switches and attention, and the loss around it.
+
+    A forward pass holds about `tokens` tokens, of rows of `row_length`.
+    """
     memory = config.memory
     if every := memory.checkpoint_every:
         checkpoint_activations(model, every=every)
@@ -43,7 +46,13 @@ def build_module(config: TrainConfig, model: PreTrainedModel, mesh: Mesh, tokens
     if memory.mlp_tile:
         tile_mlps(model, memory.mlp_tile)
     ulysses.enable(model, mesh)
-    return CausalLMLoss(model, tile_tokens=memory.loss_tile, kind=memory.loss, saving=saving(memory, mesh.ranks.device))
+    return CausalLMLoss(
+        model,
+        tile_tokens=memory.loss_tile,
+        kind=memory.loss,
+        row_length=row_length,
+        saving=saving(memory, mesh.ranks.device),
+    )
 
 
 def engine_config(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Trainer:
         self.loader.resume_at(self.step, self.tokens, state.get("rows"))
         self._write_run(model)
         self.engine = build_engine(
-            build_module(config, model, self.mesh, tokens),
+            build_module(config, model, self.mesh, tokens, self.packed.row_length),
             config.parallel,
             config.optim,
             ranks,

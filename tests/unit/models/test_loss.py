@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind
 from anchorctx.models.loss import IGNORE, TILE_BYTES, CausalLMLoss, LogitTransform, default_tile
-from anchorctx.testing.tiny import ARCHITECTURES
+from anchorctx.testing.tiny import ARCHITECTURES, true_float64
 
 T, V = 24, 96
 
@@ -247,3 +248,45 @@ def test_liger_names_its_extra_where_it_is_missing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     with pytest.raises(UserError, match=r"anchorctx\[liger\]"):
         CausalLMLoss(ARCHITECTURES["llama"].build(), kind=LossKind.liger)
+
+
+SCALINGS = {
+    "dynamic": ("llama", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
+    "longrope": (
+        "phi3",
+        {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 8,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_rows_pieces_have_its_angles_where_these_depend_on_its_length(kind: str) -> None:
+    name, scaling = SCALINGS[kind]
+    config = {"max_position_embeddings": 8 if kind == "dynamic" else T, "rope_parameters": scaling}
+    ids = torch.randint(3, V, (T,), generator=torch.Generator().manual_seed(0))
+    row = PackedLayout((0, 1, 6, T), 1)  # the first document ends before the scaling's original length
+    targets = F.pad(ids[1:], (0, 1), value=IGNORE).index_fill(0, torch.tensor([0, 5]), IGNORE)
+    config |= {"original_max_position_embeddings": 8} if name == "phi3" else {}  # it keeps this outside
+    known = ARCHITECTURES[name]
+    architecture = replace(known, fields=known.fields | config)
+
+    def total(pieces: list, row_length: int | None) -> float:
+        module = CausalLMLoss(architecture.build(torch.float64), row_length=row_length)
+        with true_float64(), torch.no_grad():
+            return sum(
+                float(module(ids[None, i], layout.position_ids()[None], (layout,), targets[None, i]))
+                for layout, i in pieces
+            )
+
+    whole = [(row, torch.arange(T))]
+    pieces = [(layout, torch.from_numpy(index)) for layout, index in row.pieces(8)]
+    assert len(pieces) == 2
+    assert total(pieces, T) == pytest.approx(total(whole, None), rel=1e-12)
+    assert total(whole, T) == pytest.approx(total(whole, None), rel=1e-12)
+    assert abs(total(pieces, None) - total(whole, None)) > 1e-3  # what would go wrong

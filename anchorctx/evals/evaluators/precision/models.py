@@ -23,16 +23,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.rope import set_rope_dtype
+from anchorctx.attention.rope import LENGTH_BOUND, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.precision import probe
 from anchorctx.evals.evaluators.precision.config import Arithmetic, Emulate
 from anchorctx.models import reach
 from anchorctx.models.load import load_weights, read_config, read_tokenizer
 from anchorctx.models.rope import full_parameters
-
-MOVING = ("dynamic", "longrope")
-"""Scalings whose frequencies depend on the highest position."""
 
 
 class Weights(StrEnum):
@@ -70,7 +67,7 @@ def open_checkpoint(path: str, fields: dict[str, Any], device: str) -> Checkpoin
     if not getattr(config, "rope_parameters", None):
         raise UserError(f"model={path} ({config.model_type}) has no rotary position embeddings: name a RoPE decoder")
     kind = full_parameters(config).get("rope_type", "default")
-    if kind in MOVING:
+    if kind in LENGTH_BOUND:
         raise UserError(
             f"model={path} has rope_type={kind}, whose frequencies change with the highest position, so that a shift "
             "is meant to change its attention: study it with config='{rope_parameters: {rope_type: default, ...}}'"
