@@ -1,14 +1,19 @@
 """Time and memory of AnchorAttention on this CPU: forward and backward, against what one would use without it.
 
-For rows of T tokens cut into documents of one length, of twice that length and of log-normal lengths, it times
+For rows of T tokens cut into documents of one length, of others, and of log-normal lengths, it times
 
-  anchor      the `cpu` backend under the `anchor` pattern
-  documents   the same kernel for the same documents without an anchor: what the anchor costs
+  plain       the documents alone, without an anchor, and nothing of ours: `q.split`, one causal
+              `scaled_dot_product_attention` a document, `torch.cat`
+  copies      `attend` over the row with a copy of the anchor in front of each document: what training does
+  merge       `attend` with one shared anchor
   full        `scaled_dot_product_attention`, causal over the whole row
-  dense       `scaled_dot_product_attention` with the (T, T) boolean mask that computes the same as `anchor`
+  dense       `scaled_dot_product_attention` with the (T, T) boolean mask that computes the same as `merge`
 
-in turns, round after round, so that a busy moment of the machine hits all four. Ratios are taken within a round.
-Peak memory is measured for growing rows, each in a process of its own. Writes a JSON file and a picture.
+in turns, round after round, so that a busy moment of the machine hits all of them. Ratios are taken within a round.
+Where documents are short enough for the merge to pay is measured too, and peak memory for growing rows, each in a
+process of its own. Writes a JSON file and a picture.
+
+`copies` was predicted at 1.01 of `plain` (a token more to a document of 1,024, the same writes) and 1.1 at 256.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +34,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from anchorctx.attention import attend
-from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.layout import PackedLayout
 from anchorctx.records.manifest import build_manifest, write_json
 
-VARIANTS = ("anchor", "documents", "full", "dense")
+VARIANTS = ("plain", "copies", "merge", "full", "dense")
 MEDIAN_LENGTH, SPREAD = 800, 1.2
 """The log-normal lengths: median in tokens and standard deviation of the logarithm (1 in 100 is beyond 13,000)."""
 MIB = 2**20
@@ -46,8 +51,10 @@ class Settings:
 
     tokens: int
     """Row length T of the timings."""
-    document: int
-    """Tokens of a document in the first case and in the memory measurement."""
+    documents: tuple[int, ...]
+    """Tokens of a document, a case each; the memory measurement takes the first."""
+    short: tuple[int, ...]
+    """Tokens of a document where `merge` is compared with `copies`."""
     memory_tokens: tuple[int, ...]
     """Row lengths of the memory measurement."""
     dense_max: int
@@ -70,10 +77,11 @@ def main() -> None:
     )
     timings = [time_case(name, layout, settings) for name, layout in cases(settings).items()]
     memory = measure_memory(settings)
-    print(report(manifest, timings, memory))
+    short = [time_short(length, settings) for length in settings.short]
+    print(report(manifest, timings, short, memory))
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = arguments.out / "attention_cpu.json"
-    write_json(result, {"manifest": manifest, "timings": timings, "memory": memory})
+    write_json(result, {"manifest": manifest, "timings": timings, "short": short, "memory": memory})
     draw(manifest, timings, memory, result.with_suffix(".png"))
     print(f"\nwritten: {result} and {result.with_suffix('.png').name}")
 
@@ -82,7 +90,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16_384, help="row length of the timings (default 16384)")
-    parser.add_argument("--document", type=int, default=1024, help="tokens of a document, first case (default 1024)")
+    parser.add_argument(
+        "--documents", type=int, nargs="+", default=[1024, 256, 2048], help="tokens of a document, a case each"
+    )
+    parser.add_argument("--short", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128], help="merge against copies")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of all variants, after one to warm up")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
@@ -105,11 +116,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
     """The settings that the arguments ask for."""
-    tokens, document, memory = arguments.tokens, arguments.document, tuple(arguments.memory_tokens)
-    rounds, dense_max = arguments.rounds, arguments.dense_max
+    tokens, documents, short = arguments.tokens, tuple(arguments.documents), tuple(arguments.short)
+    memory, rounds, dense_max = tuple(arguments.memory_tokens), arguments.rounds, arguments.dense_max
     if arguments.quick:
-        tokens, document, memory, rounds, dense_max = 1024, 128, (1024, 2048), min(rounds, 2), 2048
-    return Settings(tokens, document, memory, dense_max, rounds, arguments.heads, arguments.head_dim, arguments.seed)
+        tokens, documents, short = 1024, (128, 256), (8, 32)
+        memory, rounds, dense_max = (1024, 2048), min(rounds, 2), 2048
+    sizes = arguments.heads, arguments.head_dim
+    return Settings(tokens, documents, short, memory, dense_max, rounds, *sizes, arguments.seed)
 
 
 # -- layouts and variants ---------------------------------------------------------------------------------------------
@@ -117,12 +130,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def cases(settings: Settings) -> dict[str, PackedLayout]:
     """The timed rows by name."""
-    tokens, document = settings.tokens, settings.document
-    return {
-        f"documents of {document:,}": equal_documents(tokens, document),
-        f"documents of {2 * document:,}": equal_documents(tokens, 2 * document),
-        f"log-normal, median {MEDIAN_LENGTH}": lognormal_documents(tokens, settings.seed),
-    }
+    tokens = settings.tokens
+    equal = {f"documents of {length:,}": equal_documents(tokens, length) for length in settings.documents}
+    return equal | {f"log-normal, median {MEDIAN_LENGTH}": lognormal_documents(tokens, settings.seed)}
 
 
 def equal_documents(tokens: int, document: int) -> PackedLayout:
@@ -140,14 +150,33 @@ def lognormal_documents(tokens: int, seed: int) -> PackedLayout:
 
 
 def attention(variant: str, layout: PackedLayout) -> Attention:
-    """The function that `variant` times, (1, H, T, D) each; a mask is built here, outside the timed part."""
+    """The function that `variant` times, (1, H, T, D) each; a mask is built here, outside the timed part.
+
+    `copies` takes the row with the copies in it (`tokens_of`).
+    """
     if variant == "full":
         return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
     if variant == "dense":
         mask = layout.allowed()
         return lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    row = layout if variant == "anchor" else Pattern.intra_doc.apply(layout)
+    if variant == "plain":
+        lengths = np.diff(layout.doc_offsets)[1:].tolist()  # without the anchor
+        return lambda q, k, v: documents_alone(q, k, v, lengths)
+    row = layout.with_copies()[0] if variant == "copies" else layout
     return lambda q, k, v: attend(q, k, v, (row,), backend="cpu")
+
+
+def documents_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Causal attention within documents as one writes it in plain torch; (1, H, T, D) each."""
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([scaled_dot_product_attention(*part, is_causal=True) for part in parts], dim=2)
+
+
+def tokens_of(variant: str, layout: PackedLayout) -> torch.Tensor:
+    """(T',) the row's tokens that the variant's function takes: gathering happens where rows are made, untimed."""
+    if variant == "plain":
+        return torch.arange(layout.anchor_len, layout.length)
+    return torch.from_numpy(layout.with_copies()[1]) if variant == "copies" else torch.arange(layout.length)
 
 
 def inputs(settings: Settings, tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -162,27 +191,9 @@ def inputs(settings: Settings, tokens: int) -> tuple[list[torch.Tensor], torch.T
 
 
 def time_case(name: str, layout: PackedLayout, settings: Settings) -> dict:
-    """Seconds of every variant and round, after a warm-up round that also compares `anchor` with `dense`."""
-    leaves, gradient = inputs(settings, layout.length)
-    functions = {variant: attention(variant, layout) for variant in VARIANTS}
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    bar = tqdm(total=(settings.rounds + 1) * len(VARIANTS), desc=name, unit="run")
-    outputs = {}
-    for number in range(settings.rounds + 1):
-        for variant, function in functions.items():
-            began = time.perf_counter()
-            output = function(*leaves)
-            torch.autograd.grad(output, leaves, gradient)
-            seconds[variant].append(time.perf_counter() - began)
-            if number == 0:
-                outputs[variant] = output.detach()
-            bar.update()
-    bar.close()
-    ratio = {
-        "full / anchor": ratios(seconds["full"], seconds["anchor"]),
-        "dense / anchor": ratios(seconds["dense"], seconds["anchor"]),
-        "anchor / documents": ratios(seconds["anchor"], seconds["documents"]),
-    }
+    """Seconds of every variant and round, and how far `copies` and `merge` are from the dense mask's output."""
+    seconds, outputs = in_turns(name, VARIANTS, layout, settings)
+    index = tokens_of("copies", layout)
     return {
         "case": name,
         "tokens": layout.length,
@@ -190,9 +201,52 @@ def time_case(name: str, layout: PackedLayout, settings: Settings) -> dict:
         "longest_document": int(np.diff(layout.doc_offsets).max()),
         "score_pairs_of_full": layout.attention_pairs() / PackedLayout((0, layout.length)).attention_pairs(),
         "seconds": {variant: values[1:] for variant, values in seconds.items()},
-        "ratios": ratio,
-        "max_difference_to_dense": (outputs["anchor"] - outputs["dense"]).abs().max().item(),
+        "ratios": {
+            f"{above} / {below}": ratios(seconds[above], seconds[below])
+            for above, below in (("copies", "plain"), ("merge", "plain"), ("full", "copies"), ("dense", "copies"))
+        },
+        "max_difference_to_dense": {
+            "copies": (outputs["copies"] - outputs["dense"][:, :, index]).abs().max().item(),
+            "merge": (outputs["merge"] - outputs["dense"]).abs().max().item(),
+        },
     }
+
+
+def time_short(length: int, settings: Settings) -> dict:
+    """Seconds of `copies` and `merge` over documents of a few tokens."""
+    layout = equal_documents(settings.tokens, length)
+    seconds, _ = in_turns(f"documents of {length}", ("copies", "merge"), layout, settings)
+    found = {variant: values[1:] for variant, values in seconds.items()}
+    return {"document": length, "seconds": found, "merge / copies": ratios(seconds["merge"], seconds["copies"])}
+
+
+def in_turns(
+    name: str, variants: Sequence[str], layout: PackedLayout, settings: Settings
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Seconds of each variant, forward and backward, round after round, the first to warm up; and its output."""
+    leaves, gradient = inputs(settings, layout.length)
+    calls = {}
+    for variant in variants:
+        index = tokens_of(variant, layout)
+        taken = [heads_last(x.detach()[:, :, index]).requires_grad_() for x in leaves]
+        calls[variant] = attention(variant, layout), taken, heads_last(gradient[:, :, index])
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    outputs = {}
+    with tqdm(total=(settings.rounds + 1) * len(variants), desc=name, unit="run") as bar:
+        for _ in range(settings.rounds + 1):
+            for variant, (function, taken, weights) in calls.items():
+                began = time.perf_counter()
+                output = function(*taken)
+                torch.autograd.grad(output, taken, weights)
+                seconds[variant].append(time.perf_counter() - began)
+                outputs[variant] = output.detach()
+                bar.update()
+    return seconds, outputs
+
+
+def heads_last(x: torch.Tensor) -> torch.Tensor:
+    """The same (1, H, T, D), laid out as projections leave it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def ratios(above: list[float], below: list[float]) -> dict[str, float]:
@@ -206,11 +260,16 @@ def ratios(above: list[float], below: list[float]) -> dict[str, float]:
 
 def measure_memory(settings: Settings) -> list[dict]:
     """Peak memory of forward and backward over growing rows, each measured in a fresh process."""
-    wanted = [(variant, tokens) for tokens in settings.memory_tokens for variant in ("anchor", "dense")]
-    wanted = [(variant, tokens) for variant, tokens in wanted if variant == "anchor" or tokens <= settings.dense_max]
+    wanted = [(variant, tokens) for tokens in settings.memory_tokens for variant in ("copies", "dense")]
+    wanted = [(variant, tokens) for variant, tokens in wanted if variant == "copies" or tokens <= settings.dense_max]
     found = []
     for variant, tokens in tqdm(wanted, desc="memory", unit="process"):
-        options = {"--probe": variant, "--tokens": tokens, "--document": settings.document, "--seed": settings.seed}
+        options = {
+            "--probe": variant,
+            "--tokens": tokens,
+            "--documents": settings.documents[0],
+            "--seed": settings.seed,
+        }
         options |= {"--heads": settings.heads, "--head-dim": settings.head_dim, "--threads": torch.get_num_threads()}
         command = [sys.executable, __file__, *(str(x) for option in options.items() for x in option)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -222,10 +281,11 @@ def peak_memory(variant: str, settings: Settings) -> dict:
     """What one forward and backward adds to this process, at its peak, inputs not counted; reads Linux's /proc."""
     q, k, v = inputs(settings, 16)[0]
     attend(q, k, v, (PackedLayout((0, 16)),), backend="cpu").sum().backward()  # starts threads, loads code
-    leaves, gradient = inputs(settings, settings.tokens)
+    layout = equal_documents(settings.tokens, settings.documents[0])
+    leaves, gradient = inputs(settings, len(tokens_of(variant, layout)))
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = resident("VmRSS")
-    function = attention(variant, equal_documents(settings.tokens, settings.document))
+    function = attention(variant, layout)
     torch.autograd.grad(function(*leaves), leaves, gradient)
     return {"variant": variant, "tokens": settings.tokens, "peak_mib": (resident("VmHWM") - before) / MIB}
 
@@ -255,21 +315,30 @@ def title(manifest: dict) -> str:
     )
 
 
-def report(manifest: dict, timings: list[dict], memory: list[dict]) -> str:
-    """Both tables in Markdown: medians, and ratios with their range over the rounds."""
+def report(manifest: dict, timings: list[dict], short: list[dict], memory: list[dict]) -> str:
+    """The tables in Markdown: medians, and ratios with their range over the rounds."""
     names = list(timings[0]["ratios"])
     head = ["T", "case", "documents", *(f"{variant}, s" for variant in VARIANTS), *names]
     lines = [title(manifest), "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in timings:
         medians = [f"{statistics.median(row['seconds'][variant]):.3f}" for variant in VARIANTS]
-        spans = [f"{r['median']:.2f} ({r['min']:.2f}-{r['max']:.2f})" for r in row["ratios"].values()]
+        spans = [span(ratio) for ratio in row["ratios"].values()]
         cells = [f"{row['tokens']:,}", row["case"], str(row["documents"]), *medians, *spans]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| tokens of a document | copies, s | merge, s | merge / copies |", "|---|---|---|---|"]
+    for row in short:
+        copies, merge = (statistics.median(row["seconds"][variant]) for variant in ("copies", "merge"))
+        lines.append(f"| {row['document']} | {copies:.3f} | {merge:.3f} | {span(row['merge / copies'])} |")
     lines += ["", "| T | variant | peak memory, MiB | KiB a token |", "|---|---|---|---|"]
     for row in memory:
         tokens, peak = row["tokens"], row["peak_mib"]
         lines.append(f"| {tokens:,} | {row['variant']} | {peak:,.0f} | {peak * 1024 / tokens:.1f} |")
     return "\n".join(lines)
+
+
+def span(ratio: dict[str, float]) -> str:
+    """A ratio and its range over the rounds."""
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
 
 
 def draw(manifest: dict, timings: list[dict], memory: list[dict], path: Path) -> None:
@@ -282,8 +351,8 @@ def draw(manifest: dict, timings: list[dict], memory: list[dict], path: Path) ->
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for i, variant in enumerate(VARIANTS):
         heights = [statistics.median(row["seconds"][variant]) for row in timings]
-        bars = left.bar(np.arange(len(timings)) + (i - 1.5) * 0.2, heights, 0.2, label=variant)
-        left.bar_label(bars, fmt="%.2g", fontsize=7)
+        bars = left.bar(np.arange(len(timings)) + (i - 2) * 0.16, heights, 0.16, label=variant)
+        left.bar_label(bars, fmt="%.2g", fontsize=6)
     left.set_xticks(np.arange(len(timings)), [row["case"] for row in timings], fontsize=8)
     left.set(yscale="log", ylabel="seconds, forward + backward", title=f"T = {timings[0]['tokens']:,}")
     left.legend(fontsize=8)
@@ -292,7 +361,7 @@ def draw(manifest: dict, timings: list[dict], memory: list[dict], path: Path) ->
         right.plot([r["tokens"] for r in rows], [r["peak_mib"] for r in rows], marker="o", label=variant)
     right.set(xlabel="row length, tokens", ylabel="peak memory, MiB", ylim=(0, None))
     right.set_xticks(sorted({row["tokens"] for row in memory}))
-    right.set_title(f"memory, documents of {manifest['config']['document']:,}")
+    right.set_title(f"memory, documents of {manifest['config']['documents'][0]:,}")
     right.legend(fontsize=8)
     figure.suptitle(title(manifest), fontsize=8)
     figure.savefig(path, dpi=150)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile
+from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile, empty_heads_last
 from anchorctx.layout import PackedLayout
 
 BLOCK = 4096
@@ -43,7 +43,7 @@ def anchor_attention(
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
 
-    All layouts must share one anchor length. The output lies in memory as (B, T, Hq, D).
+    The layouts share one anchor length, at least 1. The output lies in memory as (B, T, Hq, D).
     """
     return _AnchorAttention.apply(query, key, value, tuple(layouts), score, kernel)
 
@@ -61,7 +61,7 @@ class _AnchorAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         anchor = layouts[0].anchor_len
         tiles = kernel.tiles(layouts, q.device)
-        o = _empty_like_heads_last(q)
+        o = empty_heads_last(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         a = lse.new_empty(*q.shape[:3], anchor)
         heads = _anchor_heads(k, v, anchor, q.shape[1], lse.dtype)
@@ -81,7 +81,7 @@ class _AnchorAttention(torch.autograd.Function):
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q, k, v, o, lse, a = ctx.saved_tensors
         score, kernel, anchor = ctx.score, ctx.kernel, ctx.anchor
-        dq, dk, dv = (_empty_like_heads_last(x) for x in (q, k, v))
+        dq, dk, dv = (empty_heads_last(x) for x in (q, k, v))
         sums = [lse.new_zeros(q.shape[0], q.shape[1], anchor, q.shape[3]) for _ in range(2)]  # dk, dv of the anchor
         heads = _anchor_heads(k, v, anchor, q.shape[1], lse.dtype)
         for group, span in _groups(ctx.tiles):
@@ -93,8 +93,7 @@ class _AnchorAttention(torch.autograd.Function):
             for block in _blocks(span, anchor):
                 _merge_backward(block, do, q, heads, o, lse, a, dq, sums, score)
         for grad, total in zip((dk, dv), sums, strict=True):
-            if anchor:
-                grad[:, :, :anchor] += total.unflatten(1, (grad.shape[1], -1)).sum(2)
+            grad[:, :, :anchor] += total.unflatten(1, (grad.shape[1], -1)).sum(2)
         return dq, dk, dv, None, None, None
 
 
@@ -170,11 +169,5 @@ def _groups(tiles: Sequence[Tile]) -> Iterator[tuple[list[Tile], Tile]]:
 
 def _blocks(tile: Tile, anchor: int) -> Iterator[Tile]:
     """The tile's tokens that see the anchor through merging: all but the anchor's own, whose scores are causal."""
-    if anchor:
-        for start in range(max(tile.tokens.start, anchor), tile.tokens.stop, BLOCK):
-            yield Tile(tile.rows, slice(start, min(start + BLOCK, tile.tokens.stop)))
-
-
-def _empty_like_heads_last(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) laid out in memory as (B, T, H, D): what projections and flash kernels use."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    for start in range(max(tile.tokens.start, anchor), tile.tokens.stop, BLOCK):
+        yield Tile(tile.rows, slice(start, min(start + BLOCK, tile.tokens.stop)))

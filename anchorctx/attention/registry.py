@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from anchorctx.attention import flex
+from anchorctx.attention.documents import document_attention
 from anchorctx.attention.kernels import flash_attn, torch_varlen
 from anchorctx.attention.kernels.base import Kernel, Score
 from anchorctx.attention.kernels.cpu import CpuKernel
@@ -59,8 +60,24 @@ class Backend:
         return self.missing() or self.limits(query, score)
 
 
-def _merged(kernel: Kernel) -> Attend:
-    return functools.partial(anchor_attention, kernel=kernel)
+def kernel_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layouts: Sequence[PackedLayout],
+    score: Score,
+    kernel: Kernel,
+) -> torch.Tensor:
+    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
+
+    By the kernel alone, or merged with the anchor where the layouts share one.
+    """
+    path = anchor_attention if layouts[0].anchor_len else document_attention
+    return path(query, key, value, layouts, score, kernel)
+
+
+def _by(kernel: Kernel) -> Attend:
+    return functools.partial(kernel_attention, kernel=kernel)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -68,8 +85,8 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend(
             "flash_attn",
-            _merged(flash_attn.FlashAttnKernel()),
-            "flash-attn's varlen kernels (FA2, FA3 or FA4, whichever is installed) and the anchor merge",
+            _by(flash_attn.FlashAttnKernel()),
+            "flash-attn's varlen kernels: FA2, FA3 or FA4, whichever is installed",
             ("cuda",),
             HALF,
             softcap=True,
@@ -79,8 +96,8 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             "torch_varlen",
-            _merged(torch_varlen.TorchVarlenKernel()),
-            "torch's built-in CUDA flash attention and the anchor merge; nothing to install",
+            _by(torch_varlen.TorchVarlenKernel()),
+            "torch's built-in CUDA flash attention; nothing to install",
             ("cuda",),
             HALF,
             max_head_dim=256,
@@ -88,8 +105,8 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             "cpu",
-            _merged(CpuKernel()),
-            "torch's CPU flash attention, one call a document, and the anchor merge",
+            _by(CpuKernel()),
+            "torch's CPU flash attention, a call for each run of equally long documents",
             ("cpu",),
             ANY_FLOAT,
         ),
@@ -148,12 +165,17 @@ def attend(
 ) -> torch.Tensor:
     """Attention under packed layouts: each token sees the anchor and the earlier tokens of its own document.
 
+    The anchor is shared by the row (`anchor_len`), or each document has its own copy (`PackedLayout.with_copies`): the
+    same numbers. With copies a kernel attends within documents and nothing else happens; a shared anchor is merged in
+    (`attention.merge` says when that is the better way).
+
     Args:
         query: (B, Hq, T, D), rotated already.
         key, value: (B, Hkv, T, D) with Hq a multiple of Hkv; the dtype of `query`.
-        layouts: one a row; all must have one anchor length. Interleaved documents (`doc_ids`) are allowed.
+        layouts: one a row; all must share one `anchor_len`. Interleaved documents (`doc_ids`) are allowed.
         scale: factor on the scores; None is `D ** -0.5`.
-        window: sliding window in tokens of the document; the anchor stays visible. None is no window.
+        window: sliding window in tokens of the document; None is no window. A shared anchor stays always visible; a
+            copy is the document's first token, which later tokens no longer see.
         softcap: `softcap * tanh(score / softcap)` in place of the score (Gemma 2). None is off.
         backend: `auto` or a name in `BACKENDS`.
 
@@ -166,10 +188,9 @@ def attend(
     """
     layouts = tuple(layouts)
     _check(query, key, value, layouts)
-    if window is not None and window < max(layouts[0].anchor_len, 1):
-        raise ValueError(
-            f"a window of {window} tokens must hold the anchor, which is {layouts[0].anchor_len} tokens long"
-        )
+    anchor = max(max(layout.anchor_len, layout.copies) for layout in layouts)
+    if window is not None and window < max(anchor, 1):
+        raise ValueError(f"a window of {window} tokens must hold the anchor, which is {anchor} tokens long")
     score = Score(query.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
     chosen = choose(backend, query, score)
     grouped = tuple(layout.by_document() for layout in layouts)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from anchorctx.attention import attend
+from anchorctx.attention.documents import _DocumentAttention
 from anchorctx.attention.kernels import flash_attn, torch_varlen
 from anchorctx.attention.kernels.base import Kernel, Score
 from anchorctx.attention.kernels.flash_attn import FlashAttnKernel, gathered_attention
 from anchorctx.attention.kernels.torch_varlen import TorchVarlenKernel
 from anchorctx.attention.kernels.varlen import MAX_SEQUENCES
-from anchorctx.attention.merge import _AnchorAttention, anchor_attention
+from anchorctx.attention.merge import _AnchorAttention
+from anchorctx.attention.registry import kernel_attention
 from anchorctx.errors import BackendUnavailableError
 from anchorctx.layout import PackedLayout
 from anchorctx.testing.numerics import assert_within_eager, deviations
@@ -39,6 +42,7 @@ ROWS = {
     "anchor 1": (PackedLayout((0, 1, 30, 31, 90), 1), PackedLayout((0, 1, 2, 3, 90), 1)),
     "anchor 2": (PackedLayout((0, 2, 40, 41, 90), 2), PackedLayout((0, 2, 90), 2)),
     "no anchor": (PackedLayout((0, 30, 31, 90)), PackedLayout((0, 90))),
+    "copies": tuple(PackedLayout((0, 1, a, 89), 1).with_copies()[0] for a in (30, 88)),
     "anchor alone": (PackedLayout((0, 1), 1),) * 2,
 }
 SCORES = {"plain": Score(0.3), "window": Score(0.3, window=7), "softcap": Score(0.3, softcap=1.5)}
@@ -78,9 +82,9 @@ def check(
     heads: tuple[int, int] = (4, 2),
     dim: int = 16,
 ) -> None:
-    """Output and gradients through the merge, against the dense reference."""
+    """Output and gradients of a kernel in its path, against the dense reference."""
     args = [heads_last(x) for x in tensors(len(rows), *heads, rows[0].length, dim, dtype)]
-    found = deviations(lambda q, k, v: anchor_attention(q, k, v, rows, score, kernel), args, rows, score)
+    found = deviations(lambda q, k, v: kernel_attention(q, k, v, rows, score, kernel), args, rows, score)
     if dtype is torch.float64:
         assert max(d.error for d in found) < FLOAT64_BOUND, found
     else:
@@ -101,7 +105,7 @@ def test_torch_varlen_numbers(rows: str, score: str, dtype: torch.dtype, aten: R
 def test_torch_varlen_takes_views_of_heads_last_memory(aten: Recorder) -> None:
     rows = ROWS["anchor 1"]
     q, k, v, _ = (heads_last(x) for x in tensors(2, 4, 2, 90, 16))
-    anchor_attention(q, k, v, rows, SCORES["plain"], TorchVarlenKernel())
+    kernel_attention(q, k, v, rows, SCORES["plain"], TorchVarlenKernel())
     _, arguments = aten.calls[0]
     assert [arguments[n].data_ptr() for n in ("query", "key", "value")] == [x.data_ptr() for x in (q, k, v)]
 
@@ -131,13 +135,13 @@ def test_default_limit_cuts_rows_of_tiny_documents() -> None:
 def test_gradient_of_a_sum(aten: Recorder) -> None:
     """autograd's gradient of a sum is expanded: a stride of 0 in the last dimension, which no kernel takes."""
     q, k, v, _ = (heads_last(x).requires_grad_() for x in tensors(2, 4, 2, 90, 16))
-    anchor_attention(q, k, v, ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel()).sum().backward()
+    kernel_attention(q, k, v, ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel()).sum().backward()
     assert q.grad is not None and q.grad.isfinite().all()
 
 
 def test_torch_varlen_refuses_softcap() -> None:
     with pytest.raises(BackendUnavailableError, match="soft-cap"):
-        anchor_attention(*tensors(1, 2, 2, 90, 16)[:3], ROWS["no anchor"][1:], SCORES["softcap"], TorchVarlenKernel())
+        kernel_attention(*tensors(1, 2, 2, 90, 16)[:3], ROWS["no anchor"][1:], SCORES["softcap"], TorchVarlenKernel())
 
 
 # -- fake CUDA tensors ----------------------------------------------------------------------------------------------
@@ -169,12 +173,31 @@ class NoHostCopies(TorchDispatchMode):
         return result
 
 
-def _fake_step(rows: tuple[PackedLayout, ...], score: Score, kernel: Kernel, dim: int = 64) -> tuple[Any, Any]:
-    """Forward and backward of the merge on fake CUDA tensors in bfloat16, 8 query and 2 key heads.
+class Launched(TorchDispatchMode):
+    """The operators that launch something on the device: neither a view of a tensor nor fresh memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten" and not func.is_view and func.overloadpacket not in FRESH:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+FRESH = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like, torch.ops.aten.detach}
+
+
+def _fake_step(
+    rows: tuple[PackedLayout, ...], score: Score, kernel: Kernel, dim: int = 64
+) -> tuple[Any, Any, list[str]]:
+    """Forward and backward on fake CUDA tensors in bfloat16, 8 query and 2 key heads, and what they launch.
 
     Calls the autograd function's two halves itself: torch's autograd engine needs a real device guard.
     """
     shape = len(rows), rows[0].length
+    function = _AnchorAttention if rows[0].anchor_len else _DocumentAttention
 
     def empty(heads: int) -> torch.Tensor:
         return torch.empty(*shape, heads, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
@@ -182,8 +205,11 @@ def _fake_step(rows: tuple[PackedLayout, ...], score: Score, kernel: Kernel, dim
     ctx = SimpleNamespace(save_for_backward=lambda *saved: setattr(ctx, "saved_tensors", saved))
     with FakeTensorMode(), NoHostCopies():
         q, k, v = empty(8), empty(2), empty(2)
-        o = _AnchorAttention.forward(ctx, q, k, v, rows, score, kernel)
-        return (q, k, v, o), _AnchorAttention.backward(ctx, torch.empty_like(o))[:3]
+        tiles = kernel.tiles(rows, q.device)  # kept from one call to the next, but not while tensors are fake
+        with Launched() as launched, mock.patch.object(kernel, "tiles", return_value=tiles):
+            o = function.forward(ctx, q, k, v, rows, score, kernel)
+            grads = function.backward(ctx, torch.empty_like(o))[:3]
+        return (q, k, v, o), grads, launched.names
 
 
 @pytest.mark.usefixtures("cuda_guard")
@@ -192,10 +218,20 @@ def _fake_step(rows: tuple[PackedLayout, ...], score: Score, kernel: Kernel, dim
 @pytest.mark.parametrize("rows", ROWS)
 def test_fake_cuda_shapes(rows: str, score: str, dim: int) -> None:
     """Runs the CUDA operators' own shape functions; reading a value back to the host would raise."""
-    (q, k, v, o), grads = _fake_step(ROWS[rows], SCORES[score], TorchVarlenKernel(), dim)
+    (q, k, v, o), grads, _ = _fake_step(ROWS[rows], SCORES[score], TorchVarlenKernel(), dim)
     assert o.device.type == "cuda" and o.dtype is torch.bfloat16
     for like, x in zip((q, q, k, v), (o, *grads), strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (like.shape, like.stride(), like.dtype, like.device)
+
+
+@pytest.mark.usefixtures("cuda_guard")
+@pytest.mark.parametrize("rows", ["no anchor", "copies"])
+def test_without_a_shared_anchor_the_kernel_is_all_there_is(rows: str) -> None:
+    """One launch forward and one backward; the merge of a shared anchor has some sixty."""
+    *_, launched = _fake_step(ROWS[rows], SCORES["plain"], TorchVarlenKernel())
+    assert launched == ["_flash_attention_forward", "_flash_attention_backward"]
+    *_, merged = _fake_step(ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel())
+    assert len(merged) > 50
 
 
 @pytest.mark.usefixtures("cuda_guard")
@@ -206,7 +242,7 @@ def test_fake_cuda_notices_host_copies() -> None:
 
 @pytest.mark.usefixtures("cuda_guard")
 def test_fake_cuda_with_several_calls_a_row() -> None:
-    (q, *_), grads = _fake_step(ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel(max_sequences=2))
+    (q, *_), grads, _ = _fake_step(ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel(max_sequences=2))
     assert grads[0].shape == q.shape
 
 

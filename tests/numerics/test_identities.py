@@ -79,9 +79,9 @@ def test_attention_packed_equals_documents_alone(backend: str, row: PackedLayout
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding in complex float64: (B, H, T, D), positions (T,)."""
+    """Rotary embedding in complex float64: (B, H, T, D), positions (T,) or (B, 1, T)."""
     frequencies = 1e4 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
-    angles = positions[:, None] * frequencies
+    angles = positions[..., None] * frequencies
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorctx.layout import PackedLayout, Pattern, Positions
+from anchorctx.layout import Document, PackedLayout, Pattern, Positions, lay_out
 
 many = settings(max_examples=120, deadline=None)
 
@@ -117,6 +117,103 @@ def test_kernel_boundaries(row: PackedLayout) -> None:
     assert row.kv_index_array().dtype == np.int64
 
 
+# -- copies and pieces ------------------------------------------------------------------------------------------------
+
+
+def own_tokens(row: PackedLayout) -> list[list[int]]:
+    """The tokens of each document, in order of first appearance, the anchor's left out."""
+    docs = documents(row)
+    own = range(row.anchor_len, len(docs))
+    return [[t for t in own if docs[t] == doc] for doc in dict.fromkeys(docs[row.anchor_len :])]
+
+
+def check_copies(row: PackedLayout, layout: PackedLayout, index: np.ndarray, chosen: list[list[int]]) -> None:
+    """`layout` and `index` are these documents of `row`, given by their tokens, each behind a copy of the anchor."""
+    anchor = list(range(row.anchor_len))
+    behind = [[*anchor, *own] for own in chosen]
+    assert index.tolist() == [t for tokens in behind for t in tokens]
+    assert layout.position_array().tolist() == [int(row.position_array()[t]) for t in index]
+    assert (layout.length, layout.anchor_len, layout.copies) == (len(index), 0, row.anchor_len)
+    assert layout.together and layout.num_documents == len(chosen)
+    assert layout.cu_seqlens_array().tolist() == [sum(map(len, behind[:i])) for i in range(len(behind) + 1)]
+    number = [i for i, tokens in enumerate(behind) for _ in tokens]
+    seen = row.allowed_array()
+    expected = [
+        [number[q] == number[k] and bool(seen[index[q], index[k]]) for k in range(len(index))]
+        for q in range(len(index))
+    ]
+    assert layout.allowed_array().tolist() == expected, "a token sees its copy and its document, as in the row"
+
+
+with_documents = rows().filter(lambda row: row.length > row.anchor_len)
+
+
+@many
+@given(with_documents)
+def test_documents_are_where_the_row_has_them(row: PackedLayout) -> None:
+    found = row.documents()
+    assert [[t for a, b in document.spans for t in range(a, b)] for document in found] == own_tokens(row)
+    for document, own in zip(found, own_tokens(row), strict=True):
+        assert document.length == len(own)
+        assert document.positions == tuple(int(row.position_array()[start]) for start, _ in document.spans)
+        assert document.index(2).tolist() == [0, 1, *own]
+        assert document.index().tolist() == own
+
+
+@many
+@given(with_documents)
+def test_with_copies(row: PackedLayout) -> None:
+    check_copies(row, *row.with_copies(), own_tokens(row))
+
+
+@many
+@given(with_documents, st.integers(4, 40), st.sampled_from([0.0, 5.0, 1e4]))
+def test_pieces_hold_each_document_once(row: PackedLayout, max_tokens: int, token_cost: float) -> None:
+    left = own_tokens(row)
+    for layout, index in row.pieces(max_tokens, token_cost):
+        chosen = []  # what the index says, cut at its boundaries
+        for start, stop in zip(layout.cu_seqlens_array(), layout.cu_seqlens_array()[1:], strict=False):
+            chosen.append(index[start + row.anchor_len : stop].tolist())
+        check_copies(row, layout, index, chosen)
+        assert layout.length <= max_tokens or len(chosen) == 1
+        assert sorted(map(len, chosen), reverse=True) == list(map(len, chosen)), "equally long ones lie together"
+        for own in chosen:
+            left.remove(own)
+    assert not left
+    again = row.pieces(max_tokens, token_cost)
+    for (layout, index), (same, same_index) in zip(row.pieces(max_tokens, token_cost), again, strict=True):
+        assert layout == same and (index == same_index).all()
+
+
+@many
+@given(with_documents)
+def test_documents_laid_out_behind_a_shared_anchor(row: PackedLayout) -> None:
+    layout = lay_out(row.documents(), row.anchor_len, shared=True)
+    index = [*range(row.anchor_len), *(t for own in own_tokens(row) for t in own)]
+    assert (layout.anchor_len, layout.copies, layout.length) == (row.anchor_len, 0, row.length)
+    assert layout.position_array().tolist() == row.position_array()[index].tolist()
+    assert (layout.allowed_array() == row.allowed_array()[np.ix_(index, index)]).all()
+
+
+def test_documents_of_several_rows_in_one_layout() -> None:
+    parts = [Document(((1, 3), (7, 9)), (1, 7)), Document(((5, 6),), (5,))]
+    layout = lay_out(parts, 1)
+    assert layout == PackedLayout((0, 3, 5, 7), doc_ids=(0, 0, 1), starts=(1, 7, 5), copies=1)
+    assert layout.position_array().tolist() == [0, 1, 2, 7, 8, 0, 5]
+
+
+def test_pieces_without_room_and_copies_of_copies_are_refused() -> None:
+    with pytest.raises(ValueError, match="pieces of 1 tokens have no room behind an anchor of 1"):
+        ROW.pieces(1)
+    with pytest.raises(ValueError, match="are those of the layout that it was made from"):
+        ROW.with_copies()[0].documents()
+
+
+def test_a_row_of_one_document_is_one_piece() -> None:
+    ((layout, index),) = Pattern.full.apply(ROW).pieces(2)
+    assert layout.length == 6 and index.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 ROW = PackedLayout((0, 1, 4, 6), 1)
 
 
@@ -165,6 +262,9 @@ def test_patterns_are_named_as_their_values() -> None:
         ({"doc_offsets": (0, 3, 9), "anchor_len": -1}, "anchor_len is -1"),
         ({"doc_offsets": (0, 3, 9), "doc_ids": (0,)}, "doc_ids has 1 entries for 2 segments"),
         ({"doc_offsets": (0, 1, 9), "anchor_len": 1, "doc_ids": (4, 4)}, "anchor's doc_id must not be a document's"),
+        ({"doc_offsets": (0, 3, 9), "starts": (0,)}, "starts has 1 entries for 2 segments"),
+        ({"doc_offsets": (0, 3, 9), "copies": 1}, "a layout with copies of the anchor has starts"),
+        ({"doc_offsets": (0, 1, 9), "anchor_len": 1, "copies": 1, "starts": (0, 1)}, "and no shared anchor"),
     ],
 )
 def test_refused_layouts(fields: dict, message: str) -> None:

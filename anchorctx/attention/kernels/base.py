@@ -31,7 +31,7 @@ class Tile:
     rows: slice
     tokens: slice
     cu_seqlens: torch.Tensor | None = None
-    """(N+1,) int32 document boundaries over the tile's tokens, row after row; None where the tile is one document."""
+    """(N+1,) int32 document boundaries over the tile's tokens, row after row; None where all are equally long."""
     max_seqlen: int = 0
     """Tokens of the tile's longest document."""
 
@@ -67,12 +67,21 @@ class Kernel(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q (b, Hq, L, D), k, v (b, Hkv, L, D) -> o (b, Hq, L, D), lse (b, Hq, L), natural log, at least float32.
 
-        o is the caller's to overwrite.
+        o lies in memory as (b, L, Hq, D) and is the caller's.
         """
         ...
 
     def backward(
         self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients dq, dk, dv of the documents' own scores, given the o and lse of the *total* softmax."""
+        """Gradients dq, dk, dv of the documents' own scores, given the o and lse of the *total* softmax.
+
+        They lie in memory as (b, L, H, D) and are the caller's.
+        """
         ...
+
+
+def empty_heads_last(like: torch.Tensor) -> torch.Tensor:
+    """(b, H, L, D) laid out in memory as (b, L, H, D): what projections and flash kernels use."""
+    b, heads, tokens, dim = like.shape
+    return like.new_empty(b, tokens, heads, dim).transpose(1, 2)

@@ -1,12 +1,13 @@
-"""torch's own flash attention for the CPU, one call a document; short documents share a call.
+"""torch's own flash attention for the CPU; documents of equal length that lie next to each other share a call.
 
 The operators are those behind `scaled_dot_product_attention` on a CPU; called directly they hand out the log-sum-exp.
-They take float64, float32, bfloat16 and float16, and grouped-query heads without copies.
+They take float64, float32, bfloat16 and float16, grouped-query heads without copies, and any strides: n neighbours of
+one length are a batch of n, seen through a view. Pieces are sorted by length, so that such runs are long.
 
-Of documents of a few tokens the calls, not the arithmetic, are the cost: neighbours that fit into `RUN` tokens go
-through one call under a small block-diagonal mask. The operators know no sliding window: a document longer than the
-window is cut into blocks of `window` queries that see the previous block and their own through a band mask, which
-keeps the cost linear in the document.
+Of documents of a few tokens the calls, not the arithmetic, are the cost: neighbours of other lengths that fit into
+`RUN` tokens go through one call under a small block-diagonal mask. The operators know no sliding window: documents
+longer than the window are cut into blocks of `window` queries that see the previous block and their own through a band
+mask, which keeps the cost linear in the document.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from anchorctx.attention.kernels.base import Attended, Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile, empty_heads_last
 from anchorctx.layout import PackedLayout
 
 RUN = 128
-"""Tokens of neighbouring short documents in one call. On two cores, forward and backward over 2,048 documents of 8
-tokens (8 heads of 64, float32) fell from 0.83 s, with one call and one merge each, to 0.27 s."""
+"""Tokens of neighbouring short documents of several lengths in one call. On two cores, forward and backward over 2,048
+documents of 8 tokens (8 heads of 64, float32) fell from 0.83 s, with one call and one merge each, to 0.27 s."""
+CALL = 4096
+"""Tokens of equally long documents in one call, at most: what it returns stays small beside a long row's."""
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -31,7 +34,7 @@ class CpuKernel:
     """See the module docstring; implements `Kernel`."""
 
     def tiles(self, layouts: Sequence[PackedLayout], device: torch.device) -> Sequence[Tile]:
-        """One tile a document and row; neighbours that fit into `RUN` tokens share one."""
+        """One tile a row for each run of equally long documents, or of short ones; nothing is cut inside a document."""
         return [
             _tile(row, layout.doc_offsets[first : last + 1])
             for row, layout in enumerate(layouts)
@@ -45,13 +48,8 @@ class CpuKernel:
         if tile.cu_seqlens is not None:
             mask = _document_mask(tile.cu_seqlens, score.window, q.dtype)
             return _forward(q, k, v, 0.0, False, attn_mask=mask, scale=score.scale)
-        if score.window is None or tile.max_seqlen <= score.window:
-            return _forward(q, k, v, 0.0, True, scale=score.scale)
-        parts = [
-            _forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], 0.0, False, attn_mask=mask, scale=score.scale)
-            for rows, keys, mask in _bands(tile.max_seqlen, score.window, q.dtype)
-        ]
-        return torch.cat([o for o, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+        o, lse = _causal_forward(*(_apart(x, tile) for x in (q, k, v)), score)
+        return _joined(o), _joined(lse)
 
     def backward(
         self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
@@ -60,35 +58,76 @@ class CpuKernel:
         if tile.cu_seqlens is not None:
             mask = _document_mask(tile.cu_seqlens, score.window, do.dtype)
             return _backward(do, *attended, 0.0, False, attn_mask=mask, scale=score.scale)
-        if score.window is None or tile.max_seqlen <= score.window:
-            return _backward(do, *attended, 0.0, True, scale=score.scale)
-        q, k, v, o, lse = attended
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys, mask in _bands(tile.max_seqlen, score.window, q.dtype):
-            tensors = do[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[:, :, rows]
-            gq, gk, gv = _backward(*tensors, 0.0, False, attn_mask=mask, scale=score.scale)
-            dq[:, :, rows] = gq
-            # neighbouring blocks share the keys of a window
-            dk[:, :, keys] += gk
-            dv[:, :, keys] += gv
-        return dq, dk, dv
+        dq, dk, dv = _causal_backward(_apart(do, tile), Attended(*(_apart(x, tile) for x in attended)), score)
+        return _joined(dq), _joined(dk), _joined(dv)
+
+
+def _causal_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each batch entry is a document: q (n, Hq, L, D) -> o (n, Hq, L, D), lse (n, Hq, L), both heads last in memory."""
+    length, window = q.shape[2], score.window
+    if window is None or length <= window:
+        return _forward(q, k, v, 0.0, True, scale=score.scale)
+    o = empty_heads_last(q)
+    lse = o.new_empty(o.shape[0], length, o.shape[1], dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
+    for rows, keys, mask in _bands(length, window, q.dtype):
+        tensors = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+        o[:, :, rows], lse[:, :, rows] = _forward(*tensors, 0.0, False, attn_mask=mask, scale=score.scale)
+    return o, lse
+
+
+def _causal_backward(
+    do: torch.Tensor, attended: Attended, score: Score
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, o, lse = attended
+    length, window = q.shape[2], score.window
+    if window is None or length <= window:
+        return _backward(do, *attended, 0.0, True, scale=score.scale)
+    dq, dk, dv = empty_heads_last(q), empty_heads_last(k).zero_(), empty_heads_last(v).zero_()
+    for rows, keys, mask in _bands(length, window, q.dtype):
+        tensors = do[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[:, :, rows]
+        gq, gk, gv = _backward(*tensors, 0.0, False, attn_mask=mask, scale=score.scale)
+        dq[:, :, rows] = gq
+        # neighbouring blocks share the keys of a window
+        dk[:, :, keys] += gk
+        dv[:, :, keys] += gv
+    return dq, dk, dv
+
+
+def _apart(x: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """(1, H, n*L, ...) of n documents of L tokens -> (n, H, L, ...), a view."""
+    return x[0].unflatten(1, (-1, tile.max_seqlen)).transpose(0, 1)
+
+
+def _joined(x: torch.Tensor) -> torch.Tensor:
+    """(n, H, L, ...) -> (1, H, n*L, ...), a view where memory is (n, L, H, ...)."""
+    return x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
 def _runs(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Indices `[first, last)` of documents to a call: as many as fit into `RUN` tokens, or one longer document."""
+    """Indices `[first, last)` of the documents to a call.
+
+    Neighbours of one length, up to `CALL` tokens; where that is fewer than `RUN`, as many of any length as fit into it.
+    """
+    # documents of 40, 50, 60, 300, 300 and 200 tokens: calls for 40 + 50, 60, 300 + 300 and 200
+    lengths = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
     first = 0
-    # documents of 40, 50, 60 and 300 tokens: calls for 40 + 50, 60 and 300, that is (0, 2), (2, 3), (3, 4)
-    for last in range(1, len(offsets)):
-        if last + 1 == len(offsets) or offsets[last + 1] - offsets[first] > RUN:
-            yield first, last
-            first = last
+    while first < len(lengths):
+        most = min(first + max(CALL // lengths[first], 1), len(lengths))
+        last = first + 1
+        while last < most and lengths[last] == lengths[first]:
+            last += 1
+        while last < len(lengths) and offsets[last + 1] - offsets[first] <= RUN:
+            last += 1
+        yield first, last
+        first = last
 
 
 def _tile(row: int, offsets: Sequence[int]) -> Tile:
     start, stop = offsets[0], offsets[-1]
-    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
-    several = len(lengths) > 1
-    cu_seqlens = torch.tensor([x - start for x in offsets], dtype=torch.int32) if several else None
+    lengths = {b - a for a, b in zip(offsets, offsets[1:], strict=False)}
+    cu_seqlens = torch.tensor([x - start for x in offsets], dtype=torch.int32) if len(lengths) > 1 else None
     return Tile(slice(row, row + 1), slice(start, stop), cu_seqlens, max(lengths))
 
 

@@ -89,8 +89,8 @@ def pack(x: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(b*L, H, D') -> (b, H, L, D), the shape of `like`; a view."""
-    return packed[..., : like.shape[-1]].unflatten(0, (like.shape[0], -1)).transpose(1, 2)
+    """(b*L, H, D') -> (b, H, L, D), the shape of `like`, in memory as (b, L, H, D); a view where D' is D."""
+    return packed[..., : like.shape[-1]].contiguous().unflatten(0, (like.shape[0], -1)).transpose(1, 2)
 
 
 def uncached_under_fake(cached: _Cached) -> _Cached:

@@ -49,18 +49,28 @@ def test_ratios_leave_out_the_warm_up(bench: ModuleType) -> None:
 
 def test_variants_compute_what_they_are_named_for(bench: ModuleType) -> None:
     row = bench.equal_documents(24, 6)
-    q, k, v = (torch.randn(1, 2, 24, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    out = {variant: bench.attention(variant, row)(q, k, v) for variant in bench.VARIANTS}
-    torch.testing.assert_close(out["anchor"], out["dense"], rtol=0, atol=1e-5)
-    assert torch.allclose(out["full"][:, :, :6], out["anchor"][:, :, :6], atol=1e-5)
-    for other in ("documents", "full"):
-        assert (out[other] - out["anchor"])[:, :, 6:].abs().max() > 0.1
+    tensors = [torch.randn(1, 2, 24, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    index = {variant: bench.tokens_of(variant, row) for variant in bench.VARIANTS}
+    out = {
+        variant: bench.attention(variant, row)(*(x[:, :, index[variant]] for x in tensors))
+        for variant in bench.VARIANTS
+    }
+    torch.testing.assert_close(out["merge"], out["dense"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out["copies"], out["dense"][:, :, index["copies"]], rtol=0, atol=1e-5)
+    assert index["copies"].tolist()[:8] == [0, 1, 2, 3, 4, 5, 0, 6]
+    # the last document alone, by the softmax's definition
+    q, k, v = (x[:, :, 18:] for x in tensors)
+    scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf"))
+    torch.testing.assert_close(out["plain"][:, :, -6:], scores.softmax(-1) @ v, rtol=0, atol=1e-5)
+    assert out["plain"].shape[2] == 23, "no anchor"
+    assert torch.allclose(out["full"][:, :, :6], out["merge"][:, :, :6], atol=1e-5)
+    assert (out["full"] - out["merge"])[:, :, 6:].abs().max() > 0.1
 
 
 def test_quick_run(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--quick", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert "anchor / documents" in done.stdout and "peak memory" in done.stdout
+    assert "copies / plain" in done.stdout and "merge / copies" in done.stdout and "peak memory" in done.stdout
     result = json.loads((tmp_path / "attention_cpu.json").read_text())
     assert (tmp_path / "attention_cpu.png").stat().st_size > 10_000
     manifest = result["manifest"]
@@ -68,12 +78,13 @@ def test_quick_run(tmp_path: Path) -> None:
     assert [row["tokens"] for row in result["timings"]] == [1024] * 3
     for row in result["timings"]:
         assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in row["seconds"].values())
-        assert row["max_difference_to_dense"] < 1e-5
+        assert max(row["max_difference_to_dense"].values()) < 1e-5
         assert 0 < row["score_pairs_of_full"] < 1
+    assert [row["document"] for row in result["short"]] == [8, 32]
     measured = {(row["variant"], row["tokens"]): row["peak_mib"] for row in result["memory"]}
-    assert set(measured) == {(variant, tokens) for variant in ("anchor", "dense") for tokens in (1024, 2048)}
+    assert set(measured) == {(variant, tokens) for variant in ("copies", "dense") for tokens in (1024, 2048)}
     # At least the output and three gradients, 2048 x 8 x 64 floats each; a dense mask would take 16 MiB more.
-    assert measured["anchor", 2048] > 16
+    assert measured["copies", 2048] > 16
 
 
 def test_a_run_without_rounds_is_refused(tmp_path: Path) -> None:

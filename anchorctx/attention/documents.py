@@ -1,0 +1,72 @@
+"""Attention inside documents: a flash kernel's own forward and backward, and nothing else.
+
+This is the path of training. Under AnchorAttention each document carries its own copy of the anchor, as its first token
+(`PackedLayout.with_copies`), so that nothing is left to do around the kernel. Where one call serves the batch, its
+outputs are handed on as they are; where it takes several, each is written once, into its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from anchorctx.attention.kernels.base import Attended, Kernel, Score, empty_heads_last
+from anchorctx.layout import PackedLayout
+
+
+def document_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layouts: Sequence[PackedLayout],
+    score: Score,
+    kernel: Kernel,
+) -> torch.Tensor:
+    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
+
+    The layouts have no shared anchor. The output lies in memory as (B, T, Hq, D).
+    """
+    return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel)
+
+
+class _DocumentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layouts: tuple[PackedLayout, ...],
+        score: Score,
+        kernel: Kernel,
+    ) -> torch.Tensor:
+        tiles = kernel.tiles(layouts, q.device)
+        if len(tiles) == 1:
+            o, lse = kernel.forward(q, k, v, tiles[0], score)
+        else:
+            o = empty_heads_last(q)
+            lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+            for tile in tiles:
+                parts = kernel.forward(*(tile.view(x) for x in (q, k, v)), tile, score)
+                for whole, part in zip((o, lse), parts, strict=True):
+                    tile.view(whole).copy_(part)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.tiles, ctx.score, ctx.kernel = tiles, score, kernel
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        attended = Attended(*ctx.saved_tensors)
+        tiles, score, kernel = ctx.tiles, ctx.score, ctx.kernel
+        if len(tiles) == 1:
+            return *kernel.backward(do, attended, tiles[0], score), None, None, None
+        grads = tuple(empty_heads_last(x) for x in attended[:3])
+        for tile in tiles:
+            parts = kernel.backward(tile.view(do), Attended(*(tile.view(x) for x in attended)), tile, score)
+            for whole, part in zip(grads, parts, strict=True):
+                tile.view(whole).copy_(part)
+        return *grads, None, None, None
