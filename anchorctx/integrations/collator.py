@@ -58,11 +58,11 @@ class AnchorCollator:
     Documents take their places in it one behind the other, from position 1 on. One that no longer fits begins the next
     row, at position 1 again. So positions reach as far as the documents of one batch do.
     """
-    pattern: Pattern = Pattern.anchor
+    pattern: Pattern | str = Pattern.anchor
     """What documents see; `full` makes one document of each row, behind one anchor."""
     max_tokens: int | None = None
     """Tokens that a batch holds at most, copies of the anchor counted: what bounds memory. None is no bound."""
-    excess: Excess = Excess.refuse
+    excess: Excess | str = Excess.refuse
     """What becomes of a document that is longer than a row, and of a batch that is longer than `max_tokens`."""
     model: InitVar[PreTrainedModel | None] = None
     """The model that is trained, to be checked now (`check_model`); it is not kept. Then ids are held to its vocabulary

@@ -21,7 +21,7 @@ A, X = 1, -100
 
 
 def collator(row_length: int = 8, pattern: Pattern | str = Pattern.anchor, **options: Any) -> AnchorCollator:
-    return AnchorCollator(word_tokenizer(96), row_length, pattern, **options)  # type: ignore[arg-type]
+    return AnchorCollator(word_tokenizer(96), row_length, pattern, **options)
 
 
 def documents(*lengths: int) -> list[dict[str, list[int]]]:
