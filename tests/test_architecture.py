@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "parallel": {"models", "attention"},
     "kvcomm": {"models", "attention.rope"},
     "models": {"attention"},
-    "integrations": {"attention", "data.tokens.tokenizer"},
+    "integrations": {"attention"},
     "attention": set(),
     "data": set(),
     "report": set(),

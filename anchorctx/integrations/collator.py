@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from anchorctx.data.tokens.tokenizer import SpecialIds, vocab_size
 from anchorctx.errors import UserError
 from anchorctx.integrations.check import check_model
 from anchorctx.integrations.examples import IGNORED, Reader, Text
@@ -76,21 +75,27 @@ class AnchorCollator:
         for name, value in (("row_length", self.row_length), ("max_tokens", self.max_tokens)):
             if value is not None and (not isinstance(value, int) or value < 3):
                 raise UserError(f"{name}={value} must be at least 3: the anchor, and a token that predicts another")
-        special = SpecialIds.of(self.tokenizer)
+        bos, eos = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos"))
+        anchor = eos if bos is None else bos
+        if anchor is None:
+            name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
+            raise UserError(
+                f"the tokenizer {name} has neither a BOS nor an EOS token to be the anchor: set its bos_token"
+            )
         if model is None:
-            vocabulary = vocab_size(self.tokenizer)
+            vocabulary = max(len(self.tokenizer), 1 + max(self.tokenizer.get_vocab().values()))  # it may have gaps
             logger.warning(
                 "AnchorCollator does not know if the model keeps documents apart: pass model=, or call check_model()"
             )
         else:
             check_model(model)
             vocabulary = getattr(model, "module", model).config.get_text_config().vocab_size
-        if special.anchor >= vocabulary:
+        if anchor >= vocabulary:
             raise UserError(
-                f"the anchor, token {special.anchor}, is beyond the model's vocabulary of {vocabulary}: "
+                f"the anchor, token {anchor}, is beyond the model's vocabulary of {vocabulary}: "
                 "resize its embeddings, or use its own tokenizer"
             )
-        self._anchor, self._reader = special.anchor, Reader(self.tokenizer, special.eos, vocabulary)
+        self._anchor, self._reader = anchor, Reader(self.tokenizer, eos, vocabulary)
         if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
             logger.warning(
                 "%d GPUs and one process: Trainer would split batches by DataParallel, which cuts cu_seq_lens apart: "

@@ -287,7 +287,7 @@ def test_settings_are_checked_at_once(options: dict[str, Any], message: str) -> 
 def test_a_tokenizer_without_bos_and_eos_is_refused() -> None:
     tokenizer = word_tokenizer(96)
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(UserError, match="neither a BOS nor an EOS token to be the anchor: set its bos_token"):
+    with pytest.raises(UserError, match="neither a BOS nor an EOS token, to be the anchor: set bos_token"):
         AnchorCollator(tokenizer, 8)
 
 
