@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from anchorctx.integrations.check import check_model
-    from anchorctx.integrations.collator import AnchorCollator, Excess, row_starts
+    from anchorctx.integrations.collator import AnchorCollator, Excess
+    from anchorctx.integrations.rows import row_starts
 
 __all__ = ["AnchorCollator", "Excess", "check_model", "row_starts"]
 
@@ -13,7 +14,7 @@ def __getattr__(name: str) -> object:
     """torch and transformers take seconds to import: only when something is used."""
     import importlib
 
-    if name not in __all__:
+    homes = {"AnchorCollator": "collator", "Excess": "collator", "check_model": "check", "row_starts": "rows"}
+    if name not in homes:
         raise AttributeError(name)
-    home = "check" if name == "check_model" else "collator"
-    return getattr(importlib.import_module(f"anchorctx.integrations.{home}"), name)
+    return getattr(importlib.import_module(f"anchorctx.integrations.{homes[name]}"), name)

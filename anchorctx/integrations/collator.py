@@ -20,7 +20,8 @@ import torch
 from anchorctx.errors import UserError
 from anchorctx.integrations.check import check_model
 from anchorctx.integrations.examples import IGNORED, Reader, Text
-from anchorctx.layout import Document, PackedLayout, Pattern, lay_out
+from anchorctx.integrations.rows import copies_under, lay_out_batch
+from anchorctx.layout import PackedLayout, Pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ class AnchorCollator:
     """The model that is trained, to be checked now (`check_model`); it is not kept. Then ids are held to its vocabulary
     instead of the tokenizer's."""
     _anchor: int = field(init=False, repr=False)
+    _copies: int = field(init=False, repr=False)
     _reader: Reader = field(init=False, repr=False)
     _warned: set[str] = field(init=False, repr=False, default_factory=set)
 
@@ -96,6 +98,7 @@ class AnchorCollator:
                 "resize its embeddings, or use its own tokenizer"
             )
         self._anchor, self._reader = anchor, Reader(self.tokenizer, eos, vocabulary)
+        self._copies = copies_under(self.pattern)
         if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
             logger.warning(
                 "%d GPUs and one process: Trainer would split batches by DataParallel, which cuts cu_seq_lens apart: "
@@ -143,33 +146,13 @@ class AnchorCollator:
 
     def _lay_out(self, texts: Sequence[Text]) -> tuple[PackedLayout, np.ndarray]:
         """The batch's layout, and which tokens of [anchor, *documents] to gather for it."""
-        # documents of 3 and 2 tokens in one row: spans (1, 4) and (4, 6), starts 1 and 4
-        stops = np.cumsum([1, *map(len, texts)]).tolist()
-        starts = row_starts([len(text) for text in texts], self.row_length)
-        spans = list(zip(stops, stops[1:], strict=False))
-        if self.pattern is Pattern.full:
-            firsts = [i for i, start in enumerate(starts) if start == 1]  # one document a row: where rows begin
-            spans = [(stops[a], stops[b]) for a, b in zip(firsts, [*firsts[1:], len(texts)], strict=True)]
-            starts = [1] * len(spans)
-        elif self.pattern in (Pattern.anchor_reset, Pattern.intra_doc_reset):
-            starts = [self._copies] * len(spans)
-        else:  # where the dataset says, or one behind the other
-            starts = [place if text.start is None else text.start for text, place in zip(texts, starts, strict=True)]
-        documents = [Document((span,), (start,)) for span, start in zip(spans, starts, strict=True)]
-        return lay_out(documents, self._copies), np.concatenate([d.index(self._copies) for d in documents])
-
-    @property
-    def _copies(self) -> int:
-        return 0 if self.pattern in (Pattern.intra_doc, Pattern.intra_doc_reset) else 1
+        lengths, given = [len(text) for text in texts], [text.start for text in texts]
+        return lay_out_batch(lengths, given, Pattern(self.pattern), self.row_length)
 
     def _within_row(self, text: Text, number: int) -> Text:
         """The document, refused or cut where a row or a batch cannot hold it even alone."""
         name, room = f"example {number} of the batch", self.row_length - 1
-        if text.start is not None and not 0 < text.start <= self.row_length - len(text):
-            raise UserError(
-                f"{name} has position_ids from {text.start} to {text.start + len(text) - 1}, but a document's lie in "
-                f"1 to {room} (row_length={self.row_length}, the anchor is at 0): make the column with row_starts()"
-            )
+        self._check_place(text, name)
         limit = f"row_length={self.row_length} holds {room} behind the anchor"
         if self.max_tokens is not None and self.max_tokens - self._copies < room:
             room = self.max_tokens - self._copies
@@ -184,6 +167,22 @@ class AnchorCollator:
             )
         self._warn_once("documents", f"{name} has {len(text)} tokens, but {limit}")
         return text.cut(room)
+
+    def _check_place(self, text: Text, name: str) -> None:
+        """Refuse a place in the row that cannot be."""
+        if text.start is None or self.pattern in (Pattern.anchor_reset, Pattern.intra_doc_reset):
+            return
+        if self.pattern is Pattern.full:
+            raise UserError(
+                f"{name} has position_ids, but pattern=full makes rows of the documents of a batch, for a row that is "
+                "one document cannot be cut: leave the column out, and let a batch hold whole rows"
+            )
+        if not 0 < text.start <= self.row_length - len(text):
+            raise UserError(
+                f"{name} has position_ids from {text.start} to {text.start + len(text) - 1}, but a document's lie in 1 "
+                f"to {self.row_length - 1} (row_length={self.row_length}, the anchor is at 0): make the column with "
+                "row_starts()"
+            )
 
     def _within_batch(self, texts: list[Text]) -> list[Text]:
         """The documents, refused or cut at the end where they are too many."""
@@ -210,25 +209,6 @@ class AnchorCollator:
         if what not in self._warned:
             logger.warning("excess=cut leaves out the end of %s, without a word from now on: %s", what, why)
             self._warned.add(what)
-
-
-def row_starts(lengths: Sequence[int], row_length: int) -> list[int]:
-    """The row position of each document's first token, documents placed one behind the other as the collator does.
-
-    For batches that are smaller than a row: place the whole dataset in rows once, and give each example `position_ids`
-    from its start on (`start, start + 1, ...`). They hold under `anchor` and `intra_doc`, whatever the batches are.
-
-    Args:
-        lengths: tokens of each document, in the order in which they fill rows.
-        row_length: tokens of a row, the anchor among them.
-    """
-    # lengths 3, 2, 4 in rows of 8 (places 1 to 7): 1, 4, and 1 in the next row
-    starts, place = [], 1
-    for length in lengths:
-        place = 1 if place + length > row_length else place
-        starts.append(place)
-        place += length
-    return starts
 
 
 _Choice = TypeVar("_Choice", bound=StrEnum)

@@ -183,6 +183,19 @@ def test_flex_attention_is_wrong_and_refused(monkeypatch: pytest.MonkeyPatch, pa
         check_model(model)
 
 
+def test_copies_are_alike_to_a_router_and_counted_each() -> None:
+    """All copies of the anchor have one hidden state, so that N of them go where the shared anchor goes: N to 1."""
+    batch = batch_of(Pattern.anchor)
+    copies = batch["position_ids"][0] == 0
+    model = model_of("mixtral", "anchor_cpu")
+    with true_float64():
+        routers = model(**batch, use_cache=False, output_router_logits=True).router_logits
+    assert copies.sum() == len(LENGTHS) and len(routers) == 2
+    for logits in routers:
+        assert (logits[copies] - logits[0]).abs().max() < TOLERANCE
+        assert (logits[~copies] - logits[0]).abs().max(1).values.min() > 1e-3
+
+
 def test_without_boundaries_flash_attention_mixes_intra_doc(flash: Recorder) -> None:
     """Positions that run on begin at their smallest value once a row: this pattern needs cu_seq_lens_*."""
     batch = batch_of(Pattern.intra_doc)

@@ -155,6 +155,11 @@ def test_positions_of_the_dataset_hold_in_every_batch() -> None:
     assert collator(12, "anchor_reset")(placed[1:])["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
 
 
+def test_a_row_that_is_one_document_is_not_placed_in_pieces() -> None:
+    with pytest.raises(UserError, match="pattern=full makes rows .* cannot be cut: leave the column out"):
+        collator(8, "full")([{"input_ids": [5, 6], "position_ids": [1, 2]}])
+
+
 def test_documents_fill_rows_one_behind_the_other() -> None:
     assert row_starts([3, 4, 1, 7, 2], 8) == [1, 4, 1, 1, 1]
     assert row_starts([3, 4, 1], 9) == [1, 4, 8]
@@ -287,7 +292,7 @@ def test_settings_are_checked_at_once(options: dict[str, Any], message: str) -> 
 def test_a_tokenizer_without_bos_and_eos_is_refused() -> None:
     tokenizer = word_tokenizer(96)
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(UserError, match="neither a BOS nor an EOS token, to be the anchor: set bos_token"):
+    with pytest.raises(UserError, match="neither a BOS nor an EOS token to be the anchor: set its bos_token"):
         AnchorCollator(tokenizer, 8)
 
 
