@@ -24,7 +24,7 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_path_of_the_page_exists() -> None:
-    roots = "anchorctx|conf|docs|recipes|benchmarks|scripts|tests"
+    roots = "anchorctx|conf|docs|examples|recipes|benchmarks|scripts|tests"
     named = re.findall(rf"`((?:{roots})/[\w./]*)`", PAGE.read_text())
     assert len(named) > 30
     assert not [name for name in named if not (ROOT / name).exists()]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from anchorctx.attention import register
 from anchorctx.errors import UserError
 from anchorctx.integrations import AnchorCollator, Excess, check_model, row_starts
-from anchorctx.layout import Pattern
+from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.testing.tiny import BASE, word_tokenizer
 
 A, X = 1, -100
@@ -101,6 +101,21 @@ def listed(batch: dict[str, Any]) -> list[list[int]]:
 )
 def test_what_each_pattern_makes_of_three_documents(pattern: str, expected: list[list[int]]) -> None:
     assert listed(collator(8, pattern)(documents(3, 2, 4))) == expected
+
+
+@pytest.mark.parametrize("pattern", list(Pattern))
+def test_a_batch_that_fills_one_row_is_the_packers_row_with_copies(pattern: Pattern) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        lengths = rng.integers(1, 9, rng.integers(1, 7)).tolist()
+        row = PackedLayout((0, *np.cumsum([1, *lengths]).tolist()), 1)
+        layout, index = pattern.apply(row).with_copies()
+        ids, _, positions, boundaries = listed(collator(row.length, pattern)(documents(*lengths)))
+        # without an anchor the packer's BOS is a document of one token, which trains nothing: the collator has none
+        alone = 1 if pattern in (Pattern.intra_doc, Pattern.intra_doc_reset) else 0
+        flat = [A, *(token for example in documents(*lengths) for token in example["input_ids"])]
+        assert ids == [flat[i] for i in index[alone:]] and positions == layout.position_array()[alone:].tolist()
+        assert boundaries == [offset - alone for offset in layout.doc_offsets[alone:]]
 
 
 @pytest.mark.parametrize("pattern", list(Pattern))

@@ -126,6 +126,15 @@ def test_evaluation_is_the_mean_over_batches_of_documents_alone(tmp_path: Path) 
     assert found == pytest.approx(sum(expected) / len(expected), abs=TOLERANCE)
 
 
+def test_predictions_come_with_their_labels(tmp_path: Path) -> None:
+    """As `compute_metrics` gets them: batches of different lengths, padded by Trainer."""
+    found = trainer(tmp_path, dataset()).predict(dataset())
+    longest = max(LENGTHS[i] + LENGTHS[i + 1] + 2 for i in range(0, len(LENGTHS), 2))
+    assert found.predictions.shape == (4, longest, WORDS) and found.label_ids.shape == (4, longest)
+    trained_tokens = [label for row in dataset()["labels"] for label in row[1:] if label != -100]
+    assert found.label_ids[found.label_ids != -100].tolist() == trained_tokens
+
+
 def test_texts_need_unused_columns(tmp_path: Path) -> None:
     texts = [" ".join(f"w{i}" for i in ids[:-1]) for ids in token_ids()]  # EOS comes on top
     data = Dataset.from_dict({"text": texts})
