@@ -26,10 +26,11 @@ WHAT = {
     "parallel": "processes, what they share",
     "models": "loading, loss, memory switches",
     "kvcomm": "KV caches that agents share",
-    "attention": "kernels, merge, RoPE",
-    "records": "files, manifests, results, statistics",
-    "layout": "documents of a row, what they see",
-    "pieces": "documents of a forward pass",
+    "integrations": "a collator for other trainers",
+    "attention": "kernels, the merge, RoPE",
+    "records": "files, manifests, results",
+    "layout": "what documents see",
+    "pieces": "which documents go together",
     "errors": "what a user can mend",
     "settings": "ranges of numbers",
     "flops": "what a model costs",
@@ -76,18 +77,33 @@ def reduced(graph: Arrows) -> dict[str, set[str]]:
 
 
 def heights(graph: Arrows) -> dict[str, int]:
-    """The row of each package, 0 at the bottom: as high as it can be and still be below all that import it."""
+    """The row of each package, 0 at the bottom: as high as it can be and still be below all that import it.
+
+    One that nobody imports stands right above what it imports.
+    """
 
     def depth(name: str) -> int:
         return max((1 + depth(other) for other, to in graph.items() if name in to), default=0)
 
     depths = {name: depth(name) for name in graph}
-    return {name: max(depths.values()) - below for name, below in depths.items()}
+    rows = {name: max(depths.values()) - below for name, below in depths.items()}
+    return rows | {name: 1 + max(rows[other] for other in to) for name, to in graph.items() if to and not depths[name]}
 
 
 def places(graph: Arrows) -> dict[str, tuple[float, float]]:
-    """The middle of each box: rows by height, and in a row by where those are that it imports or that import it."""
+    """The middle of each box: rows by height, and in a row by where those are that it imports or that import it.
+
+    Below the top row, one that nobody imports stands at the right end of its row, where no arrow passes.
+    """
     row_of = heights(graph)
+    used = set().union(*graph.values())
+    aside = [name for name in graph if name not in used and graph[name] and row_of[name] < max(row_of.values())]
+    if aside:
+        where = places({name: to for name, to in graph.items() if name not in aside})
+        for name in aside:
+            right = max(x for x, y in where.values() if y == row_of[name])
+            where[name] = (right + 1, float(row_of[name]))
+        return where
     rows = [sorted(name for name in graph if row_of[name] == row) for row in range(max(row_of.values()) + 1)]
     where = {name: (i - (len(row) - 1) / 2, float(row_of[name])) for row in rows for i, name in enumerate(row)}
     for _ in range(6):

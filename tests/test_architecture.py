@@ -18,7 +18,7 @@ from anchorctx.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anchorctx"
-FOLDERS = ("benchmarks", "docs", "recipes", "scripts", "tests")
+FOLDERS = ("benchmarks", "docs", "examples", "recipes", "scripts", "tests")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = SOURCES + [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "parallel": {"models", "attention"},
     "kvcomm": {"models", "attention.rope"},
     "models": {"attention"},
+    "integrations": {"attention"},
     "attention": set(),
     "data": set(),
     "report": set(),
@@ -122,6 +123,7 @@ def test_imports_go_in_the_right_direction(path: Path) -> None:
         ("train.loop", "import importlib\nimportlib.import_module('anchorctx.evals')"),
         ("evals.runner", "from anchorctx.train.loop import train"),
         ("attention.merge", "from anchorctx.models import load"),
+        ("integrations.collator", "from anchorctx.data.loader import RowLoader"),
         ("kvcomm.cache", "from anchorctx.attention.merge import anchor_attention"),
         ("kvcomm.cache", "from anchorctx.attention import attend"),
         ("models.load", "from anchorctx.parallel import dist"),
@@ -277,7 +279,9 @@ def test_checkers_are_content(command: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 
-@pytest.mark.parametrize("package", ["anchorctx", "anchorctx.attention", "anchorctx.kvcomm", "anchorctx.models"])
+@pytest.mark.parametrize(
+    "package", ["anchorctx", "anchorctx.attention", "anchorctx.integrations", "anchorctx.kvcomm", "anchorctx.models"]
+)
 def test_every_public_name_can_be_imported_first(package: str) -> None:
     """Each in a process of its own: in this one the modules behind the names are imported already."""
     names = importlib.import_module(package).__all__

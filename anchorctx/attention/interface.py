@@ -1,7 +1,8 @@
 """`attend` as an attention implementation of transformers: `attn_implementation="anchor"`, no file patched.
 
 A model's forward hands keyword arguments through to the attention function, so `model(ids, position_ids=...,
-layouts=layouts)` reaches `attend`. A call without `layouts` raises: a mask must never vanish silently.
+layouts=layouts)` reaches `attend`. Other trainers' batches say where documents lie by `cu_seq_lens_q`, which
+transformers' own flash attention takes too. A call with neither raises: a mask must never vanish silently.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -56,13 +58,16 @@ def _anchor_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     layouts: tuple[PackedLayout, ...] | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention contract: (B, H, T, D) in, ((B, T, Hq, D), no weights) out."""
     name = type(module).__name__
+    if layouts is not None and cu_seq_lens_q is not None:
+        raise UserError(f"{name} got layouts= and cu_seq_lens_q=, which both say where documents lie: pass one of them")
     if layouts is None:
-        raise UserError(f"{name} with attn_implementation='anchor' needs the forward argument layouts=, one a row")
+        layouts = _layouts_of(name, query, cu_seq_lens_q)
     if attention_mask is not None:
         raise UserError(f"{name} got an attention mask beside layouts: the layout is the mask, pass only layouts")
     if dropout and module.training:
@@ -73,3 +78,29 @@ def _anchor_forward(
     query, key = query.to(value.dtype), key.to(value.dtype)
     out = attend(query, key, value, layouts, scale=scaling, window=sliding_window, softcap=softcap, backend=backend)
     return out.transpose(1, 2), None
+
+
+_from_cu_seq_lens: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Boundaries as a tensor, by identity, to (its version, as integers): all layers of a forward pass hand in the same."""
+
+
+def _layouts_of(name: str, query: torch.Tensor, cu_seq_lens: torch.Tensor | None) -> tuple[PackedLayout]:
+    """The layout of a flattened batch, (1, H, T, D), whose documents have the boundaries (0, ..., T)."""
+    if cu_seq_lens is None:
+        raise UserError(
+            f"{name} with attn_implementation='anchor' needs the forward argument layouts=, one a row, or "
+            "cu_seq_lens_q= of a flattened batch: anchorctx.integrations.AnchorCollator makes such batches"
+        )
+    version = None if cu_seq_lens.is_inference() else cu_seq_lens._version  # a buffer may be filled anew
+    known = _from_cu_seq_lens.get(cu_seq_lens)
+    if known is None or known[0] != version:
+        # documents of 3, 0 and 2 tokens, [0, 3, 3, 5]: flash kernels allow an empty one, a layout has none
+        offsets = tuple(dict.fromkeys(cu_seq_lens.tolist()))
+        known = _from_cu_seq_lens[cu_seq_lens] = (version, offsets)
+    offsets, (batch, _, tokens, _) = known[1], query.shape
+    if batch != 1 or offsets[0] != 0 or offsets[-1] != tokens:
+        raise UserError(
+            f"{name} got cu_seq_lens_q from {offsets[0]} to {offsets[-1]} for {batch} rows of {tokens} tokens: "
+            "hand over one flattened row, (1, T), with boundaries from 0 to T, and without DataParallel"
+        )
+    return (PackedLayout(offsets),)

@@ -172,7 +172,7 @@ def _run(
         checkpoint_activations(model, every=every)
     if memory.mlp_tile:
         tile_mlps(model, memory.mlp_tile)
-    offload = {} if memory.offload_activations is ActivationStore.device else {"saving": Offload(store)}
+    offload: dict[str, Any] = {} if memory.offload_activations is ActivationStore.device else {"saving": Offload(store)}
     # Liger's kernel cannot run without values: our tiled loss, in tiles as large as its chunks, stands for it
     tile = _liger_tile(model, layouts, sequence) if memory.loss is LossKind.liger else memory.loss_tile
     kind = LossKind.tiled if memory.loss is LossKind.liger else memory.loss

@@ -156,8 +156,8 @@ def test_documents_are_where_the_row_has_them(row: PackedLayout) -> None:
     for document, own in zip(found, own_tokens(row), strict=True):
         assert document.length == len(own)
         assert document.positions == tuple(int(row.position_array()[start]) for start, _ in document.spans)
-        assert document.index(2).tolist() == [0, 1, *own]
-        assert document.index().tolist() == own
+        assert document.where(2).tolist() == [0, 1, *own]
+        assert document.where().tolist() == own
 
 
 @many

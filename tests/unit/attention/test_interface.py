@@ -78,6 +78,51 @@ def test_what_cannot_be_served_is_refused(kwargs: dict, message: str) -> None:
         anchor()(torch.nn.Identity(), *tensors(), None, **kwargs)
 
 
+def boundaries(*offsets: int) -> torch.Tensor:
+    return torch.tensor(offsets, dtype=torch.int32)
+
+
+def first_row() -> list[torch.Tensor]:
+    return [x[:1] for x in tensors()]
+
+
+def test_boundaries_of_a_flattened_batch_are_its_layout() -> None:
+    found, _ = anchor()(
+        torch.nn.Identity(), *first_row(), None, cu_seq_lens_q=boundaries(0, 5, 5, 9, T), max_length_q=5
+    )
+    expected, _ = anchor()(torch.nn.Identity(), *first_row(), None, layouts=(PackedLayout((0, 5, 9, T)),))
+    assert torch.equal(found, expected)
+
+
+def test_boundaries_are_read_once_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU reading them waits for it, and every layer asks."""
+    read: list[list[int]] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read.append(tolist(x)) or tolist(x))
+    where, q = boundaries(0, 5, T), first_row()
+    first, again = (anchor("anchor_reference")(torch.nn.Identity(), *q, None, cu_seq_lens_q=where) for _ in range(2))
+    assert torch.equal(first[0], again[0]) and read == [[0, 5, T]]
+    where[1] = 7
+    changed, _ = anchor("anchor_reference")(torch.nn.Identity(), *q, None, cu_seq_lens_q=where)
+    assert read == [[0, 5, T], [0, 7, T]] and not torch.equal(changed, first[0])
+    with torch.inference_mode():
+        frozen, _ = anchor("anchor_reference")(torch.nn.Identity(), *q, None, cu_seq_lens_q=boundaries(0, 7, T))
+    assert torch.equal(frozen, changed)
+
+
+@pytest.mark.parametrize("offsets", [(0, 5), (0, 5, T + 1), (3, T)])
+def test_boundaries_of_another_batch_are_refused(offsets: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=f"from {offsets[0]} to {offsets[-1]} for 1 rows of {T} tokens: hand over one"):
+        anchor()(torch.nn.Identity(), *first_row(), None, cu_seq_lens_q=boundaries(*offsets))
+
+
+def test_boundaries_of_several_rows_or_beside_layouts_are_refused() -> None:
+    with pytest.raises(UserError, match=f"for 2 rows of {T} tokens: hand over one flattened row"):
+        anchor()(torch.nn.Identity(), *tensors(), None, cu_seq_lens_q=boundaries(0, T))
+    with pytest.raises(UserError, match="got layouts= and cu_seq_lens_q=.*: pass one of them"):
+        anchor()(torch.nn.Identity(), *tensors(), None, cu_seq_lens_q=boundaries(0, T), layouts=LAYOUTS)
+
+
 def test_a_mask_beside_layouts_is_refused() -> None:
     with pytest.raises(UserError, match="attention mask beside layouts"):
         anchor()(torch.nn.Identity(), *tensors(), torch.zeros(1, 1, T, T), layouts=LAYOUTS)

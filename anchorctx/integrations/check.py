@@ -1,0 +1,38 @@
+"""Would this model's attention keep the documents of a flattened batch apart?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anchorctx.attention import BACKENDS
+from anchorctx.attention.interface import implementation
+from anchorctx.errors import UserError
+
+SEPARATED = ("full_attention", "sliding_attention")
+"""Layer types that take the boundaries; a linear layer's state or a convolution runs on over them."""
+
+
+def check_model(model: Any) -> None:
+    """Raise UserError for a model that would mix the documents of an `AnchorCollator`'s batch.
+
+    transformers' flash attention takes `cu_seq_lens_q` and `cu_seq_lens_k`, and so does `attn_implementation="anchor"`.
+    Its sdpa, eager and flex_attention do not: they begin a new document wherever positions do not go up by 1 (which is
+    behind each copy of the anchor, not in front of it), and none at all when the model also fills a KV cache.
+
+    Args:
+        model: a transformers model, also wrapped by PEFT or DistributedDataParallel.
+    """
+    config = getattr(getattr(model, "module", model), "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UserError(f"model={model!r:.60} has no configuration to check: pass the transformers model itself")
+    text = config.get_text_config()
+    name = text._attn_implementation or "eager"
+    anchors = {implementation(backend) for backend in ("auto", *BACKENDS)}
+    if "flash" not in name and name not in anchors:
+        raise UserError(
+            f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "
+            "model with 'flash_attention_2' on CUDA, or anywhere with 'anchor' after anchorctx.attention.register()"
+        )
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATED))
+    if other:
+        raise UserError(f"model type {text.model_type} has {other[0]} layers, which would mix documents: use another")
