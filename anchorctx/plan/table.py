@@ -87,7 +87,7 @@ def _pieces(planner: Planner, plan: Plan) -> list[str]:
     way = f"each shared by {shared} GPUs" if shared > 1 else "each a piece of one GPU"
     rows = {
         "pieces": f"{cost.pieces:,.1f} a step on each GPU, {each:,.0f} tokens on average, {job.micro_tokens:,} at most",
-        "computed": f"{cost.computed:,.0f} tokens, the anchor's copies included: {cost.computed / cost.tokens - 1:+.1%}",
+        "computed": f"{cost.computed:,.0f} tokens, copies included: {cost.computed / cost.tokens - 1:+.2%}",
         "longest": f"document: {longest:,} tokens with its copy",
         "long": f"{cost.long_documents:,.1f} documents a step are longer than a piece, {way}: "
         f"{cost.sequence_bytes / 1e9:,.1f} GB exchanged by each GPU",
