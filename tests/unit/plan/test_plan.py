@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 MODEL = "model.config={" + ", ".join(f"{name}: {value}" for name, value in SMALL.items()) + "}"
 GPU_RECIPES = ROOT / "recipes" / "gpu"
 RECIPES = {path.stem: 4 if path.stem == "llama2_7b_64k" else 8 for path in sorted(GPU_RECIPES.glob("*.yaml"))}
-"""And the GPUs of 80 GB that they are for."""
+"""And the GPUs of 80 GB that they are for: A100, H100 for the longest rows."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -39,11 +39,13 @@ def test_recipes_compose(name: str) -> None:
 def assert_fits_as_its_header_says(name: str, tmp_path: Path) -> None:
     """The planner says that the recipe fits, and that it needs what its header says."""
     recipe = GPU_RECIPES / f"{name}.yaml"
-    arguments = ["--recipe", str(recipe), "gpu=A100", f"gpus={RECIPES[name]}", f"out_dir={tmp_path}"]
-    assert main(["plan", *arguments]) == 0
+    gpu, length = "H100" if name.endswith("_1m") else "A100", resolve("train", [], str(recipe)).model.max_length
+    arguments = ["--recipe", str(recipe), f"gpu={gpu}", f"gpus={RECIPES[name]}", f"out_dir={tmp_path}"]
+    assert main(["plan", *arguments, f"corpus.longest={length}"]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
     assert plan["fits"] and plan["total"] < 0.9 * plan["usable"]
     header = " ".join(recipe.read_text().replace("#", " ").split())
+    assert f"gpu={gpu} gpus={RECIPES[name]} corpus.longest={length}" in header
     assert f"total: fits {plan['total'] / 2**30:.1f} " in header
     assert f"{plan['cost']['seconds']:.1f} s" in header
 
