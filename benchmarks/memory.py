@@ -32,7 +32,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from anchorctx.attention.config import RopeDtype
 from anchorctx.data.packed_set import Row, ShardWriter
-from anchorctx.layout import PackedLayout
+from anchorctx.data.pieces import Cutting, deal_pieces, piece_tokens
+from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.models.config import LossKind, MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.plan.memory import Parts, worst_moment
@@ -67,7 +68,14 @@ class Arm:
     memory: dict[str, Any] = field(default_factory=dict)
     zero_stage: int = 2
     processes: int = 1
-    """All of which share each row."""
+    """All of which share each document that is longer than a piece."""
+    micro_tokens: int | None = None
+    """Tokens of a piece; None is the whole row."""
+
+    def cutting(self, tokens: int) -> Cutting:
+        """How the main process's rows of so many tokens are cut."""
+        held = piece_tokens(self.micro_tokens, tokens, Pattern(self.pattern), self.processes)
+        return Cutting(held, world=self.processes, sequence=self.processes)
 
 
 K = 1024
@@ -75,16 +83,21 @@ ARMS = (
     Arm("full, naive", "full", (2 * K, 4 * K, 8 * K, 16 * K), {"loss": "whole"}),
     Arm("full, our switches", "full", (4 * K, 8 * K, 16 * K, 32 * K), LONG),
     Arm("anchor, our switches", "anchor", (8 * K, 16 * K, 32 * K, 64 * K, 128 * K), LONG),
+    Arm("anchor, pieces of 8,192", "anchor", (16 * K, 32 * K, 64 * K, 128 * K), LONG, micro_tokens=8 * K),
     Arm(
-        "anchor, ZeRO 3, SP 2, every 2nd layer",
+        "anchor, pieces of 2,048, ZeRO 3, SP 2, every 2nd layer",
         "anchor",
-        (4 * K, 8 * K, 16 * K, 32 * K),
+        (8 * K, 16 * K, 32 * K),
         {"checkpoint_every": 2},
         zero_stage=3,
         processes=2,
+        micro_tokens=2 * K,
     ),
 )
-QUICK = (Arm("anchor, our switches", "anchor", (1 * K, 2 * K), LONG),)
+QUICK = (
+    Arm("anchor, our switches", "anchor", (1 * K, 2 * K), LONG),
+    Arm("anchor, pieces of 1,024", "anchor", (2 * K,), LONG, micro_tokens=1 * K),
+)
 
 
 def main() -> None:
@@ -141,25 +154,38 @@ def layout(tokens: int) -> PackedLayout:
 
 def predict(arm: Arm, tokens: int, runtime: float) -> Parts:
     """What the planner says of the run."""
-    from anchorctx.layout import Pattern
-
     fields = dict(arm.memory)
     loss = LossKind(fields.pop("loss", "tiled"))
     memory = MemoryConfig(loss=loss, **fields)
     config = AutoConfig.for_model(**MODEL)
-    traced = trace(
-        config,
-        (Pattern(arm.pattern).apply(layout(tokens)),),
-        dtype=torch.float32,
-        rope_dtype=RopeDtype.float32,
-        memory=memory,
-        every=memory.checkpoint_every,
-        sequence=arm.processes,
-        cuda=False,
-    )
     weights = weights_of(meta_model(config, config.num_hidden_layers, torch.float32))
-    parallel = ParallelConfig(zero_stage=arm.zero_stage)
-    return worst_moment(weights, traced, parallel, world=arm.processes, accumulation=1, runtime=runtime, overlap=False)
+    row, cutting = Pattern(arm.pattern).apply(layout(tokens)), arm.cutting(tokens)
+    pieces = deal_pieces([row], cutting).pieces
+    found = []
+    for piece in pieces:
+        traced = trace(
+            config,
+            (piece.layout(row.anchor_len, cutting),),
+            dtype=torch.float32,
+            rope_dtype=RopeDtype.float32,
+            memory=memory,
+            every=memory.checkpoint_every,
+            sequence=arm.processes if piece.spread else 1,
+            cuda=False,
+        )
+        parallel = ParallelConfig(zero_stage=arm.zero_stage)
+        found.append(
+            worst_moment(
+                weights,
+                traced,
+                parallel,
+                world=arm.processes,
+                pieces=len(pieces),
+                runtime=runtime,
+                overlap=False,
+            )
+        )
+    return max(found, key=lambda parts: parts.total)
 
 
 def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> float:
@@ -171,10 +197,10 @@ def measure(folder: Path, arm: Arm, tokens: int, model: dict[str, Any]) -> float
     overrides += [f"pattern={arm.pattern}", "steps=2", "checkpoint.every=0", "data.verify=false"]
     overrides += [f"parallel.zero_stage={arm.zero_stage}", f"parallel.sequence_parallel={arm.processes}"]
     overrides += [f"memory.{name}={value}" for name, value in arm.memory.items()]
+    overrides += [f"micro_tokens={arm.cutting(tokens).max_tokens}"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arm.processes)]
     command = [sys.executable, *launcher, "-m", "anchorctx", "train", *overrides]
-    threads = str(max((os.cpu_count() or 1) // arm.processes, 1))
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": threads}
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | allocator)
     if done.returncode:
         raise RuntimeError(f"{arm.name} at {tokens} tokens failed: {done.stderr[-2000:]}")

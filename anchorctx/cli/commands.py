@@ -99,7 +99,7 @@ def _plan_of_recipe(arguments: Arguments) -> PlanConfig | None:
     first = {word: word.lstrip("+~").partition("=")[0].partition(".")[0] for word in arguments.overrides}
     run = resolve("train", [word for word in arguments.overrides if first[word] in of_train], arguments.recipe)
     plan = resolve("plan", [word for word in arguments.overrides if first[word] not in of_train])
-    shared = ("model", "pattern", "micro_rows", "tokens_per_step", "parallel", "memory")
+    shared = ("model", "pattern", "micro_tokens", "anchor_visible", "tokens_per_step", "parallel", "memory")
     plan = dataclasses.replace(plan, **{name: getattr(run, name) for name in shared})
     if not arguments.show:
         return plan

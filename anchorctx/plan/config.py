@@ -7,6 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from anchorctx.data.pieces import AnchorVisible
 from anchorctx.errors import UserError
 from anchorctx.flops import Machine, machine
 from anchorctx.layout import Pattern
@@ -31,6 +32,9 @@ class CorpusConfig:
     """Median tokens of a document, where neither is given."""
     sigma: NonNegativeFloat = 1.2
     """Standard deviation of the logarithm of the length."""
+    longest: Positive | None = None
+    """Tokens of the longest document: drawn ones are cut there, and memory is planned for one. null is the longest of
+    the rows that are looked at."""
     rows: Positive = 64
     """Rows to draw, or to look at in a packed set."""
     seed: Seed = 0
@@ -45,6 +49,9 @@ class Assumptions:
     """Of the dense bfloat16 peak, in matrix products."""
     attention: Rate = 0.45
     """Of the same, in attention, forward and backward."""
+    layer_ms: NonNegativeFloat = 0.8
+    """Milliseconds that a layer takes at least, forward, and again backward and where recomputed, however few its
+    tokens: the CPU issues its kernels. 24.3 ms for the 32 layers of one token on an H200 (benchmarks/gpu)."""
     link: Rate = 0.70
     """Of a link's rate, in large exchanges."""
     overlap: Share = 0.80
@@ -69,10 +76,12 @@ class PlanConfig:
     """Tokens of a row; null takes model.max_length, else the packed set's."""
     pattern: Pattern = Pattern.anchor
     """What a token may see: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
-    micro_rows: Positive = 1
-    """Rows that a process (or the processes that share them) runs at once."""
+    micro_tokens: Positive | None = None
+    """Tokens that a process runs at once, copies of the anchor included; null is a row and a sixteenth."""
+    anchor_visible: AnchorVisible = AnchorVisible.window
+    """In models with sliding windows: window or always, whose merge is counted in memory, not in time."""
     tokens_per_step: Positive | None = None
-    """Batch size in tokens; null is one row for each group of processes."""
+    """Batch size in tokens, a multiple of the row length; null is a row for each GPU."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """ZeRO stage, sequence parallelism, offloading, activation checkpointing."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -88,7 +97,7 @@ class PlanConfig:
     assume: Assumptions = field(default_factory=Assumptions)
     """Rates and overheads."""
     search: bool = False
-    """Look for the cheapest configuration that fits, instead of planning the given one."""
+    """Look for the fastest configuration that fits, `micro_tokens` included, instead of planning the given one."""
     simulate: bool = False
     """Also scale to 1,024 GPUs on paper, and draw it; needs out_dir."""
     out_dir: str | None = None

@@ -9,7 +9,8 @@ States follow ZeRO (arXiv 1910.02054, section 3): with P weights, N processes an
 
 plus what DeepSpeed 0.19 needs to move them (its code read, and measured on a CPU: docs/scaling.md): buckets, gathered
 parameters, and at the update a float32 copy of the gradients and AdamW's temporary. Gradients of ZeRO 2 exist twice
-while micro-batches accumulate. Activations come from `plan.trace`.
+while pieces accumulate. Activations come from `plan.trace`: of the pass that holds most, a piece of `micro_tokens` or
+the longest document; a row is never held whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from anchorctx.plan.trace import Traced
 
 MASTER, MOMENTS, SUMMED = 4, 8, 4
 """Bytes for each weight: DeepSpeed's float32 copy (also of float32 weights), Adam's two moments, and the sum of the
-micro-batches' gradients at ZeRO 2 and 3 (`train.engine` asks for float32)."""
+pieces' gradients at ZeRO 2 and 3 (`train.engine` asks for float32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Parts:
     parameters: float
     """Weights that stay on the device."""
     gradients: float
-    """Held between micro-batches, or being reduced."""
+    """Held between pieces, or being reduced."""
     optimizer: float
     """The float32 copy, the moments, and during the update its temporaries."""
     gathered: float
@@ -74,21 +75,21 @@ def worst_moment(
     parallel: ParallelConfig,
     *,
     world: int,
-    accumulation: int,
+    pieces: int,
     runtime: float,
     overlap: bool,
 ) -> Parts:
     """The parts at the moment of a step that holds most.
 
     Args:
-        weights, traced: the model, and one micro-batch of it.
+        weights, traced: the model, and one pass of it.
         parallel: ZeRO stage and offloads.
         world: processes.
-        accumulation: micro-batches of a step.
+        pieces: passes of a process in a step.
         runtime: bytes that are there before any tensor.
         overlap: communication overlaps with computation (CUDA), which takes a second bucket.
     """
-    states, held = _states(weights, parallel, world), _gradients(weights, parallel, world, accumulation)
+    states, held = _states(weights, parallel, world), _gradients(weights, parallel, world, pieces)
     bucket = min(weights.count, BUCKET) * weights.element * (2 if overlap else 1)
     spread = parallel.zero_stage == 3
     # of what ZeRO 3 has gathered, DeepSpeed keeps `LIVE` weights for the next use, and gathers one more module
@@ -145,23 +146,23 @@ def _states(weights: Weights, parallel: ParallelConfig, world: int) -> _States:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Bytes of gradients held in the last micro-batch: before its backward pass, at most during it, and after it."""
+    """Bytes of gradients held in the last pass: before its backward pass, at most during it, and after it."""
 
     before: float
     most: float
     after: float
 
 
-def _gradients(weights: Weights, parallel: ParallelConfig, world: int, accumulation: int) -> _Held:
+def _gradients(weights: Weights, parallel: ParallelConfig, world: int, pieces: int) -> _Held:
     whole, share = weights.element * weights.count, SUMMED * weights.count / world
-    several = accumulation > 1
+    several = pieces > 1
     # offloaded, gradients leave for the CPU as they come (the buckets they pass through are in `gathered`)
     if parallel.offload_optimizer and parallel.zero_stage > 1:
         return _Held(0.0, 0.0, 0.0)
-    # stage 1 adds all gradients up on every process, and keeps its share when the last micro-batch is reduced
+    # stage 1 adds all gradients up on every process, and keeps its share when the last piece is reduced
     if parallel.zero_stage == 1:
         return _Held(whole if several else 0.0, whole, whole / world)
-    # stage 2 reduces every micro-batch: its share exists twice while one is added to the sum of those before
+    # stage 2 reduces every piece: its share exists twice while one is added to the sum of those before
     if parallel.zero_stage == 2:
         return _Held(share if several else 0.0, share * (2 if several else 1), share)
     return _Held(share, share, share)

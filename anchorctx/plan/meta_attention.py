@@ -1,8 +1,9 @@
 """Attention for a model on the meta device, whose tensors have shapes and no values; also Ulysses' exchanges around it.
 
-Nothing is computed, but as much is allocated as by the real code: `attention.merge` runs as it is, on a kernel that
-makes outputs of the right shape, and FlashAttention-2's temporaries of the backward pass (its mha_varlen_bwd: a float32
-dq, the softmax's row sums, and the keys' and values' gradients for every query head).
+Nothing is computed, but as much is allocated as by the real code: `attention.merge` runs as it is (with nothing to
+merge where documents carry copies of the anchor), on a kernel that makes outputs of the right shape, and
+FlashAttention-2's temporaries of the backward pass (its mha_varlen_bwd: a float32 dq, the softmax's row sums, and the
+keys' and values' gradients for every query head).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plans one configuration: does it fit into the GPUs, and how long does a step take?
 
-The three questions are answered by `plan.trace` (activations), `plan.memory` (states by ZeRO stage, the worst moment)
-and `plan.compute` (operations, bytes sent, seconds)."""
+`plan.passes` cuts typical rows into the pieces of each GPU. `plan.trace` then counts activations, `plan.memory` states
+by ZeRO stage and the worst moment, `plan.compute` operations, bytes sent and seconds."""
 
 from __future__ import annotations
 
@@ -12,19 +12,45 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from anchorctx.data.pieces import AnchorVisible, Cutting, deal_pieces, piece_tokens
 from anchorctx.errors import UserError
 from anchorctx.flops import GIB
-from anchorctx.layout import PackedLayout
+from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.models.config import ActivationStore, MemoryConfig
 from anchorctx.models.presets import planned_config
 from anchorctx.parallel import ulysses
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.mesh import check_mesh
-from anchorctx.plan.compute import Cost, Job, Shape, cost
+from anchorctx.plan.compute import Cost, Job, Rows, Shape, attention_of, cost
 from anchorctx.plan.config import PlanConfig
 from anchorctx.plan.memory import Parts, Weights, worst_moment
+from anchorctx.plan.passes import Dealt, Documents, deal_steps
 from anchorctx.plan.rows import typical_rows
 from anchorctx.plan.trace import Traced, meta_model, trace
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A pass that may hold most."""
+
+    tokens: int
+    """Of the piece or the document, copies of the anchor included."""
+    processes: int
+    """That share them."""
+    document: bool
+    """Is it the longest document, which fits no piece?"""
+
+    @property
+    def each(self) -> int:
+        """Tokens that a process holds."""
+        return -(-self.tokens // self.processes)
+
+    def __str__(self) -> str:
+        """In words."""
+        if not self.document:
+            return f"a piece of {self.tokens:,} tokens"
+        shared = f", {self.each:,} on each of {self.processes} GPUs" if self.processes > 1 else " on one GPU"
+        return f"the longest document, {self.tokens:,} tokens{shared}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +63,10 @@ class Plan:
     """Recomputation, tiles, offloading of activations."""
     job: Job
     """How the step is spread over the GPUs."""
+    held: Held
+    """The pass that holds most."""
     parts: Parts
-    """Bytes of one GPU at the worst moment."""
+    """Bytes of one GPU at the worst moment of that pass."""
     cost: Cost
     """Operations, bytes sent and seconds of a step."""
     usable: float
@@ -61,57 +89,86 @@ class Planner:
         config.validate()
         self.config = config
         self.hf_config = planned_config(config.model)
-        rows = typical_rows(config.corpus, self._row_length())
-        self.rows = tuple(config.pattern.apply(row) for row in rows)
+        anchored = typical_rows(config.corpus, self._row_length())
+        rows = tuple(config.pattern.apply(row) for row in anchored)
+        self.row_length = rows[0].length
+        shared = config.anchor_visible is AnchorVisible.always
+        self.documents = Documents.of(rows, shared, self._longest(anchored[0].anchor_len))
+        if config.micro_tokens is not None:  # the training's own check, on a row of two tokens and the anchor
+            anchor = anchored[0].anchor_len
+            smallest = config.pattern.apply(PackedLayout((0, anchor, anchor + 2), anchor))
+            deal_pieces([smallest], Cutting(config.micro_tokens))
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
         text = self.hf_config.get_text_config()
         model = meta_model(self.hf_config, text.num_hidden_layers, self.dtype)
         self.weights, self.shape = weights_of(model), Shape.of(model)
-        self._trace = functools.cache(self._traced)
+        self.rows = Rows.of(rows, self.shape.flops)
+        self._trace, self._deal = functools.cache(self._traced), functools.cache(self._dealt)
 
-    @property
-    def row_length(self) -> int:
-        """Tokens of a row."""
-        return self.rows[0].length
+    def plan(self, parallel: ParallelConfig, memory: MemoryConfig, micro_tokens: int | None = None) -> Plan:
+        """Plan one configuration, with the configured `micro_tokens` unless others are given.
 
-    def plan(self, parallel: ParallelConfig, memory: MemoryConfig) -> Plan:
-        """Plan one configuration; UserError when it cannot exist on this many GPUs."""
+        UserError when it cannot exist on this many GPUs.
+        """
         parallel.validate()
         memory.validate()
-        job = self.job(parallel, memory)
-        config, assume = self.config, self.config.assume
-        parts = worst_moment(
+        job = self.job(parallel, memory, micro_tokens)
+        found = [(held, self.parts(job, memory, held)) for held in self.held(job)]
+        held, parts = max(found, key=lambda pair: pair[1].total)
+        return Plan(parallel, memory, job, held, parts, self.cost(job), self.config.usable)
+
+    def parts(self, job: Job, memory: MemoryConfig, held: Held) -> Parts:
+        """Bytes of one GPU at the worst moment of a pass that holds these tokens."""
+        return worst_moment(
             self.weights,
-            self.traced(parallel, memory),
-            parallel,
-            world=config.gpus,
-            accumulation=job.accumulation,
-            runtime=assume.runtime_gib * GIB,
+            self.traced(memory, held),
+            job.parallel,
+            world=job.gpus,
+            pieces=max(self.dealt(job).pieces),
+            runtime=self.config.assume.runtime_gib * GIB,
             overlap=True,
         )
-        return Plan(parallel, memory, job, parts, self.cost(job), config.usable)
 
-    def job(self, parallel: ParallelConfig, memory: MemoryConfig, gpus: int | None = None) -> Job:
+    def held(self, job: Job) -> list[Held]:
+        """The passes that may hold most: a full piece, and the longest document where it fits none."""
+        # pieces of 8,192 and a document of 40,000 that 4 GPUs share: 8,192 tokens, or 10,000 of the document
+        longest, most, sequence = self.documents.longest, self.dealt(job).most, job.parallel.sequence_parallel
+        long = longest > job.micro_tokens - self.documents.shared
+        found = [Held(longest + self.documents.shared, sequence, document=True)] if long else []
+        if most and (not long or sequence > 1):
+            found.append(Held(min(job.micro_tokens, most + self.documents.shared), 1, document=False))
+        return found or [Held(1, 1, document=False)]
+
+    def whole_row(self, job: Job) -> Held | None:
+        """A document as long as a row, None where the longest is no shorter or would be a piece like others."""
+        tokens = self.row_length
+        if tokens <= max(self.documents.longest + self.documents.shared, job.micro_tokens):
+            return None
+        return Held(tokens, job.parallel.sequence_parallel, document=True)
+
+    def job(self, parallel: ParallelConfig, memory: MemoryConfig, micro_tokens: int | None = None) -> Job:
         """How the step is spread; UserError for a mesh or batch that does not multiply out."""
-        gpus = gpus or self.config.gpus
-        check_mesh(gpus, parallel.sequence_parallel)
-        ulysses.check_sizes(self.hf_config, parallel.sequence_parallel, gpus)
-        groups = gpus // parallel.sequence_parallel
-        # 8 GPUs of which 4 share a row, micro_rows=1: 2 groups, so a step is a multiple of 2 rows
-        rows = self._rows_per_step(groups * self.config.micro_rows)
-        return Job(gpus, rows, self.config.micro_rows, parallel, memory.checkpoint_every, bool(memory.mlp_tile))
+        config, sequence = self.config, parallel.sequence_parallel
+        check_mesh(config.gpus, sequence)
+        ulysses.check_sizes(self.hf_config, sequence, config.gpus)
+        tokens = piece_tokens(micro_tokens or config.micro_tokens, self.row_length, config.pattern, sequence)
+        every = memory.checkpoint_every
+        return Job(config.gpus, self._rows_per_step(), tokens, parallel, every, bool(memory.mlp_tile))
 
-    def cost(self, job: Job) -> Cost:
-        """Operations, communication and time of a step."""
-        return cost(self.shape, self.rows, job, self.config.machine, self.config.assume)
+    def dealt(self, job: Job) -> Dealt:
+        """Typical steps, dealt out to the GPUs; of equal jobs only once."""
+        return self._deal(job.rows, job.micro_tokens, job.gpus, job.parallel.sequence_parallel)
 
-    def inputs(self, parallel: ParallelConfig) -> float:
-        """Bytes of the inputs of all layers, (B, T, D) each, of one micro-batch in one process."""
+    def cost(self, job: Job, dealt: Dealt | None = None) -> Cost:
+        """Operations, communication and time of a step, with the same passes as in `dealt` if given."""
+        return cost(self.shape, self.rows, dealt or self.dealt(job), job, self.config.machine, self.config.assume)
+
+    def inputs(self, tokens: float) -> float:
+        """Bytes of the inputs of all layers for so many tokens."""
         text = self.hf_config.get_text_config()
-        tokens = self.config.micro_rows * self.row_length / parallel.sequence_parallel
         return text.num_hidden_layers * tokens * text.hidden_size * self.dtype.itemsize
 
-    def least(self, parallel: ParallelConfig, memory: MemoryConfig) -> float:
+    def least(self, job: Job, memory: MemoryConfig) -> float:
         """Bytes that a configuration needs at least, without tracing it: its states and the layers' inputs.
 
         A layer that is not recomputed keeps eight times as much as its input (q, k, v, o, two norms, the MLP's).
@@ -119,33 +176,46 @@ class Planner:
         # checkpoint_every=2: half of the layers keep their input alone, the other half eight times as much
         again = 1 / memory.checkpoint_every if memory.checkpoint_every else 0.0
         held = again if memory.offload_activations is ActivationStore.device else 0.0
-        kept = self.inputs(parallel) * (held + (1 - again) * 8)
+        kept = self.inputs(max(found.each for found in self.held(job))) * (held + (1 - again) * 8)
         nothing = Traced(kept, 0.0, kept, kept, kept)
         runtime = self.config.assume.runtime_gib * GIB
         return worst_moment(
-            self.weights, nothing, parallel, world=self.config.gpus, accumulation=1, runtime=runtime, overlap=True
+            self.weights, nothing, job.parallel, world=job.gpus, pieces=1, runtime=runtime, overlap=True
         ).total
 
-    def traced(self, parallel: ParallelConfig, memory: MemoryConfig) -> Traced:
-        """The trace of one micro-batch; of equal settings only once."""
+    def traced(self, memory: MemoryConfig, held: Held) -> Traced:
+        """The trace of one pass; of equal settings only once."""
         # a dataclass with a default `eq` cannot be a key of the cache, its fields can
         fields = {name: getattr(memory, name) for name in memory.__dataclass_fields__ if name != "sharded_loading"}
-        return self._trace(memory.checkpoint_every, parallel.sequence_parallel, tuple(fields.items()))
+        return self._trace(held.tokens, held.processes, tuple(fields.items()))
 
-    def _traced(self, every: int, sequence: int, fields: tuple[tuple[str, object], ...]) -> Traced:
-        config = self.config
-        # activations depend on a row's length and hardly on its documents, so that one row stands for all
-        layouts: tuple[PackedLayout, ...] = (self.rows[0],) * config.micro_rows
+    def _traced(self, tokens: int, processes: int, fields: tuple[tuple[str, object], ...]) -> Traced:
+        # activations of a GPU's kernels depend on the tokens and not on where documents begin
+        shared = self.documents.shared
+        offsets = (0, shared, tokens) if 0 < shared < tokens else (0, tokens)
+        memory = dataclasses.replace(MemoryConfig(), **dict(fields))  # type: ignore[arg-type]
         return trace(
             self.hf_config,
-            layouts,
+            (PackedLayout(offsets, shared if len(offsets) > 2 else 0),),
             dtype=self.dtype,
-            rope_dtype=config.model.rope_dtype,
-            memory=dataclasses.replace(MemoryConfig(), **dict(fields)),  # type: ignore[arg-type]
-            every=every,
-            sequence=sequence,
+            rope_dtype=self.config.model.rope_dtype,
+            memory=memory,
+            every=memory.checkpoint_every,
+            sequence=processes,
             cuda=True,
         )
+
+    def _dealt(self, rows: int, micro_tokens: int, gpus: int, sequence: int) -> Dealt:
+        flops = self.shape.flops
+        attention = functools.partial(attention_of, flops)
+        spread = {"rows": rows, "micro_tokens": micro_tokens, "gpus": gpus, "sequence": sequence}
+        return deal_steps(self.documents, attention, flops.token_cost, **spread)
+
+    def _longest(self, anchor: int) -> int:
+        """Tokens of the longest document that there may be, 0 where the rows' own count."""
+        if self.config.pattern is Pattern.full or self.config.corpus.longest is None:
+            return 0
+        return min(self.config.corpus.longest, self.row_length - anchor)
 
     def _row_length(self) -> int | None:
         """The configured length; None leaves it to the packed set."""
@@ -153,18 +223,26 @@ class Planner:
             return self.config.row_length
         return None if self.config.corpus.packed is not None else self.config.model.max_length
 
-    def _rows_per_step(self, unit: int) -> int:
-        """Rows of a step, a multiple of `unit`, the rows that all GPUs run at once."""
-        tokens = self.config.tokens_per_step
+    def _rows_per_step(self) -> int:
+        """Rows of a step, as `TrainConfig.rows_per_step` has it."""
+        tokens, length = self.config.tokens_per_step, self.row_length
         if tokens is None:
-            return unit
-        if tokens % (unit * self.row_length):
-            near = max(round(tokens / (unit * self.row_length)), 1) * unit * self.row_length
-            raise UserError(
-                f"tokens_per_step={tokens} must be a multiple of {unit * self.row_length} (row length "
-                f"{self.row_length} x {unit} rows at once on {self.config.gpus} GPUs): use {near}"
-            )
-        return tokens // self.row_length
+            return self.config.gpus
+        if tokens % length:
+            near = max(round(tokens / length), 1) * length
+            raise UserError(f"tokens_per_step={tokens} must be a multiple of the row length, {length}: use {near}")
+        return tokens // length
+
+
+def shorter(plan: Plan) -> str:
+    """How to make the pass that holds most smaller, with the tokens that would fit, in steps of 1,024."""
+    # activations and temporaries grow with the tokens, states do not
+    parts, held = plan.parts, plan.held
+    growing = parts.activations + parts.working + parts.logits
+    tokens = int(held.tokens * max(plan.usable - parts.total + growing, 0.0) / growing) // 1024 * 1024
+    if not held.document:
+        return f"micro_tokens={tokens}"
+    return f"documents of at most {tokens:,} tokens (anchorctx prepare cuts those longer than its row_length)"
 
 
 def weights_of(model: PreTrainedModel) -> Weights:

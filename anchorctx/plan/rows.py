@@ -46,11 +46,9 @@ def _documents(corpus: CorpusConfig) -> Iterator[int]:
     rng = np.random.default_rng(corpus.seed)
     listed = None if corpus.lengths is None else _listed(Path(corpus.lengths))
     while True:
-        if listed is None:
-            # the logarithm of a log-normal variable is normal, with mean log(median)
-            yield max(int(rng.lognormal(np.log(corpus.median), corpus.sigma)), 1)
-        else:
-            yield int(rng.choice(listed))
+        # the logarithm of a log-normal variable is normal, with mean log(median)
+        drawn = rng.lognormal(np.log(corpus.median), corpus.sigma) if listed is None else rng.choice(listed)
+        yield max(min(int(drawn), corpus.longest or int(drawn)), 1)
 
 
 def _listed(path: Path) -> np.ndarray:

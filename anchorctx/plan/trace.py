@@ -1,4 +1,4 @@
-"""Bytes that a forward and backward pass of one micro-batch holds, counted on a model without values.
+"""Bytes that a forward and backward pass over one piece holds, counted on a model without values.
 
 Formulas for activations would be needed for every architecture, and would go out of date. Instead the real model, loss
 and memory switches run on torch's meta device, where tensors have shapes and no data, and every storage is counted from
@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """Bytes of one micro-batch in one process."""
+    """Bytes of one pass in one process."""
 
     kept: float
     """What the model keeps for the backward pass when its forward pass is done."""
@@ -111,15 +111,15 @@ def trace(
     sequence: int,
     cuda: bool,
 ) -> Traced:
-    """Trace a micro-batch of rows with these layouts.
+    """Trace a pass over these layouts: a piece, or a long document that processes share.
 
     Args:
         config: the model's transformers configuration.
-        layouts: one for each row, of whole rows, all of the same length.
+        layouts: one for each row of the batch, all of the same length.
         dtype, rope_dtype: as `ModelConfig` has them.
         memory: the switches.
         every: every n-th layer is recomputed, 0 none.
-        sequence: processes that share each row.
+        sequence: processes that share the tokens, 1 for a piece.
         cuda: allocate as the kernels of a GPU do, else as those of a CPU.
     """
     layouts = tuple(padded(layout, sequence) for layout in layouts)
@@ -166,7 +166,7 @@ def meta_model(
 def _run(
     model: PreTrainedModel, layouts: tuple[PackedLayout, ...], memory: MemoryConfig, every: int, sequence: int
 ) -> Traced:
-    """Apply the memory switches as `train` does, and run one micro-batch."""
+    """Apply the memory switches as `train` does, and run one pass."""
     store = _CountingStore()
     if every:
         checkpoint_activations(model, every=every)

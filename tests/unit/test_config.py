@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from anchorctx.config import MOVED, SCHEMAS, conf_dir, resolve, schema
@@ -19,12 +20,13 @@ from anchorctx.train.engine import deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 GPU_RECIPES = sorted(ROOT.glob("recipes/gpu/*.yaml"))
-PAPER_THETA = {65_536: 5e6, 131_072: 1e7}
+THETA = {65_536: 5e6, 131_072: 1e7, 524_288: 1e8, 1_048_576: 1e9}
+"""The paper's, which ends at 128K; ours beyond."""
 
 
 def test_the_gpu_recipes_are_there() -> None:
     models = {"llama2_7b_64k", "llama3_8b_64k", "llama3_8b_128k", "llama3_8b_512k", "mistral_7b_64k"}
-    assert {path.stem for path in GPU_RECIPES} == models | {"qwen2.5_1.5b_64k"}
+    assert {path.stem for path in GPU_RECIPES} == models | {"qwen2.5_1.5b_64k", "llama3_8b_1m"}
 
 
 def test_the_quickstarts_recipes_agree_with_each_other() -> None:
@@ -44,10 +46,9 @@ RUN = ROOT / "recipes" / "quickstart" / "recipe_train.yaml"
 def test_recipes_compose(recipe: Path, processes: int) -> None:
     train = resolve("train", [], str(recipe))
     train.validate()
-    assert train.rows_per_step(train.model.max_length, processes) >= processes
-    config = deepspeed_config(
-        train.parallel, train.optim, dtype=None, micro_rows=1, accumulation=1, world=processes, cuda=True
-    )
+    length = train.model.max_length
+    assert train.rows_per_step(length) >= processes and train.piece_tokens(length) > 2
+    config = deepspeed_config(train.parallel, train.optim, dtype=torch.bfloat16, world=processes, cuda=True)
     assert "auto" not in str(config)
 
 
@@ -88,7 +89,7 @@ def test_gpu_recipes_have_the_papers_settings(recipe: Path) -> None:
     optim, length = config.optim, config.model.max_length
     assert (optim.lr, optim.weight_decay, optim.betas, config.steps) == (2e-5, 0.1, [0.9, 0.95], 2000)
     assert config.tokens_per_step == 8 * length
-    assert config.model.rope.theta == PAPER_THETA.get(length, 1e8)  # ours beyond 128K, where the paper ends
+    assert config.model.rope.theta == THETA[length]
     assert config.pattern is Pattern.anchor
     assert optim.schedule is Schedule.constant
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from anchorctx.models import ModelConfig, ModelDtype
-from anchorctx.plan.config import CorpusConfig, PlanConfig
+from anchorctx.plan.config import Assumptions, CorpusConfig, PlanConfig
 from anchorctx.plan.planner import Planner
 
 SMALL = {
@@ -20,6 +20,7 @@ SMALL = {
 
 
 def planner(**fields: Any) -> Planner:
-    """Of rows of 4,096 tokens on 8 GPUs."""
-    model = ModelConfig(config=SMALL, dtype=ModelDtype.bfloat16)
-    return Planner(PlanConfig(**{"model": model, "row_length": 4096, "corpus": CorpusConfig(rows=4)} | fields))
+    """Of rows of 4,096 tokens on 8 GPUs, on which so small a model's layers take as long as their operations."""
+    given = {"model": ModelConfig(config=SMALL, dtype=ModelDtype.bfloat16), "row_length": 4096}
+    given |= {"corpus": CorpusConfig(rows=4), "assume": Assumptions(layer_ms=0.0)}
+    return Planner(PlanConfig(**given | fields))

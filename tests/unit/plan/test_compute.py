@@ -17,6 +17,7 @@ from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.ulysses import bytes_sent
 from anchorctx.plan.planner import weights_of
+from anchorctx.plan.rows import typical_rows
 from anchorctx.plan.search import simulate
 from anchorctx.plan.trace import meta_model
 from anchorctx.testing.tiny import ARCHITECTURES
@@ -48,13 +49,14 @@ def test_weights_and_operations_are_those_of_the_real_model(name: str) -> None:
 
 def test_the_saved_share_is_that_of_the_sums_of_squares() -> None:
     found = planner(tokens_per_step=8 * 4096)
+    rows = typical_rows(found.config.corpus, 4096)
     plan = found.plan(ParallelConfig(zero_stage=3), LONG)
     pairs = 0
-    for row in found.rows:
+    for row in rows:
         lengths = [b - a for a, b in pairwise(row.doc_offsets[1:])]
         pairs += 1 + sum(n * (n + 1) // 2 + n for n in lengths)  # the anchor sees itself, and all see it
-    assert plan.cost.saved == pytest.approx(1 - pairs / (len(found.rows) * 4096 * 4097 / 2), rel=1e-12)
-    assert plan.cost.attention == pytest.approx(found.shape.flops.per_pair * 4 * pairs / len(found.rows) * 8)
+    assert plan.cost.saved == pytest.approx(1 - pairs / (len(rows) * 4096 * 4097 / 2), rel=1e-12)
+    assert plan.cost.attention == pytest.approx(found.shape.flops.per_pair * 4 * pairs / len(rows) * 8)
     full = planner(pattern=Pattern.full).plan(ParallelConfig(zero_stage=3), LONG)
     assert full.cost.saved == 0 and full.cost.linear == plan.cost.linear
 
@@ -69,46 +71,50 @@ def test_a_layers_recomputation_costs_a_third_of_it_and_no_operations() -> None:
 
 
 def test_bytes_sent_in_a_step() -> None:
-    found = planner(tokens_per_step=4 * 4096)
+    """A full row is one document, which is shared where it fits no piece; ZeRO communicates in every pass."""
+    found = planner(tokens_per_step=4 * 4096, pattern=Pattern.full)
     plans = {
-        (stage, sequence): found.plan(ParallelConfig(zero_stage=stage, sequence_parallel=sequence), LONG)
+        (stage, sequence): found.plan(ParallelConfig(zero_stage=stage, sequence_parallel=sequence), LONG, 1024)
         for stage, sequence in ((1, 4), (2, 4), (3, 4), (3, 8))
     }
-    assert [plan.job.accumulation for plan in plans.values()] == [2, 2, 2, 4]
+    assert [plan.cost.pieces for plan in plans.values()] == [2, 2, 2, 4]
     once = 2 * found.weights.count * 7 // 8
     assert [plan.cost.zero_bytes for plan in plans.values()] == pytest.approx([2 * once, 3 * once, 6 * once, 12 * once])
     shape = {"tokens": 4096, "heads": 8, "kv_heads": 2, "head_dim": 8, "element": 2}
     for (_, sequence), plan in plans.items():  # forward, recomputed, backward
-        assert plan.cost.sequence_bytes == 3 * 4 * plan.job.accumulation * bytes_sent(**shape, sequence=sequence)
+        assert plan.cost.sequence_bytes == 3 * 4 * plan.cost.pieces * bytes_sent(**shape, sequence=sequence)
 
 
-def test_scaling_on_paper() -> None:
+@pytest.mark.parametrize("micro_tokens", [None, 1024])
+def test_scaling_on_paper(micro_tokens: int | None) -> None:
     found = planner()
-    points = simulate(found, found.plan(ParallelConfig(zero_stage=3), LONG))
+    points = simulate(found, found.plan(ParallelConfig(zero_stage=3), LONG, micro_tokens))
     assert {point["sequence"] for point in points} == {1, 2, 4, 8}
     assert max(point["gpus"] for point in points) == 1024
     one = points[0]
     assert (one["gpus"], one["efficiency"], one["zero_bytes"], one["sequence_bytes"]) == (1, 1.0, 0.0, 0.0)
     for point in points:
         assert point["gpus"] == point["sequence"] * point["data"]
-        assert 0 < point["efficiency"] <= 1 and (point["sequence_bytes"] > 0) == (point["sequence"] > 1)
+        # nothing is exchanged where a row is a piece; of 1,024 tokens there are longer documents
+        assert (point["sequence_bytes"] > 0) == (point["sequence"] > 1 and micro_tokens is not None)
         per_gpu = point["tokens_per_second"] / point["gpus"]
-        ideal = 4096 / point["sequence"] / point["compute_seconds"]
-        assert per_gpu == pytest.approx(point["efficiency"] * ideal)
-        assert point["zero_bytes"] == pytest.approx(6 * found.weights.count * (1 - 1 / point["gpus"]))
+        assert 0 < point["efficiency"] <= 1
+        assert per_gpu == pytest.approx(point["efficiency"] * 4096 / point["compute_seconds"])
+        if micro_tokens is None:
+            assert point["zero_bytes"] == pytest.approx(6 * found.weights.count * (1 - 1 / point["gpus"]))
 
 
 def test_slower_links_make_slower_steps() -> None:
     fast = planner()
     slow = planner(assume=replace(fast.config.assume, gpus_per_machine=4, network_gb=1.0))
     parallel = ParallelConfig(zero_stage=3, sequence_parallel=8)
-    assert slow.plan(parallel, LONG).cost.seconds > 2 * fast.plan(parallel, LONG).cost.seconds
+    assert slow.plan(parallel, LONG, 512).cost.seconds > 2 * fast.plan(parallel, LONG, 512).cost.seconds
 
 
 def test_layouts_of_all_rows_count() -> None:
     """Attention's operations are the mean over the corpus' rows, not those of one."""
     found = planner()
-    each = [found.shape.flops.attention(row) for row in found.rows]
+    each = [found.shape.flops.attention(row) for row in typical_rows(found.config.corpus, 4096)]
     plan = found.plan(ParallelConfig(zero_stage=3), LONG)
     assert np.ptp(each) > 0
     assert plan.cost.attention == pytest.approx(np.mean(each) * plan.job.rows)

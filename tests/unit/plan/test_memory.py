@@ -121,7 +121,7 @@ def test_states_by_stage(stage: int, parameters: float, gradients: float, optimi
     """Bytes a weight on 8 GPUs, in the backward pass: ZeRO's table (1910.02054, figure 1), gradients in float32."""
     passing = Traced(0.0, 0.0, 0.0, 0.0, 1e9)  # so that the backward pass is the worst moment
     parts = worst_moment(
-        WEIGHTS, passing, ParallelConfig(zero_stage=stage), world=8, accumulation=1, runtime=5.0, overlap=True
+        WEIGHTS, passing, ParallelConfig(zero_stage=stage), world=8, pieces=1, runtime=5.0, overlap=True
     )
     assert parts.moment == "backward" and parts.runtime == 5.0
     assert parts.parameters == parameters * 1e6 / (8 if stage == 3 else 1)
@@ -129,15 +129,15 @@ def test_states_by_stage(stage: int, parameters: float, gradients: float, optimi
     assert parts.optimizer == optimizer * 1e6 / 8
 
 
-def test_micro_batches_hold_gradients_between_them() -> None:
-    def at(stage: int, accumulation: int) -> float:
+def test_pieces_hold_gradients_between_them() -> None:
+    def at(stage: int, pieces: int) -> float:
         passing = Traced(0.0, 0.0, 1e9, 0.0, 0.0)
         return worst_moment(
             WEIGHTS,
             passing,
             ParallelConfig(zero_stage=stage),
             world=8,
-            accumulation=accumulation,
+            pieces=pieces,
             runtime=0.0,
             overlap=True,
         ).gradients
@@ -148,7 +148,7 @@ def test_micro_batches_hold_gradients_between_them() -> None:
 
 def test_offloaded_states_are_in_cpu_memory() -> None:
     parallel = ParallelConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
-    parts = worst_moment(WEIGHTS, NOTHING, parallel, world=8, accumulation=1, runtime=0.0, overlap=True)
+    parts = worst_moment(WEIGHTS, NOTHING, parallel, world=8, pieces=1, runtime=0.0, overlap=True)
     assert parts.parameters == parts.optimizer == parts.gradients == 0
     assert parts.host == (12 + 4 + SUMMED + 2) * 1e6 / 8
 
