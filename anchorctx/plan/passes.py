@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anchorctx.data.order import deal
 from anchorctx.layout import PackedLayout
-from anchorctx.pieces import cut, document_costs
+from anchorctx.pieces import deal, document_costs
 
 STEPS = 4
 """Steps that are dealt out, at most; their mean is planned."""
@@ -121,8 +120,9 @@ def _dealt(
     *,
     spread: bool,
 ) -> Passes:
-    costs = document_costs(tokens, token_cost)
-    pieces = cut(tokens, costs, room, groups)
-    shares = deal(np.array([costs[piece].sum() for piece in pieces]), groups).T  # (M, G)
-    whole, scores = (np.array([values[piece].sum() for piece in pieces]) for values in (tokens, attention(tokens)))
-    return Passes(whole[shares], scores[shares], spread)
+    shares = deal(tokens, document_costs(tokens, token_cost), room, groups)
+    whole, scores = (
+        np.array([[values[piece].sum() for piece in pieces] for pieces in shares]).T  # (M, G)
+        for values in (tokens, attention(tokens))
+    )
+    return Passes(whole, scores, spread)
