@@ -50,7 +50,7 @@ class _DocumentAttention(torch.autograd.Function):
             o = empty_heads_last(q)
             lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
             for tile in tiles:
-                parts = kernel.forward(*(tile.view(x) for x in (q, k, v)), tile, score)
+                parts = kernel.forward(tile.view(q), tile.view(k), tile.view(v), tile, score)
                 for whole, part in zip((o, lse), parts, strict=True):
                     tile.view(whole).copy_(part)
         ctx.save_for_backward(q, k, v, o, lse)

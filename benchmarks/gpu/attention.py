@@ -76,7 +76,7 @@ def measured(kind: str, tokens: int, heads: tuple[int, int, int], rounds: int) -
         "full": both(full_attention, q, k, v, do),
     }
     anchored = attend(q, k, v, (row,), backend="torch_varlen")
-    private = attend(*copied[:3], (with_copies,), backend="torch_varlen")
+    private = attend(copied[0], copied[1], copied[2], (with_copies,), backend="torch_varlen")
     times = in_turns(variants, rounds)
     ratios = {
         name: statistics.median(t / f for t, f in zip(times[name], times["kernel"], strict=True)) for name in times

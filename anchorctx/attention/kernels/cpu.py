@@ -48,7 +48,7 @@ class CpuKernel:
         if tile.cu_seqlens is not None:
             mask = _document_mask(tile.cu_seqlens, score.window, q.dtype)
             return _forward(q, k, v, 0.0, False, attn_mask=mask, scale=score.scale)
-        o, lse = _causal_forward(*(_apart(x, tile) for x in (q, k, v)), score)
+        o, lse = _causal_forward(_apart(q, tile), _apart(k, tile), _apart(v, tile), score)
         return _joined(o), _joined(lse)
 
     def backward(
