@@ -27,7 +27,7 @@ def document_attention(
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
 
-    The layouts have no shared anchor. The output lies in memory as (B, T, Hq, D).
+    The layouts have no shared anchor. The output lies in memory as (B, T, Hq, D) if the query does.
     """
     return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel)
 

@@ -180,7 +180,7 @@ def attend(
         backend: `auto` or a name in `BACKENDS`.
 
     Returns:
-        (B, Hq, T, D), laid out in memory as (B, T, Hq, D). Differentiable (once).
+        (B, Hq, T, D), laid out in memory as (B, T, Hq, D) if `query` is, as behind a projection. Differentiable (once).
 
     Raises:
         ValueError: shapes or layouts that do not agree.

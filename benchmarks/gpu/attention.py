@@ -4,9 +4,9 @@ For documents of equal and of log-normal lengths it times, in turns, round after
 
   kernel      torch's own varlen flash attention over the documents, nothing of ours: the floor
   intra_doc   `attend` without an anchor
-  anchor      `attend` with the anchor merged in
-  copies      the kernel again, over a row in which a copy of the anchor stands in front of every document (the same
-              attention: the third identity of AnchorAttention; gathering happens where rows are made, so is not timed)
+  anchor      `attend` with one shared anchor, merged in
+  copies      `attend` over the row with a copy of the anchor in front of every document: what training does (the same
+              attention; gathering happens where rows are made, so is not timed)
   full        causal attention over the whole row, torch's flash attention
 
 Ratios are taken within a round, and their median is reported. Before it is timed, `copies` is compared with `anchor`.
@@ -64,18 +64,19 @@ def measured(kind: str, tokens: int, heads: tuple[int, int, int], rounds: int) -
     row = packed_row(kind, tokens)
     plain = Pattern.intra_doc.apply(row)
     q, k, v, do = tensors(tokens, heads)
-    index, offsets, own = with_copies(row)
+    with_copies, found = row.with_copies()
+    index = torch.from_numpy(found).cuda()
     copied = [x[:, :, index].transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, do)]
-    documents, documents_with_copies = boundaries(plain.doc_offsets), boundaries(offsets)
+    documents = boundaries(plain.doc_offsets)
     variants: dict[str, Run] = {
         "kernel": both(lambda q, k, v: flash(q, k, v, documents), q, k, v, do),
         "intra_doc": both(lambda q, k, v: attend(q, k, v, (plain,), backend="torch_varlen"), q, k, v, do),
         "anchor": both(lambda q, k, v: attend(q, k, v, (row,), backend="torch_varlen"), q, k, v, do),
-        "copies": both(lambda q, k, v: flash(q, k, v, documents_with_copies), *copied),
+        "copies": both(lambda q, k, v: attend(q, k, v, (with_copies,), backend="torch_varlen"), *copied),
         "full": both(full_attention, q, k, v, do),
     }
     anchored = attend(q, k, v, (row,), backend="torch_varlen")
-    found = flash(copied[0], copied[1], copied[2], documents_with_copies)[:, :, own]
+    private = attend(copied[0], copied[1], copied[2], (with_copies,), backend="torch_varlen")
     times = in_turns(variants, rounds)
     ratios = {
         name: statistics.median(t / f for t, f in zip(times[name], times["kernel"], strict=True)) for name in times
@@ -87,7 +88,7 @@ def measured(kind: str, tokens: int, heads: tuple[int, int, int], rounds: int) -
         "tokens_with_copies": len(index),
         "milliseconds": {name: statistics.median(values) for name, values in times.items()},
         "of_kernel": ratios,
-        "largest_deviation_of_copies": (found - anchored).abs().max().item(),
+        "largest_deviation_of_copies": (private - anchored[:, :, index]).abs().max().item(),
         "largest_output": anchored.abs().max().item(),
     }
 
@@ -102,17 +103,6 @@ def packed_row(kind: str, tokens: int) -> PackedLayout:
         length = max(int(draw.lognormal(np.log(MEDIAN_LENGTH), SPREAD)), 1)
         offsets.append(min(offsets[-1] + length, tokens))
     return PackedLayout(tuple(offsets), 1)
-
-
-def with_copies(row: PackedLayout) -> tuple[torch.Tensor, tuple[int, ...], torch.Tensor]:
-    """Tokens to gather, document boundaries among them, and where each token of the row lies among them."""
-    # anchor 0, documents 1-2 and 3-5: index [0, 1, 2, 0, 3, 4, 5], boundaries (0, 3, 7), own [0, 1, 2, 4, 5, 6]
-    index, offsets, own = [], [0], [0]
-    for start, stop in zip(row.doc_offsets[1:], row.doc_offsets[2:], strict=False):
-        own += range(len(index) + 1, len(index) + 1 + stop - start)
-        index += [0, *range(start, stop)]
-        offsets.append(len(index))
-    return torch.tensor(index, device="cuda"), tuple(offsets), torch.tensor(own, device="cuda")
 
 
 def tensors(tokens: int, heads: tuple[int, int, int]) -> list[torch.Tensor]:

@@ -1,6 +1,9 @@
-"""The `cpu` backend (a flash kernel a document, merged with the anchor) against the dense reference."""
+"""The `cpu` backend (a flash kernel a run of documents, merged with a shared anchor) against the dense reference."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from anchorctx.attention import attend
 from anchorctx.attention.kernels.base import Score
+from anchorctx.attention.kernels.cpu import CpuKernel
 from anchorctx.layout import PackedLayout
 from anchorctx.testing.numerics import assert_within_eager, deviations
 
@@ -85,6 +89,9 @@ CASES = {
     "thousands of tiny documents": ([1, 2, 1] * 700, 1),
     "long beside tiny": ([1, 600, 1, 1, 2, 300, 5], 3),
     "runs of exactly 128 tokens": ([64, 64, 127, 1, 128, 129, 128], 0),
+    "equal neighbours": ([9] * 40 + [300] * 2 + [30] * 2 + [70] * 9 + [1], 0),
+    "equal neighbours behind the anchor": ([69, 70, 70, 70, 5, 5], 1),
+    "equal neighbours beyond one call": ([150] * 30 + [600, 600], 0),
 }
 
 
@@ -98,6 +105,28 @@ def test_corner_layouts(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_windows_shorter_and_longer_than_documents(dtype: torch.dtype, window: int) -> None:
     check((repeated([300, 3, 4, 90, 64, 1], 1),), dtype, heads=(4, 2), window=window)
+    check((repeated([150, 150, 150, 12, 5, 5], 0), repeated([160, 160, 6, 6, 70, 70], 0)), dtype, (4, 2), window)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [
+        ([40, 50, 60, 300, 300, 200], [2, 1, 2, 1]),
+        ([300] * 20, [13, 7]),  # 4,096 tokens at most
+        ([5000, 5000], [1, 1]),
+        ([8] * 600, [512, 88]),
+        ([3, 8, 8, 8], [4]),
+    ],
+)
+def test_documents_in_each_call(lengths: list[int], calls: list[int]) -> None:
+    tiles = CpuKernel().tiles((repeated(lengths, 0),), torch.device("cpu"))
+    found = [
+        len(tile.cu_seqlens) - 1
+        if tile.cu_seqlens is not None
+        else (tile.tokens.stop - tile.tokens.start) // tile.max_seqlen
+        for tile in tiles
+    ]
+    assert found == calls
 
 
 @pytest.mark.parametrize("lengths", [[1500, 700], [20] * 100, [3000]], ids=lambda x: f"{len(x)}x{x[0]}")
@@ -117,8 +146,8 @@ def test_dense_tensors_and_strided_views_agree_bit_for_bit() -> None:
     assert torch.equal(strided, dense)
 
 
-def test_gradients_accept_strided_output_gradients() -> None:
-    row = repeated([40, 200, 3], 1)
+@pytest.mark.parametrize("row", [repeated([40, 200, 3], 1), repeated([40, 200, 3], 0), repeated([81, 81, 81], 0)])
+def test_gradients_accept_strided_output_gradients(row: PackedLayout) -> None:
     q, k, v, do = tensors(1, 2, 2, row.length, DIM)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = attend(*leaves, (row,), backend="cpu")
@@ -139,10 +168,35 @@ def test_gradcheck(anchor: int, window: int | None) -> None:
     assert torch.autograd.gradcheck(lambda *x: attend(*x, (row,), window=window, backend="cpu"), leaves)
 
 
-def test_output_lies_in_memory_as_projections_want_it() -> None:
-    q, k, v, _ = tensors(2, 4, 2, 9, DIM)
-    out = attend(q, k, v, (repeated([3, 5], 1),) * 2, backend="cpu")
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("rows", [(repeated([3, 5], 1),) * 2, (repeated([4, 5], 0),) * 2, (repeated([3] * 60, 0),)])
+def test_output_lies_in_memory_as_projections_want_it(rows: tuple[PackedLayout, ...], window: int | None) -> None:
+    q, k, v, _ = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(len(rows), 4, 2, rows[0].length, DIM))
+    out = attend(q, k, v, rows, window=window, backend="cpu")
     assert out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+
+
+def test_one_call_hands_on_what_the_kernel_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied where equally long documents fill the row."""
+    returned: list[int] = []
+
+    def spy(function: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., tuple[torch.Tensor, ...]]:
+        def spied(*args: Any) -> tuple[torch.Tensor, ...]:
+            found = function(*args)
+            returned.extend(x.data_ptr() for x in found)
+            return found
+
+        return spied
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(CpuKernel, name, spy(getattr(CpuKernel, name)))
+    row = repeated([50] * 8, 0)
+    q, k, v, do = tensors(1, 2, 2, row.length, DIM)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, (row,), backend="cpu")
+    gradients = torch.autograd.grad(out, leaves, do)
+    o, _, *grads = returned
+    assert [o, *grads] == [x.data_ptr() for x in (out, *gradients)]
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -21,9 +21,8 @@ from anchorctx.testing.tiny import true_float64
 from .strategies import layouts, tensors
 from .test_identities import DIM, HEADS, KV_HEADS, llama, rotate
 
-BOUND = 1e-10
-"""Absolute. The largest deviations seen, over 300 random batches for attention and 60 for the model: ATTENTION_SEEN and
-MODEL_SEEN, in gradients."""
+ATTENTION, MODEL = 1e-12, 1e-11
+"""Absolute. Largest deviations seen: 3.6e-14 over 300 random batches for attention, 2.2e-13 over 60 for the model."""
 BACKENDS = ["reference", "cpu"]
 seeds = st.integers(0, 2**31)
 
@@ -91,11 +90,11 @@ def attention_deviation(rows: tuple[PackedLayout, ...], max_tokens: int, seed: i
     return max(max_error(a, b) for other in others for a, b in zip(shared, other, strict=True))
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(rows=batches(max_tokens=80), max_tokens=st.integers(4, 90), seed=seeds)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention(backend: str, rows: tuple[PackedLayout, ...], max_tokens: int, seed: int) -> None:
-    assert attention_deviation(rows, max_tokens, seed, backend) < BOUND
+    assert attention_deviation(rows, max_tokens, seed, backend) < ATTENTION
 
 
 def test_a_window_hides_a_copy_and_not_a_shared_anchor() -> None:
@@ -156,11 +155,11 @@ def model_deviation(rows: tuple[PackedLayout, ...], max_tokens: int, seed: int, 
     return max(max_error(a, b) for other in others for a, b in zip(shared, other, strict=True))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(rows=batches(max_tokens=50), max_tokens=st.integers(4, 60), seed=seeds)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_model(backend: str, rows: tuple[PackedLayout, ...], max_tokens: int, seed: int) -> None:
-    assert model_deviation(rows, max_tokens, seed, backend) < BOUND
+    assert model_deviation(rows, max_tokens, seed, backend) < MODEL
 
 
 def test_the_loss_depends_on_the_copies() -> None:
@@ -177,4 +176,4 @@ def test_the_loss_depends_on_the_copies() -> None:
             (ids, labels, (PackedLayout((0, 1, 20, 40)),)),
         )
     )
-    assert abs(shared - copied) < BOUND and abs(shared - apart) > 0.1
+    assert abs(shared - copied) < MODEL and abs(shared - apart) > 0.1

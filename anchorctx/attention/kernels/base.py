@@ -67,7 +67,7 @@ class Kernel(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q (b, Hq, L, D), k, v (b, Hkv, L, D) -> o (b, Hq, L, D), lse (b, Hq, L), natural log, at least float32.
 
-        o lies in memory as (b, L, Hq, D) and is the caller's.
+        o lies in memory as (b, L, Hq, D) if q does, and is the caller's.
         """
         ...
 
@@ -76,7 +76,7 @@ class Kernel(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients dq, dk, dv of the documents' own scores, given the o and lse of the *total* softmax.
 
-        They lie in memory as (b, L, H, D) and are the caller's.
+        They lie in memory as (b, L, H, D) if q, k and v do, and are the caller's.
         """
         ...
 

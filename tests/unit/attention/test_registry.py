@@ -147,3 +147,21 @@ def test_windows_that_cannot_hold_the_anchor(window: int, anchor: int) -> None:
     row = PackedLayout((0, anchor, 8), anchor)
     with pytest.raises(ValueError, match=f"a window of {window} tokens must hold the anchor, which is {anchor} tokens"):
         attend(*qkv(), (row,), window=window)
+
+
+def test_windows_that_cannot_hold_a_copy_of_the_anchor() -> None:
+    copied, _ = PackedLayout((0, 2, 5), 2).with_copies()
+    tensors = tuple(torch.randn(1, 2, copied.length, 16) for _ in range(3))
+    with pytest.raises(ValueError, match="a window of 1 tokens must hold the anchor, which is 2 tokens long"):
+        attend(*tensors, (copied,), window=1)
+    assert attend(*tensors, (copied,), window=2).shape == tensors[0].shape
+
+
+@pytest.mark.parametrize(("row", "merged"), [(ROW, True), (ROW.with_copies()[0], False), (PackedLayout((0, 8)), False)])
+def test_only_a_shared_anchor_is_merged(row: PackedLayout, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for name in ("anchor_attention", "document_attention"):
+        function = getattr(registry, name)
+        monkeypatch.setattr(registry, name, lambda *x, n=name, f=function: called.append(n) or f(*x))
+    attend(*(torch.randn(1, 2, row.length, 16) for _ in range(3)), (row,), backend="cpu")
+    assert called == ["anchor_attention" if merged else "document_attention"]
