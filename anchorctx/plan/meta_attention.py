@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from anchorctx.attention.kernels.base import Attended, Score, Tile
 from anchorctx.attention.kernels.cpu import CpuKernel
-from anchorctx.attention.merge import anchor_attention
+from anchorctx.attention.registry import kernel_attention
 from anchorctx.layout import PackedLayout
 
 NAME = "anchor_plan"
@@ -97,7 +97,7 @@ def register(cuda: bool) -> None:
         sequence = layouts[0].length // local[2]
         if sequence > 1:
             query, key, value = (_heads_for_tokens(x, sequence) for x in (query, key, value))
-        out = anchor_attention(query, key, value, layouts, Score(1.0), kernel)
+        out = kernel_attention(query, key, value, layouts, Score(1.0), kernel)
         if sequence > 1:
             out = _Exchange.apply(out, local)
             assert isinstance(out, torch.Tensor)
