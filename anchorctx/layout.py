@@ -132,6 +132,12 @@ class PackedLayout:
             lists[1].append(position)
         return tuple(Document(tuple(spans), tuple(positions)) for spans, positions in found.values())
 
+    def _some_documents(self) -> tuple[Document, ...]:
+        documents = self.documents()
+        if not documents:
+            raise ValueError("a row that is an anchor alone has no documents that could carry copies of it")
+        return documents
+
     def with_copies(self) -> tuple[PackedLayout, np.ndarray]:
         """The row with a copy of the anchor in front of each document, and (T',) int64 which of its tokens to gather.
 
@@ -140,7 +146,7 @@ class PackedLayout:
         without an anchor gets no copies.
         """
         # anchor 0, documents 1-2 and 3-5: index [0, 1, 2, 0, 3, 4, 5], which are the positions too, offsets (0, 3, 7)
-        documents = self.documents()
+        documents = self._some_documents()
         index = np.concatenate([document.where(self.anchor_len) for document in documents])
         return lay_out(documents, self.anchor_len), index
 
@@ -153,7 +159,7 @@ class PackedLayout:
         """
         if max_tokens <= self.anchor_len:
             raise ValueError(f"pieces of {max_tokens} tokens have no room behind an anchor of {self.anchor_len}")
-        documents = self.documents()
+        documents = self._some_documents()
         tokens = np.array([document.length + self.anchor_len for document in documents])
         chosen = cut(tokens, document_costs(tokens, token_cost), max_tokens)
         pieces = ([documents[i] for i in piece] for piece in chosen if len(piece))

@@ -76,7 +76,7 @@ class PlanConfig:
     """Tokens of a row; null takes model.max_length, else the packed set's."""
     pattern: Pattern = Pattern.anchor
     """What a token may see: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
-    micro_tokens: Positive | None = None
+    micro_tokens: Annotated[int, Ge(1), "null takes a row and a sixteenth"] | None = None
     """Tokens that a process runs at once, copies of the anchor included; null is a row and a sixteenth."""
     anchor_visible: AnchorVisible = AnchorVisible.window
     """In models with sliding windows: window or always, whose merge is counted in memory, not in time."""

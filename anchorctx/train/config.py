@@ -136,7 +136,7 @@ class TrainConfig:
     """Optimizer updates."""
     tokens_per_step: Positive = 524288
     """Batch size in tokens, over all processes: a multiple of the row length."""
-    micro_tokens: Positive | None = None
+    micro_tokens: Annotated[int, Ge(1), "null takes a row and a sixteenth"] | None = None
     """Tokens that a process runs forward and backward at once, copies of the anchor included: a step's documents are
     cut into pieces of at most so many. A longer document is a piece by itself, which `parallel.sequence_parallel`
     processes share. null is a row and a sixteenth, so that a row with its copies is one piece."""

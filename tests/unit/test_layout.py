@@ -10,6 +10,13 @@ from hypothesis import strategies as st
 
 from anchorctx.layout import Document, PackedLayout, Pattern, Positions, lay_out
 
+
+def test_an_anchor_alone_has_nothing_to_be_copied_for() -> None:
+    for attempt in (PackedLayout((0, 1), 1).with_copies, lambda: PackedLayout((0, 2), 2).pieces(8)):
+        with pytest.raises(ValueError, match="an anchor alone has no documents"):
+            attempt()
+
+
 many = settings(max_examples=120, deadline=None)
 
 

@@ -52,7 +52,7 @@ OUT_OF_RANGE = {
     },
     "train": {
         "steps=0": "steps=0 must be at least 1; the default is 2000",
-        "micro_tokens=-1": "micro_tokens=-1 must be at least 1: leave it out to keep the default",
+        "micro_tokens=-1": "micro_tokens=-1 must be at least 1: null takes a row and a sixteenth",
         "validate_every=-1": "validate_every=-1 must be at least 0; the default is 100",
         "model.max_length=0": "model.max_length=0 must be at least 1: leave it out to keep the checkpoint's",
         "model.rope.theta=nan": "model.rope.theta=nan must be at least 1: leave it out to keep the checkpoint's",
