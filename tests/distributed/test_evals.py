@@ -45,7 +45,7 @@ def test_the_live_model_is_measured_under_zero_3_as_in_one_process(launcher: Any
     )
     spread = launcher.run("live_spread", 2, "parallel=zero3", "micro_tokens=136", *live)
     too_long = ("live.every=2", "live.perplexity.max_length=65")
-    runs = [("live_alone", "micro_tokens=136", *live), ("unwatched", "micro_rows=2"), ("too_long", *too_long)]
+    runs = [("live_alone", "micro_tokens=136", *live), ("unwatched", "micro_tokens=136"), ("too_long", *too_long)]
     *made, refused = launcher.several(1, runs)
     assert [result["code"] for result in made] == [0, 0], made
     assert refused["code"] == 2 and not (launcher.root / "too_long").exists()
