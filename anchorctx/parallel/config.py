@@ -27,8 +27,8 @@ class ParallelConfig:
     """1 shards the optimizer's states over the processes, 2 also the gradients, 3 also the parameters. 2 and 3 sum the
     gradients of micro-batches in float32, 1 in the weights' dtype."""
     sequence_parallel: Annotated[int, Ge(1), "1 is none"] = 1
-    """Processes that share each row (DeepSpeed-Ulysses, 2309.14509): a divisor of the number of processes and of the
-    attention heads. 1 is none; the remaining factor is data-parallel."""
+    """Processes that share each document which is longer than a piece (DeepSpeed-Ulysses, 2309.14509): a divisor of the
+    number of processes and of the attention heads. 1 is none."""
     offload_optimizer: bool = False
     """Keep the optimizer's states in CPU memory."""
     offload_parameters: bool = False

@@ -1,7 +1,7 @@
-"""DP x SP: which processes share a row, and which have rows of their own.
+"""DP x SP: which processes share a document that is longer than a piece.
 
-Neighbours in rank share a row, so that a group stays inside a machine where its exchanges are cheap:
-rank = data_rank * sequence + sequence_rank.
+Neighbours in rank share it, so that a group stays inside a machine where its exchanges are cheap:
+rank = group * sequence + sequence_rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Mesh:
 
     ranks: Ranks
     sequence: int
-    """Processes that share each row."""
+    """Processes that share each long document."""
 
     @classmethod
     def of(cls, ranks: Ranks, sequence: int) -> Mesh:
@@ -27,19 +27,8 @@ class Mesh:
         return cls(ranks, sequence)
 
     @property
-    def data(self) -> int:
-        """Groups of processes with rows of their own."""
-        return self.ranks.world // self.sequence
-
-    @property
-    def data_rank(self) -> int:
-        """Which of the groups this process is in."""
-        # 8 processes, 4 to a row: ranks 0 to 3 are group 0, ranks 4 to 7 group 1
-        return self.ranks.rank // self.sequence
-
-    @property
     def sequence_rank(self) -> int:
-        """Which slice of a row this process holds."""
+        """Which slice of a long document this process holds."""
         return self.ranks.rank % self.sequence
 
 

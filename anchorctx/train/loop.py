@@ -81,7 +81,7 @@ class Trainer:
         if self.probes and self.mesh.sequence > 1:
             raise UserError(
                 f"live evaluations cannot run with parallel.sequence_parallel={self.mesh.sequence}, which spreads "
-                "each row over processes: set live.every=0 and evaluate exported checkpoints"
+                "long documents over processes: set live.every=0 and evaluate exported checkpoints"
             )
         flops = ModelFlops.of(model)
         self.meter = Meter(flops, ranks)
@@ -285,7 +285,8 @@ class Trainer:
     def _schedule(self) -> dict[str, Any]:
         """What may change between a checkpoint and the run that continues it, and is then said."""
         settings = {f"optim.{name}": value for name, value in dataclasses.asdict(self.config.optim).items()}
-        return settings | {"steps": self.config.steps, "tokens_per_step": self.config.tokens_per_step}
+        settings |= {"steps": self.config.steps, "tokens_per_step": self.config.tokens_per_step}
+        return settings | {"anchor_visible": self.config.anchor_visible.value}
 
     def _write_run(self, model: PreTrainedModel) -> None:
         """The manifest, and what the export needs beside the weights; before the first step."""
