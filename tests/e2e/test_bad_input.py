@@ -131,7 +131,7 @@ def test_settings_of_prepare(run: Run, tmp_path: Path, overrides: list[str], sen
             "backend 'flash_attn' runs on cuda, but the tensors are on cpu: use",
         ),
         ([MODEL, "model.attention=fast"], "model.attention=fast is unknown: choose auto, flash_attn"),
-        ([MODEL, "tokens_per_step=100"], "tokens_per_step=100 must be a multiple of 64"),
+        ([MODEL, "tokens_per_step=100"], "tokens_per_step=100 must be a multiple of the row length, 64: use 128"),
         ([MODEL, "data.validation=nowhere"], "nowhere holds no packed set: make one with `anchorctx prepare"),
         ([MODEL, "checkpoint.resume=nowhere"], "nowhere is no folder (no COMPLETE in it): name a complete one"),
         ([MODEL, "parallel.zero_stage=4"], "parallel.zero_stage=4 must be 1, 2 or 3"),
