@@ -31,12 +31,19 @@ class AnchorVisible(StrEnum):
     """No window hides it. One anchor is shared by all documents of a piece, which costs the merge of attention."""
 
 
-def piece_tokens(micro_tokens: int | None, row_length: int, pattern: Pattern, sequence: int) -> int:
+def piece_tokens(
+    micro_tokens: int | None, row_length: int, pattern: Pattern, sequence: int, anchor_len: int = 1
+) -> int:
     """Tokens that a piece of such rows holds at most; None is a row and a sixteenth for the copies of the anchor.
 
-    UserError for `full` rows that would have to be cut.
+    UserError for less than any document needs, and for `full` rows that would have to be cut.
     """
     tokens = row_length * 17 // 16 if micro_tokens is None else micro_tokens
+    if tokens < anchor_len + 2:
+        raise UserError(
+            f"micro_tokens={tokens} leaves no room for a document of two tokens behind an anchor of {anchor_len}: "
+            f"use at least {anchor_len + 2}"
+        )
     if pattern is Pattern.full and tokens * sequence < row_length:
         processes = f" x {sequence} processes" if sequence > 1 else ""
         raise UserError(
@@ -93,11 +100,6 @@ def deal_pieces(layouts: Sequence[PackedLayout], cutting: Cutting) -> Dealt:
 
     Documents of one token are left out: the first token of a document is never predicted, so they train nothing.
     """
-    if cutting.max_tokens <= layouts[0].anchor_len + 1:
-        raise UserError(
-            f"micro_tokens={cutting.max_tokens} leaves no room for a document of two tokens behind an anchor of "
-            f"{layouts[0].anchor_len}: use at least {layouts[0].anchor_len + 2}"
-        )
     documents = [(row, document) for row, layout in enumerate(layouts) for document in layout.documents()]
     documents = [(row, document) for row, document in documents if document.length > 1]
     copies = 0 if cutting.shared_anchor else layouts[0].anchor_len

@@ -174,9 +174,9 @@ class TrainConfig:
             )
         return self.tokens_per_step // row_length
 
-    def piece_tokens(self, row_length: int) -> int:
-        """Tokens that a piece of such rows holds at most; UserError for a row that would have to be cut, but cannot."""
-        return piece_tokens(self.micro_tokens, row_length, self.pattern, self.parallel.sequence_parallel)
+    def piece_tokens(self, row_length: int, anchor_len: int = 1) -> int:
+        """Tokens that a piece of such rows holds at most; UserError where that cannot be (`data.pieces`)."""
+        return piece_tokens(self.micro_tokens, row_length, self.pattern, self.parallel.sequence_parallel, anchor_len)
 
 
 class ExportDtype(StrEnum):

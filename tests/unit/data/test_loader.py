@@ -307,9 +307,9 @@ def test_the_room_of_a_piece_follows_the_row_unless_it_is_given() -> None:
     assert [choice.value for choice in AnchorVisible] == ["window", "always"]
 
 
-def test_pieces_too_small_for_any_document(packed: PackedSet) -> None:
-    with pytest.raises(UserError, match="micro_tokens=2 leaves no room for a document of two tokens behind an anchor"):
-        loader(packed, max_tokens=2).step(0)
+def test_pieces_too_small_for_any_document() -> None:
+    with pytest.raises(UserError, match="micro_tokens=3 leaves no room for .* behind an anchor of 2: use at least 4"):
+        piece_tokens(3, 64, Pattern.anchor, 1, anchor_len=2)
 
 
 @pytest.mark.parametrize(
