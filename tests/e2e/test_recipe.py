@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     root = tmp_path_factory.mktemp("recipe with a space")
     tokenizer = train_tokenizer(sample_chars=100_000)
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), max_position_embeddings=4096, **shape, bos_token_id=tokenizer.bos_token_id
@@ -55,6 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     overrides = ["model.dtype=float32", f"tokens_per_step={2 * LENGTH}", "steps=2", "optim.lr=0.01", "logging=wandb"]
+    overrides.append("parallel.sequence_parallel=2")  # there are two processes, not four
     command = ["bash", str(ROOT / "recipes" / "gpu" / "run.sh"), "llama2_7b_64k", *overrides]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
