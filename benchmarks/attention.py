@@ -353,9 +353,10 @@ def draw(manifest: dict, timings: list[dict], memory: list[dict], path: Path) ->
         heights = [statistics.median(row["seconds"][variant]) for row in timings]
         bars = left.bar(np.arange(len(timings)) + (i - 2) * 0.16, heights, 0.16, label=variant)
         left.bar_label(bars, fmt="%.2g", fontsize=6)
-    left.set_xticks(np.arange(len(timings)), [row["case"] for row in timings], fontsize=8)
+    left.set_xticks(np.arange(len(timings)), [row["case"].replace(", ", ",\n") for row in timings], fontsize=8)
     left.set(yscale="log", ylabel="seconds, forward + backward", title=f"T = {timings[0]['tokens']:,}")
-    left.legend(fontsize=8)
+    left.set_ylim(top=4 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize=8, ncols=len(VARIANTS), loc="upper center", columnspacing=1)
     for variant in dict.fromkeys(row["variant"] for row in memory):
         rows = [row for row in memory if row["variant"] == variant]
         right.plot([r["tokens"] for r in rows], [r["peak_mib"] for r in rows], marker="o", label=variant)

@@ -18,8 +18,8 @@ COMBINATIONS = {
 
 @pytest.fixture(scope="module")
 def spread(launcher):
-    """Two processes share each document of more than 20 tokens, at every ZeRO stage."""
-    shared = ("parallel.sequence_parallel=2", "micro_tokens=20")
+    """Two processes share each document of more than 32 tokens, at every ZeRO stage."""
+    shared = ("parallel.sequence_parallel=2", "micro_tokens=32")
     runs = [(f"sp2_{name}", *shared, *given) for name, given in COMBINATIONS.items()]
     for result in launcher.several(2, runs):
         assert result["code"] == 0, result["stderr"][-2000:]
