@@ -17,10 +17,10 @@ and do in blocks that stay in cache.
 
 A copy of the anchor in front of each document (`PackedLayout.with_copies`) gives the same numbers by the kernel alone,
 for one token more a document: that is what training does. The merge is the better way where a copy is much beside its
-document, and where a sliding window must not hide the anchor. On a CPU it pays below some 12 tokens a document (0.78 of
-the copies' time at 4, 0.90 at 8, 1.02 at 16 and 32, 1.13 at 128; AMD EPYC, 16,384 tokens, CPU seconds of one thread on
-a busy machine, spread up to 0.1 each way). On an H200 copies were ahead at every length measured: 7.5 ms against 16.7
-at 256 tokens, 16.0 against 26.5 at 2,048 (benchmarks/gpu/README.md).
+document, and where a sliding window must not hide the anchor. On a CPU it pays below some 8 tokens a document (0.91 of
+the copies' time at 4, 1.01 at 8, 1.13 at 16, 1.07 at 128; two cores of an AMD EPYC, benchmarks/attention.py). On an
+H200 copies were ahead at every length measured: 7.5 ms against 16.7 at 256 tokens, 16.0 against 26.5 at 2,048
+(benchmarks/gpu/README.md).
 """
 
 from __future__ import annotations
