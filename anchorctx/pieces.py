@@ -61,6 +61,18 @@ def deal(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, processes: int)
     return [[share[piece] for piece in own] for share, own in zip(shares, pieces, strict=True)]
 
 
+def shared_and_alone(tokens: np.ndarray, max_tokens: int, sequence: int) -> list[tuple[np.ndarray, int]]:
+    """Which documents (N,) go through which passes: (indices, processes that share each) for one kind after the other.
+
+    Those that are longer than a piece are shared by `sequence` processes, in passes of their own; all others are one
+    process's. A kind without documents is left out, but for the last: with nothing to do there is one kind, empty.
+    """
+    # documents of 5, 9 and 2 tokens, pieces of 6, two processes that share: [([1], 2), ([0, 2], 1)]
+    shared = (tokens > max_tokens) & (sequence > 1)
+    kinds = [(np.flatnonzero(shared), sequence), (np.flatnonzero(~shared), 1)]
+    return [kind for kind in kinds if len(kind[0])] or kinds[1:]
+
+
 def _costliest_first(costs: np.ndarray) -> list[int]:
     return np.argsort(-costs, kind="stable").tolist()
 

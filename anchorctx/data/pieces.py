@@ -19,7 +19,7 @@ import numpy as np
 
 from anchorctx.errors import UserError
 from anchorctx.layout import Document, PackedLayout, Pattern, lay_out
-from anchorctx.pieces import TOKEN_COST, deal, document_costs
+from anchorctx.pieces import TOKEN_COST, deal, document_costs, shared_and_alone
 
 
 class AnchorVisible(StrEnum):
@@ -105,28 +105,10 @@ def deal_pieces(layouts: Sequence[PackedLayout], cutting: Cutting) -> Dealt:
     copies = 0 if cutting.shared_anchor else layouts[0].anchor_len
     tokens = np.array([document.length + copies for _, document in documents], np.int64)
     room = cutting.max_tokens - (layouts[0].anchor_len - copies)
-    long = tokens > room
-    spread = long if cutting.sequence > 1 else np.zeros_like(long)
     pieces = []
-    if spread.any():
-        pieces += _dealt(documents, tokens, np.flatnonzero(spread), room, cutting, spread=True)
-    if not spread.all() or not len(spread):  # nothing to train is an empty piece: a step needs one pass
-        pieces += _dealt(documents, tokens, np.flatnonzero(~spread), room, cutting, spread=False)
-    return Dealt(pieces, int(long.sum()))
-
-
-def _dealt(
-    documents: list[tuple[int, Document]],
-    tokens: np.ndarray,
-    chosen: np.ndarray,
-    room: int,
-    cutting: Cutting,
-    *,
-    spread: bool,
-) -> list[Piece]:
-    """The pieces of this process (or, `spread`, of its group) among those of the `chosen` documents."""
-    # 8 processes that share documents by fours: 2 groups, process 5 is in group 1
-    size = cutting.sequence if spread else 1
-    costs = document_costs(tokens[chosen], cutting.token_cost)
-    pieces = deal(tokens[chosen], costs, room, cutting.world // size)[cutting.rank // size]
-    return [Piece(tuple(documents[chosen[i]] for i in piece), spread) for piece in pieces]
+    for chosen, size in shared_and_alone(tokens, room, cutting.sequence):
+        costs = document_costs(tokens[chosen], cutting.token_cost)
+        # 8 processes that share documents by fours: 2 groups, process 5 is in group 1
+        dealt = deal(tokens[chosen], costs, room, cutting.world // size)[cutting.rank // size]
+        pieces += [Piece(tuple(documents[chosen[i]] for i in piece), spread=size > 1) for piece in dealt]
+    return Dealt(pieces, int((tokens > room).sum()))

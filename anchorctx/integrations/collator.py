@@ -19,7 +19,7 @@ import torch
 
 from anchorctx.errors import UserError
 from anchorctx.integrations.check import check_model
-from anchorctx.integrations.examples import IGNORED, Reader, Text
+from anchorctx.integrations.reader import IGNORED, Reader, Text
 from anchorctx.integrations.rows import copies_under, lay_out_batch
 from anchorctx.layout import PackedLayout, Pattern
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchorctx.layout import PackedLayout
-from anchorctx.pieces import deal, document_costs
+from anchorctx.pieces import deal, document_costs, shared_and_alone
 
 STEPS = 4
 """Steps that are dealt out, at most; their mean is planned."""
@@ -100,14 +100,14 @@ def deal_steps(
     """
     room, steps, long_documents = micro_tokens - documents.shared, [], []
     for tokens in documents.steps(rows):
-        long = tokens > room
-        spread = long if sequence > 1 else np.zeros_like(long)
-        parts = []
-        for chosen, size in ((spread, sequence), (~spread, 1)):
-            if chosen.any() or (size == 1 and not len(tokens)):
-                parts.append(_dealt(tokens[chosen], attention, token_cost, room, gpus // size, spread=size > 1))
-        steps.append(tuple(parts))
-        long_documents.append(long.sum())
+        kinds = shared_and_alone(tokens, room, sequence)
+        steps.append(
+            tuple(
+                _dealt(tokens[chosen], attention, token_cost, room, gpus // size, spread=size > 1)
+                for chosen, size in kinds
+            )
+        )
+        long_documents.append((tokens > room).sum())
     return Dealt(tuple(steps), float(np.mean(long_documents)))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from anchorctx.data.pieces import AnchorVisible, Cutting, deal_pieces, piece_tokens
+from anchorctx.data.pieces import AnchorVisible, piece_tokens
 from anchorctx.errors import UserError
 from anchorctx.flops import GIB
 from anchorctx.layout import PackedLayout, Pattern
@@ -93,11 +93,8 @@ class Planner:
         rows = tuple(config.pattern.apply(row) for row in anchored)
         self.row_length = rows[0].length
         shared = config.anchor_visible is AnchorVisible.always
-        self.documents = Documents.of(rows, shared, self._longest(anchored[0].anchor_len))
-        if config.micro_tokens is not None:  # the training's own check, on a row of two tokens and the anchor
-            anchor = anchored[0].anchor_len
-            smallest = config.pattern.apply(PackedLayout((0, anchor, anchor + 2), anchor))
-            deal_pieces([smallest], Cutting(config.micro_tokens))
+        self.anchor_len = anchored[0].anchor_len
+        self.documents = Documents.of(rows, shared, self._longest(self.anchor_len))
         self.dtype: torch.dtype = getattr(torch, config.model.dtype.value)
         text = self.hf_config.get_text_config()
         model = meta_model(self.hf_config, text.num_hidden_layers, self.dtype)
@@ -151,7 +148,8 @@ class Planner:
         config, sequence = self.config, parallel.sequence_parallel
         check_mesh(config.gpus, sequence)
         ulysses.check_sizes(self.hf_config, sequence, config.gpus)
-        tokens = piece_tokens(micro_tokens or config.micro_tokens, self.row_length, config.pattern, sequence)
+        wanted = micro_tokens or config.micro_tokens
+        tokens = piece_tokens(wanted, self.row_length, config.pattern, sequence, self.anchor_len)
         every = memory.checkpoint_every
         return Job(config.gpus, self._rows_per_step(), tokens, parallel, every, bool(memory.mlp_tile))
 

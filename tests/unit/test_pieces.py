@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorctx.pieces import TOKEN_COST, cut, deal, document_costs
+from anchorctx.pieces import TOKEN_COST, cut, deal, document_costs, shared_and_alone
 
 many = settings(max_examples=150, deadline=None)
 lengths = st.lists(st.integers(1, 60), max_size=25).map(lambda x: np.array(x, np.int64))
@@ -121,3 +121,13 @@ def test_short_documents_make_up_for_a_long_one() -> None:
     costs = document_costs(tokens)
     each = [sum(costs[piece].sum() for piece in pieces) for pieces in deal(tokens, costs, 2**15, 8)]
     assert max(each) < 1.01 * np.mean(each)
+
+
+def test_only_what_is_longer_than_a_piece_is_shared() -> None:
+    def kinds(tokens: list[int], sequence: int) -> list[tuple[list[int], int]]:
+        return [(chosen.tolist(), size) for chosen, size in shared_and_alone(np.array(tokens, int), 6, sequence)]
+
+    assert kinds([5, 9, 2], 2) == [([1], 2), ([0, 2], 1)]
+    assert kinds([5, 9, 2], 1) == [([0, 1, 2], 1)]
+    assert kinds([9, 7], 2) == [([0, 1], 2)]
+    assert kinds([], 2) == [([], 1)]  # nothing to train is an empty piece: a step needs one pass
