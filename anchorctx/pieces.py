@@ -51,13 +51,20 @@ def deal(tokens: np.ndarray, costs: np.ndarray, max_tokens: int, processes: int)
     costliest pieces come first, so that what processes run at the same time costs about the same.
     """
     # 3 processes, pieces of 100 tokens, 650 tokens in all: at least 3 pieces each, so a process may have 300
-    each = max(-(-int(tokens.sum()) // (max_tokens * processes)), 1)
-    order = _costliest_first(costs)
-    while (shares := _fill(order, tokens, costs, each * max_tokens, processes)) is None:
-        each += 1
-    pieces = [cut(tokens[share], costs[share], max_tokens) for share in shares]
-    while (most := max(len(own) for own in pieces)) > min(len(own) for own in pieces):
+    each, order = max(-(-int(tokens.sum()) // (max_tokens * processes)), 1), _costliest_first(costs)
+    while True:
+        shares = _fill(order, tokens, costs, each * max_tokens, processes)
+        if shares is None:
+            each += 1
+            continue
+        pieces = [cut(tokens[share], costs[share], max_tokens) for share in shares]
+        most = max(len(own) for own in pieces)
+        if most <= each:
+            break
+        each = most  # so many passes are needed anyway: their room serves the balance as well
+    while most > min(len(own) for own in pieces):
         pieces = [cut(tokens[share], costs[share], max_tokens, most) for share in shares]
+        most = max(len(own) for own in pieces)
     return [[share[piece] for piece in own] for share, own in zip(shares, pieces, strict=True)]
 
 

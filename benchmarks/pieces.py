@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,11 @@ MODEL = {
     "num_key_value_heads": 2,
 }
 PROCESSES = 8
+TALL = MODEL | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 2560}
+"""A token costs as much besides attention as in a model of some billion weights (16,600 pairs of attention; LLaMA-3-8B:
+28,600). In `MODEL` it is 1,040: the longest document alone then costs more than a process's share."""
+FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
+"""glibc by default keeps freed blocks of ever other sizes, a third of the memory here, which no piece needs."""
 
 
 def main() -> None:
@@ -127,15 +133,17 @@ def packed_set(folder: Path, length: int, longest: int, rows: int) -> Path:
 def train(
     scratch: Path, length: int, unit: int, steps: int, model: dict[str, Any] = MODEL, more: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Real steps of one row each, in pieces of `unit` tokens and a sixteenth, in a process of its own."""
+    """Real steps of one row each, in pieces of `unit` tokens and a few copies, in a process of its own."""
     packed = packed_set(scratch / f"packed_{length}", length, unit, steps)
     run = scratch / f"run_{length}"
     command = [sys.executable, "-m", "anchorctx", "train", f"out_dir={run}", f"data.train={packed}", f"steps={steps}"]
-    command += [f"tokens_per_step={length}", f"micro_tokens={unit * 17 // 16}", "data.shuffle=false"]
+    command += [f"tokens_per_step={length}", f"micro_tokens={unit + unit // 256}", "data.shuffle=false"]
     config = model | {"max_position_embeddings": 64 * unit}
     command += ["model.config={" + ", ".join(f"{k}: {v}" for k, v in config.items()) + "}", "validate_every=0", *more]
     began = time.perf_counter()
-    done = subprocess.run([*command, "checkpoint.every=0"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "checkpoint.every=0"], capture_output=True, text=True, env=os.environ | FIXED_MALLOC
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -158,7 +166,7 @@ def train(
 def eight_processes(scratch: Path, length: int, micro_tokens: int) -> dict[str, Any]:
     """Seconds that each process's pieces of one row take, forward and backward, run one after the other."""
     packed = PackedSet.open(packed_set(scratch / "packed_any", length, length, 1))
-    module = CausalLMLoss(load_model(ModelConfig(config=MODEL | {"max_position_embeddings": length})))
+    module = CausalLMLoss(load_model(ModelConfig(config=TALL | {"max_position_embeddings": length})))
     flops, rows = ModelFlops.of(module.model), np.arange(1)
     layouts = row_layouts(packed, rows, Pattern.anchor)
     seconds, operations, passes = [], [], []
@@ -181,6 +189,7 @@ def eight_processes(scratch: Path, length: int, micro_tokens: int) -> dict[str, 
         "longest": int(longest),
         "micro_tokens": micro_tokens,
         "passes": passes,
+        "token_cost": flops.token_cost,
         "seconds": seconds,
         "slowest_of_mean_seconds": max(seconds) / statistics.mean(seconds),
         "slowest_of_mean_operations": max(operations) / statistics.mean(operations),

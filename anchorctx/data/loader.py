@@ -8,8 +8,9 @@ another batch or other pieces (`resume_at`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,8 +46,8 @@ class Batch:
 class Step:
     """The data of one optimizer update: this process's batches, and figures of all processes'."""
 
-    micro_batches: tuple[Batch, ...]
-    """What this process runs."""
+    micro_batches: Sequence[Batch]
+    """What this process runs; the loader's are read while they are iterated over (`Batches`)."""
     rows: tuple[int, ...]
     """Rows of the global step."""
     layouts: tuple[PackedLayout, ...]
@@ -59,6 +60,31 @@ class Step:
     """Documents of the global step, those that packing cut from others included."""
     long_documents: int
     """Those among them that are longer than a piece."""
+
+
+class Batches(Sequence[Batch]):
+    """A step's batches, each made when it is asked for: rows of a million tokens are never held whole.
+
+    In a loop, each is read in the background while the one before it is computed.
+    """
+
+    def __init__(self, make: Callable[[Piece], Batch], pieces: Sequence[Piece], pool: Executor) -> None:
+        """`make` reads a piece, in a thread of `pool`; the first piece is read at once."""
+        self._make, self._pieces, self._pool = make, pieces, pool
+        self._first = pool.submit(make, pieces[0])
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
+        return self._pool.submit(self._make, self._pieces[index]).result()
+
+    def __iter__(self) -> Iterator[Batch]:
+        ahead = self._first
+        for following in self._pieces[1:]:
+            batch, ahead = ahead.result(), self._pool.submit(self._make, following)
+            yield batch
+        yield ahead.result()
 
 
 class RowLoader:
@@ -161,8 +187,9 @@ class RowLoader:
         rows, packed = self.rows(index), self._packed
         layouts = row_layouts(packed, rows, self._pattern)
         dealt = deal_pieces(layouts, self._cutting)
+        make = functools.partial(make_batch, packed, rows, anchor_len=layouts[0].anchor_len, cutting=self._cutting)
         return Step(
-            tuple(make_batch(packed, rows, piece, layouts[0].anchor_len, self._cutting) for piece in dealt.pieces),
+            Batches(make, dealt.pieces, self._pool),
             tuple(rows.tolist()),
             layouts,
             float(packed.row_weight[rows].sum()),

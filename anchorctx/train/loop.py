@@ -148,7 +148,7 @@ class Trainer:
         """One optimizer update; returns its metrics."""
         waited = time.perf_counter()
         step = self.loader.step(self.step)
-        waited = time.perf_counter() - waited
+        self.loading = time.perf_counter() - waited
         set_lr(self.engine, lr := self.config.optim.lr_at(self.step, self.config.steps))
         loss = self._forward_backward(step)
         self.engine.step()
@@ -161,22 +161,28 @@ class Trainer:
                 f"{self.packed.fingerprint}; the last checkpoint is intact"
             )
         row = {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
-        return row | self.meter.row(step, waited) | self._waited(step)
+        row |= self.meter.row(step, self.loading)
+        return row | {"perf/waiting_seconds": self.waiting, "perf/exchanged_bytes": self.exchanged}
 
-    def _waited(self, step: Step) -> dict[str, float]:
-        """What other processes cost this one."""
+    def _exchanged(self, batch: Batch) -> float:
+        """Bytes that this process sends inside attention for a batch."""
+        if not batch.spread:
+            return 0.0
         model, every = self.engine.module.model, self.config.memory.checkpoint_every
         again = 1 / every if every else 0.0
-        spread = [batch.layouts[0].length for batch in step.micro_batches if batch.spread]
-        sent = sum(exchanged_bytes(model.config, n, model.dtype.itemsize, self.mesh.sequence, again) for n in spread)
-        return {"perf/waiting_seconds": self.waiting, "perf/exchanged_bytes": sent}
+        return exchanged_bytes(model.config, batch.layouts[0].length, model.dtype.itemsize, self.mesh.sequence, again)
 
     def _forward_backward(self, step: Step) -> float:
         """Accumulate the step's gradients; returns its loss. The caller makes the update."""
         scale = self.ranks.world / step.weight  # DeepSpeed averages gradients over all processes
-        self.waiting = 0.0
+        self.waiting = self.exchanged = 0.0
         summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for index, batch in enumerate(step.micro_batches):
+        batches = iter(step.micro_batches)
+        for index in range(len(step.micro_batches)):
+            began = time.perf_counter()
+            batch = next(batches)
+            self.loading += time.perf_counter() - began
+            self.exchanged += self._exchanged(batch)
             self.engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
             loss = self._loss_sum(self._shard(batch))
             self.waiting += dist.wait(self.ranks.device)

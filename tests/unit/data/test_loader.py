@@ -122,6 +122,22 @@ def test_a_shared_anchor_stands_once_in_front_of_each_piece(packed: PackedSet) -
     assert trained(step.micro_batches) == expected(packed, list(step.rows))
 
 
+def test_a_steps_batches_are_made_one_after_the_other(packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from anchorctx.data import loader as module
+
+    made, make = [], module.make_batch
+    monkeypatch.setattr(module, "make_batch", lambda *args, **rest: made.append(args[2]) or make(*args, **rest))
+    run = loader(packed, rows_per_step=6, max_tokens=4)
+    step = run.step(0)
+    assert len(step.micro_batches) > 5
+    for done, batch in enumerate(step.micro_batches, 1):
+        # at most the next one, and the first of the next step, are made ahead
+        assert len(made) <= done + 2
+        assert torch.equal(batch.input_ids, step.micro_batches[done - 1].input_ids) and made.pop()
+    with pytest.raises(IndexError):
+        step.micro_batches[len(step.micro_batches)]
+
+
 def test_what_a_step_says_of_the_whole_is_what_its_batches_hold(packed: PackedSet) -> None:
     for index in range(3):
         step = loader(packed, rows_per_step=6).step(index)
