@@ -112,7 +112,9 @@ class ModelFlops:
 
     def step(self, layouts: Iterable[PackedLayout]) -> float:
         """FLOPs of one training step over these rows."""
-        return sum(self.per_token * layout.length + self.attention(layout) for layout in layouts)
+        return sum(
+            self.per_token * (layout.length - layout.padding_tokens) + self.attention(layout) for layout in layouts
+        )
 
     def attention_saved(self, layouts: Sequence[PackedLayout]) -> float:
         """The share of full causal attention's FLOPs that these rows do not need, 0..1."""

@@ -74,6 +74,8 @@ class PackedLayout:
     """The position of each segment's first token (behind its copies of the anchor); `None`: as `positions` says."""
     copies: int = 0
     """Anchor tokens at the head of each document, at positions 0 to copies - 1; part of its first segment."""
+    padding: bool = False
+    """Is the last segment no text? It sees what a document sees, but is none: `documents` and pieces leave it out."""
 
     def __post_init__(self) -> None:
         offsets = self.doc_offsets
@@ -100,9 +102,14 @@ class PackedLayout:
 
     @property
     def num_documents(self) -> int:
-        """Documents in the row, the anchor not counted."""
+        """Documents in the row, the anchor and padding not counted."""
         segments = len(self.doc_offsets) - 1 if self.doc_ids is None else len(set(self.doc_ids))
-        return segments - (1 if self.anchor_len else 0)
+        return segments - bool(self.anchor_len) - self.padding
+
+    @property
+    def padding_tokens(self) -> int:
+        """Tokens of the row that are padding."""
+        return self.doc_offsets[-1] - self.doc_offsets[-2] if self.padding else 0
 
     def by_document(self) -> PackedLayout:
         """The same row with each document's segments moved together, in order of first appearance: its boundaries."""
@@ -119,14 +126,18 @@ class PackedLayout:
     # -- copies and pieces --------------------------------------------------------------------------------------
 
     def documents(self) -> tuple[Document, ...]:
-        """The documents of a row (whose layout has no copies yet), in order of first appearance, without the anchor."""
+        """The documents of a row (whose layout has no copies yet), in order of first appearance.
+
+        Neither the anchor nor padding is one.
+        """
         if self.copies:
             raise ValueError("the documents of a layout with copies are those of the layout that it was made from")
         ids = range(len(self.doc_offsets) - 1) if self.doc_ids is None else self.doc_ids
         spans = list(zip(self.doc_offsets, self.doc_offsets[1:], strict=False))
         first = self.position_array()[list(self.doc_offsets[:-1])].tolist()
         found: dict[int, tuple[list[tuple[int, int]], list[int]]] = {}
-        for document, span, position in list(zip(ids, spans, first, strict=True))[1 if self.anchor_len else 0 :]:
+        segments = list(zip(ids, spans, first, strict=True))
+        for document, span, position in segments[bool(self.anchor_len) : len(segments) - self.padding]:
             lists = found.setdefault(document, ([], []))
             lists[0].append(span)
             lists[1].append(position)
@@ -222,10 +233,11 @@ class PackedLayout:
         return np.concatenate(parts)
 
     def attention_pairs(self, window: int | None = None) -> int:
-        """Number of allowed (query, key) pairs: the row's attention cost, in score elements."""
+        """Number of allowed (query, key) pairs, padding's left out: the row's attention cost, in score elements."""
         pairs = 0
         layout = self.by_document()
-        for i, length in enumerate(np.diff(layout.doc_offsets).tolist()):
+        lengths = np.diff(layout.doc_offsets).tolist()
+        for i, length in enumerate(lengths[: len(lengths) - self.padding]):
             is_anchor = i == 0 and self.anchor_len > 0  # no window hides the anchor, not from itself either
             seen = length if window is None or is_anchor else min(length, window)
             pairs += seen * (seen + 1) // 2 + (length - seen) * seen
@@ -322,7 +334,8 @@ def _grouped(layout: PackedLayout) -> tuple[np.ndarray, PackedLayout]:
     order = np.argsort(first[inverse.reshape(-1)], kind="stable")
     lengths = np.bincount(inverse.reshape(-1))[np.argsort(first)]
     offsets = (0, *np.cumsum(lengths).tolist())
-    return order, PackedLayout(offsets, layout.anchor_len, layout.positions)  # boundaries: positions stay with tokens
+    # boundaries: positions stay with tokens
+    return order, PackedLayout(offsets, layout.anchor_len, layout.positions, padding=layout.padding)
 
 
 @functools.lru_cache(maxsize=256)  # never called under a FakeTensorMode: real calls would meet fake tensors

@@ -40,9 +40,25 @@ def implementation(backend: str = "auto") -> str:
     return "anchor" if backend == "auto" else f"anchor_{backend.replace('flash_attn', 'fa')}"
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The layout is the mask."""
-    return None
+def check_interface(model: Any) -> None:
+    """UserError for a model whose attention never asks transformers' interface, and so would never hear of a layout."""
+    inner = getattr(model, "base_model", model)  # PEFT's wrapper
+    inner = getattr(inner, "model", inner)
+    if any(getattr(found, "_supports_attention_backend", None) is False for found in (model, inner)):
+        raise UserError(
+            f"{type(model).__name__} computes attention by itself, not through transformers' interface, so that "
+            "documents would see each other: use a model such as llama or qwen3"
+        )
+
+
+def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """The layout is the mask; one that hides tokens beside it is refused, for it would vanish silently."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        hidden = int((attention_mask == 0).sum())
+        raise UserError(
+            f"attention_mask hides {hidden} tokens, but the layout is the mask: pass layouts (or cu_seq_lens_q) of "
+            "rows without padding, and no attention_mask"
+        )
 
 
 def _anchor_forward(

@@ -39,8 +39,7 @@ class Expected:
     cut_documents: int
     """Documents in several pieces."""
     cost: float
-    """Sum over all rows of the squared lengths of their documents and padding, in tokens squared: what attention
-    costs."""
+    """Sum over all rows of the squared lengths of their documents, in tokens squared: what attention costs."""
 
 
 def inspect(config: PrepareConfig) -> list[Expected]:
@@ -73,7 +72,7 @@ def expect(
         # sizes = [3, 5, 4], rows of the first two pieces and of the third: filled = [8, 4]
         filled = np.add.reduceat(sizes, some.ends - some.counts)
         rows, used = rows + len(some), used + int(filled.sum())
-        squares += float(sizes @ sizes + ((capacity - filled) ** 2).sum())
+        squares += float(sizes @ sizes)
         seen.append(some.pieces["document"])
     # document numbers [0, 1, 1, 2] of all pieces: pieces = [1, 2, 1], so one document was cut
     pieces = np.bincount(np.concatenate(seen)) if rows else np.zeros(1, np.int64)

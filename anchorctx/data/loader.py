@@ -199,6 +199,15 @@ class RowLoader:
         )
 
 
+def check_trained(packed: PackedSet, key: str, rows: int | None = None) -> None:
+    """UserError when the first `rows` rows of the set at `data.{key}` (None: all) train no token."""
+    if not packed.row_trained[:rows].any():
+        raise UserError(
+            f"data.{key} has no trained token in {len(packed) if rows is None else min(rows, len(packed)):,} rows "
+            f"({packed.folder}): documents need two tokens or more, and loss weights above 0; prepare others"
+        )
+
+
 def row_layouts(packed: PackedSet, rows: np.ndarray, pattern: Pattern) -> tuple[PackedLayout, ...]:
     """The layouts of whole rows under `pattern`."""
     return tuple(pattern.apply(packed.layout(int(row))) for row in rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from anchorctx.attention import BACKENDS
-from anchorctx.attention.interface import implementation
+from anchorctx.attention.interface import check_interface, implementation
+from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
 
 SEPARATED = ("full_attention", "sliding_attention")
@@ -32,6 +33,15 @@ def check_model(model: Any) -> None:
         raise UserError(
             f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "
             "model with 'flash_attention_2' on CUDA, or anywhere with 'anchor' after anchorctx.attention.register()"
+        )
+    check_interface(getattr(model, "module", model))
+    rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    # of each kind of layer, where they differ
+    kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
+    if bound := kinds & set(LENGTH_BOUND):
+        raise UserError(
+            f"rope_type={bound.pop()} takes its angles from the longest position of a batch, so that a document's "
+            "would depend on the others: use linear, yarn or llama3, or anchorctx train, which takes the row's"
         )
     other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATED))
     if other:

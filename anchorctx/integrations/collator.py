@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -75,8 +76,12 @@ class AnchorCollator:
     def __post_init__(self, model: PreTrainedModel | None) -> None:
         self.pattern, self.excess = _choice(Pattern, "pattern", self.pattern), _choice(Excess, "excess", self.excess)
         for name, value in (("row_length", self.row_length), ("max_tokens", self.max_tokens)):
-            if value is not None and (not isinstance(value, int) or value < 3):
-                raise UserError(f"{name}={value} must be at least 3: the anchor, and a token that predicts another")
+            if value is not None and (not isinstance(value, Integral) or value < 3):
+                raise UserError(
+                    f"{name}={value!r} must be an integer of 3 or more: the anchor, and a token that predicts another"
+                )
+        if not callable(getattr(self.tokenizer, "get_vocab", None)):
+            raise UserError(f"tokenizer={self.tokenizer!r:.60} is none: pass AutoTokenizer.from_pretrained(...)")
         bos, eos = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos"))
         anchor = eos if bos is None else bos
         if anchor is None:
@@ -91,7 +96,15 @@ class AnchorCollator:
             )
         else:
             check_model(model)
-            vocabulary = getattr(model, "module", model).config.get_text_config().vocab_size
+            config = getattr(model, "module", model).config.get_text_config()
+            vocabulary, reach = config.vocab_size, getattr(config, "max_position_embeddings", None)
+            if reach is not None and self.row_length > reach:
+                logger.warning(
+                    "row_length=%d is more than the model's max_position_embeddings=%d: raise that, with its RoPE "
+                    "theta or scaling, before the model is built",
+                    self.row_length,
+                    reach,
+                )
         if anchor >= vocabulary:
             raise UserError(
                 f"the anchor, token {anchor}, is beyond the model's vocabulary of {vocabulary}: "
@@ -122,6 +135,7 @@ class AnchorCollator:
                 "(collate_fn), which gets a list of documents before they are batched"
             )
         texts = [self._reader.read(example, f"example {i} of the batch") for i, example in enumerate(examples)]
+        self._warn_of_second_anchors(texts)
         texts = self._within_batch([self._within_row(text, i) for i, text in enumerate(texts)])
         layout, index = self._lay_out(texts)
         # The model's loss shifts labels by itself: the token in front of a label predicts it. At the seam of two
@@ -204,6 +218,16 @@ class AnchorCollator:
             if len(last) - over > 1:  # one token alone trains nothing
                 kept.append(last.cut(len(last) - over))
         return kept
+
+    def _warn_of_second_anchors(self, texts: Sequence[Text]) -> None:
+        """Tokenizers that write BOS by themselves give documents which begin with what the collator puts there."""
+        if "anchors" not in self._warned and any(text.ids[0] == self._anchor for text in texts):
+            logger.warning(
+                "documents begin with token %d, which AnchorCollator puts in front of each by itself: tokenize with "
+                "add_special_tokens=False, or they begin with it twice",
+                self._anchor,
+            )
+            self._warned.add("anchors")
 
     def _warn_once(self, what: str, why: str) -> None:
         if what not in self._warned:

@@ -17,6 +17,8 @@ IGNORED = -100
 """The label of a token that is not trained, as torch's cross-entropy has it."""
 MASKS = ("completion_mask", "assistant_masks")
 """TRL's columns for what is trained, out of which it makes labels."""
+PACKED = ("seq_lengths", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Columns of examples that hold several documents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Reader:
         if "input_ids" not in example:
             return _trained(self._encode(example, name))
         ids = _ints(example["input_ids"], "input_ids", name)
-        _refuse_padded_and_packed(example, name)
+        _refuse_padded_and_packed(example, len(ids), name)
         self._check(ids, "input_ids", name)
         labels = ids
         if example.get("labels") is not None:
@@ -108,6 +110,8 @@ def _ints(values: Any, column: str, name: str) -> np.ndarray:
         array = np.asarray(values)
     except ValueError:  # lists of several lengths
         array = np.empty((0, 0), np.int64)
+    if array.ndim == 0:
+        raise UserError(f"{name} has a {type(values).__name__} as its {column}: give a list of token ids")
     if array.ndim != 1:
         raise UserError(
             f"{name} has several sequences in its {column}: hand over single documents, neither batched nor packed"
@@ -119,13 +123,17 @@ def _ints(values: Any, column: str, name: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _refuse_padded_and_packed(example: Mapping[str, Any], name: str) -> None:
-    mask = example.get("attention_mask")
-    if mask is not None and not np.all(np.asarray(mask)):
-        zeros = int((np.asarray(mask) == 0).sum())
-        raise UserError(f"{name} is padded, its attention_mask has {zeros} zeros: tokenize with padding=False")
-    if example.get("seq_lengths") is not None:
-        raise UserError(f"{name} is packed already, it has seq_lengths: set packing=False, the collator packs")
+def _refuse_padded_and_packed(example: Mapping[str, Any], tokens: int, name: str) -> None:
+    if example.get("attention_mask") is not None:
+        mask = _ints(example["attention_mask"], "attention_mask", name)
+        if len(mask) != tokens:
+            raise UserError(f"{name} has an attention_mask of {len(mask)} for {tokens} input_ids: leave the column out")
+        if not mask.all():
+            zeros = int((mask == 0).sum())
+            raise UserError(f"{name} is padded, its attention_mask has {zeros} zeros: tokenize with padding=False")
+    for column in PACKED:
+        if example.get(column) is not None:
+            raise UserError(f"{name} is packed already, it has {column}: set packing=False, the collator packs")
 
 
 def _start(example: Mapping[str, Any], tokens: int, name: str) -> int | None:

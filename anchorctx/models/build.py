@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from anchorctx.attention.interface import implementation, register
+from anchorctx.attention.interface import check_interface, implementation, register
 from anchorctx.attention.kernels.base import Score
 from anchorctx.attention.registry import BACKENDS, choose
 from anchorctx.attention.rope import set_rope_dtype
@@ -42,6 +42,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         "attn_implementation": implementation(config.attention),
     }
     model = load_weights(config.path, hf_config, **options) if config.path else _new(config, hf_config, options)
+    check_interface(model)
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         raise UserError(f"{type(model).__name__} has attention sinks, which no backend computes: use another model")
     set_rope_dtype(model, config.rope_dtype)

@@ -232,12 +232,14 @@ class Planner:
         return tokens // length
 
 
-def shorter(plan: Plan) -> str:
-    """How to make the pass that holds most smaller, with the tokens that would fit, in steps of 1,024."""
+def shorter(plan: Plan) -> str | None:
+    """How to make the pass that holds most smaller, in steps of 1,024 tokens; None where none of them would fit."""
     # activations and temporaries grow with the tokens, states do not
     parts, held = plan.parts, plan.held
     growing = parts.activations + parts.working + parts.logits
     tokens = int(held.tokens * max(plan.usable - parts.total + growing, 0.0) / growing) // 1024 * 1024
+    if not tokens:
+        return None
     if not held.document:
         return f"micro_tokens={tokens}"
     return f"documents of at most {tokens:,} tokens (anchorctx prepare cuts those longer than its row_length)"

@@ -12,6 +12,9 @@ from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.plan.config import CorpusConfig
 
+LONGEST = 2**40
+"""Tokens of a drawn document at most: longer than any row."""
+
 
 def typical_rows(corpus: CorpusConfig, row_length: int | None) -> tuple[PackedLayout, ...]:
     """`corpus.rows` rows of the corpus (all of a smaller packed set), with AnchorAttention's layout.
@@ -48,7 +51,7 @@ def _documents(corpus: CorpusConfig) -> Iterator[int]:
     while True:
         # the logarithm of a log-normal variable is normal, with mean log(median)
         drawn = rng.lognormal(np.log(corpus.median), corpus.sigma) if listed is None else rng.choice(listed)
-        yield max(min(int(drawn), corpus.longest or int(drawn)), 1)
+        yield max(int(min(drawn, corpus.longest or LONGEST)), 1)
 
 
 def _listed(path: Path) -> np.ndarray:

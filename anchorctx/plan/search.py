@@ -132,7 +132,7 @@ def _nothing_fits(planner: Planner, smallest: Plan | None) -> str:
         f"no configuration of {config.gpus} {config.gpu} fits {smallest.held}: the smallest (ZeRO "
         f"{parallel.zero_stage}, sequence_parallel={parallel.sequence_parallel}, micro_tokens="
         f"{smallest.job.micro_tokens}) needs {need:.1f} GiB of {have:.1f}: use at least {_enough(planner, smallest)} "
-        f"GPUs, or {shorter(smallest)}"
+        f"GPUs{f', or {less}' if (less := shorter(smallest)) else ''}"
     )
 
 

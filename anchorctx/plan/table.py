@@ -104,7 +104,7 @@ def _remedy(plan: Plan) -> str:
     """One sentence for a plan that does not fit."""
     ways = ["parallel.sequence_parallel"] if plan.held.document else []
     ways += ["memory=long (recomputation, tiles)", "search=true"]
-    return f"{plan.held} does not fit: try {', '.join(ways)}, or {shorter(plan)}"
+    return f"{plan.held} does not fit: try {', '.join(ways)}{f', or {less}' if (less := shorter(plan)) else ''}"
 
 
 def _bytes(planner: Planner, plan: Plan) -> list[str]:

@@ -139,7 +139,7 @@ class TrainConfig:
     micro_tokens: Annotated[int, Ge(1), "null takes a row and a sixteenth"] | None = None
     """Tokens that a process runs forward and backward at once, copies of the anchor included: a step's documents are
     cut into pieces of at most so many. A longer document is a piece by itself, which `parallel.sequence_parallel`
-    processes share. null is a row and a sixteenth, so that a row with its copies is one piece."""
+    processes share. null is a row and a sixteenth: a row with its copies, where documents have 16 tokens or more."""
     anchor_visible: AnchorVisible = AnchorVisible.window
     """In models with sliding windows: window (the anchor is a document's first token) or always."""
     validate_every: Count = 100

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from anchorctx.data.loader import Batch, RowLoader, Step, validation_batches
+from anchorctx.data.loader import Batch, RowLoader, Step, check_trained, validation_batches
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.pieces import AnchorVisible, Cutting
 from anchorctx.errors import InterruptedRun, UserError
@@ -67,6 +67,9 @@ class Trainer:
         self.config, self.ranks, self.out_dir = config, ranks, Path(config.out_dir)
         self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
         self.validation = self._open_validation()
+        check_trained(self.packed, "train")
+        if self.validation is not None:
+            check_trained(self.validation, "validation", config.validation_rows)
         self.mesh = Mesh.of(ranks, config.parallel.sequence_parallel)
         rows = config.rows_per_step(self.packed.row_length)
         tokens = config.piece_tokens(self.packed.row_length, int(self.packed.manifest["anchor_len"]))
@@ -174,7 +177,8 @@ class Trainer:
 
     def _forward_backward(self, step: Step) -> float:
         """Accumulate the step's gradients; returns its loss. The caller makes the update."""
-        scale = self.ranks.world / step.weight  # DeepSpeed averages gradients over all processes
+        weight = step.weight or 1.0  # rows without a trained token have a loss of 0 and no gradient
+        scale = self.ranks.world / weight  # DeepSpeed averages gradients over all processes
         self.waiting = self.exchanged = 0.0
         summed = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         batches = iter(step.micro_batches)
@@ -190,7 +194,7 @@ class Trainer:
             summed += loss.detach()
             if index < len(step.micro_batches) - 1:
                 self.engine.step()  # counts the piece, no update yet
-        total, stops = dist.total([summed.item() / step.weight, float(self.interrupted)], self.ranks.device)
+        total, stops = dist.total([summed.item() / weight, float(self.interrupted)], self.ranks.device)
         self.stopping = stops > 0  # decided together, so that no rank saves alone
         if not math.isfinite(total):
             raise UserError(

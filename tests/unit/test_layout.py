@@ -11,6 +11,20 @@ from hypothesis import strategies as st
 from anchorctx.layout import Document, PackedLayout, Pattern, Positions, lay_out
 
 
+def test_padding_is_no_document_and_in_no_piece() -> None:
+    row = PackedLayout((0, 1, 3, 5, 12), 1, padding=True)
+    assert (row.num_documents, row.padding_tokens, row.length) == (2, 7, 12)
+    assert [document.spans for document in row.documents()] == [((1, 3),), ((3, 5),)]
+    copied, index = row.with_copies()
+    assert copied.doc_offsets == (0, 3, 6) and not copied.padding and index.tolist() == [0, 1, 2, 0, 3, 4]
+    assert max(layout.length for layout, _ in row.pieces(3)) == 3
+    assert row.attention_pairs() == PackedLayout((0, 1, 3, 5), 1).attention_pairs()
+    scattered = PackedLayout((0, 1, 3, 5, 6, 9), 1, doc_ids=(0, 1, 2, 1, 3), padding=True)
+    assert [document.length for document in scattered.documents()] == [3, 2] and scattered.by_document().padding
+    assert Pattern.full.apply(row) == PackedLayout((0, 12))
+    assert len(Pattern.intra_doc.apply(row).documents()) == 3  # a token that was the anchor, and the two
+
+
 def test_an_anchor_alone_has_nothing_to_be_copied_for() -> None:
     for attempt in (PackedLayout((0, 1), 1).with_copies, lambda: PackedLayout((0, 2), 2).pieces(8)):
         with pytest.raises(ValueError, match="an anchor alone has no documents"):

@@ -133,6 +133,18 @@ def test_passes_that_are_needed_anyway_give_room_for_even_costs() -> None:
     assert [sum(costs[piece].sum() for piece in own) for own in dealt] == [6643, 6525]
 
 
+@pytest.mark.parametrize(("tokens", "count"), [(4500, 1864), (2800, 2800), (600, 2000)])
+def test_documents_of_more_than_a_share_of_a_piece_are_cut_at_once(tokens: int, count: int) -> None:
+    import anchorctx.pieces as module
+
+    tried, fill = [], module._fill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_fill", lambda *args: tried.append(args[-1]) or fill(*args))
+        lengths = np.full(count, tokens)
+        pieces = cut(lengths, document_costs(lengths), 8192)
+    assert len(tried) == 1 and len(pieces) == -(-count // (8192 // tokens))
+
+
 def test_only_what_is_longer_than_a_piece_is_shared() -> None:
     def kinds(tokens: list[int], sequence: int) -> list[tuple[list[int], int]]:
         return [(chosen.tolist(), size) for chosen, size in shared_and_alone(np.array(tokens, int), 6, sequence)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -73,7 +73,7 @@ class Shard:
             "weight": self.weights.sum(axis=1, dtype=np.float64),
             "trained": np.count_nonzero(self.weights, axis=1).astype(np.int64),
             "documents": self.documents,
-            "cost": attention_costs(self.offsets, self.doc_ids, self.pointers),
+            "cost": attention_costs(self.offsets, self.doc_ids, self.pointers, self.documents),
         }
 
     def row(self, index: int, anchor_len: int) -> Row:
@@ -86,7 +86,8 @@ class Shard:
         # pointers = [[0, 0], [4, 0], [9, 4]]: row 1 has offsets[4:9] and doc_ids[0:4]; row 0 has no doc_ids
         (a, c), (b, d) = self.pointers[index].tolist(), self.pointers[index + 1].tolist()
         doc_ids = tuple(self.doc_ids[c:d].tolist()) or None
-        return PackedLayout(tuple(self.offsets[a:b].tolist()), anchor_len, doc_ids=doc_ids)
+        layout = PackedLayout(tuple(self.offsets[a:b].tolist()), anchor_len, doc_ids=doc_ids)
+        return replace(layout, padding=layout.num_documents > self.documents[index])
 
     @classmethod
     def of(cls, rows: Sequence[Row], documents: Sequence[int], dtype: type[np.integer]) -> Shard:
@@ -126,19 +127,22 @@ class Workspace(threading.local):
         return self._memory[name][:size].view(dtype).reshape(shape)
 
 
-def attention_costs(offsets: np.ndarray, doc_ids: np.ndarray, pointers: np.ndarray) -> np.ndarray:
+def attention_costs(
+    offsets: np.ndarray, doc_ids: np.ndarray, pointers: np.ndarray, documents: np.ndarray
+) -> np.ndarray:
     """(R,) float64: the sum of the squared lengths of each row's documents, in tokens squared.
 
-    What attention costs, up to a factor that is the same for all rows. Anchor and padding count as documents: kernels
-    compute them too.
+    What attention costs, up to a factor that is the same for all rows. The anchor counts as a document; padding, which
+    comes behind a row's `documents`, costs nothing.
     """
-    # offsets = [0, 1, 4, 9], no doc_ids: lengths 1, 3, 5, cost 1 + 9 + 25 = 35; were the second and third segment of
-    # one document (doc_ids = [0, 1, 1]): 1 + 8 * 8 = 65
+    # offsets = [0, 1, 4, 9], no doc_ids: lengths 1, 3, 5, cost 1 + 9 + 25 = 35 with two documents, 10 with one and
+    # padding; were the second and third segment of one document (doc_ids = [0, 1, 1]): 1 + 8 * 8 = 65
     costs = np.empty(len(pointers) - 1)
     lengths = np.diff(offsets, prepend=0).astype(np.float64)  # wrong where a row begins, which is not used
     for row, ((a, c), (b, d)) in enumerate(pairwise(pointers.tolist())):
-        documents = lengths[a + 1 : b]
+        own = lengths[a + 1 : b]
         if d > c:  # interleaved: the segments of a document count together
-            documents = np.bincount(doc_ids[c:d], documents)
-        costs[row] = documents @ documents
+            own = np.bincount(doc_ids[c:d], own)
+        own = own[: documents[row] + 1]
+        costs[row] = own @ own
     return costs

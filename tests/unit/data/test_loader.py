@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from anchorctx.data.loader import Batch, RowLoader, Step, validation_batches
+from anchorctx.data.loader import Batch, RowLoader, Step, check_trained, validation_batches
 from anchorctx.data.packed_set import PackedSet, ShardWriter
 from anchorctx.data.packing.shard import Row
 from anchorctx.data.pieces import AnchorVisible, Cutting, deal_pieces, piece_tokens
@@ -136,6 +136,31 @@ def test_a_steps_batches_are_made_one_after_the_other(packed: PackedSet, monkeyp
         assert torch.equal(batch.input_ids, step.micro_batches[done - 1].input_ids) and made.pop()
     with pytest.raises(IndexError):
         step.micro_batches[len(step.micro_batches)]
+
+
+def test_padding_is_neither_computed_nor_a_long_document(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", 40, 2000, 1, 4) as writer:
+        layout = PackedLayout((0, 1, 5, 9, 40), 1)
+        weights = np.zeros(40, np.float32)
+        weights[[2, 3, 4, 6, 7, 8]] = 1
+        writer.add(Row(np.arange(40) + 1, weights, layout), 2)
+        writer.close({"fingerprint": "ab34", "row_length": 40})
+    padded = PackedSet.open(tmp_path / "set")
+    assert padded.layout(0).padding and padded.row_cost.tolist() == [1 + 16 + 16]
+    for sequence in (1, 2):
+        step = loader(padded, rows_per_step=1, max_tokens=12, world=sequence, sequence=sequence).step(0)
+        assert step.long_documents == 0 and all(not batch.spread for batch in step.micro_batches)
+        assert sum(layout.length for batch in step.micro_batches for layout in batch.layouts) <= 10
+    (whole,) = loader(padded, Pattern.full, rows_per_step=1, max_tokens=42).step(0).micro_batches
+    assert whole.input_ids.shape == (1, 40)
+
+
+def test_a_set_that_trains_nothing_is_refused(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set", 4, 2000, 1, 4) as writer:
+        writer.add(Row(np.array([1, 5, 6, 7]), np.zeros(4, np.float32), PackedLayout((0, 1, 2, 3, 4), 1)), 3)
+        writer.close({"fingerprint": "ab56", "row_length": 4})
+    with pytest.raises(UserError, match="data.validation has no trained token in 1 rows"):
+        check_trained(PackedSet.open(tmp_path / "set"), "validation", 3)
 
 
 def test_what_a_step_says_of_the_whole_is_what_its_batches_hold(packed: PackedSet) -> None:

@@ -293,8 +293,8 @@ def test_a_batch_in_place_of_examples_is_refused(examples: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"row_length": 2}, "row_length=2 must be at least 3"),
-        ({"max_tokens": 2}, "max_tokens=2 must be at least 3"),
+        ({"row_length": 2}, "row_length=2 must be an integer of 3 or more"),
+        ({"max_tokens": 2}, "max_tokens=2 must be an integer of 3 or more"),
         ({"pattern": "anker"}, "pattern=anker is unknown: choose full, intra_doc"),
         ({"excess": "drop"}, "excess=drop is unknown: choose refuse, cut"),
     ],
@@ -354,6 +354,59 @@ def test_ids_are_held_to_the_models_vocabulary() -> None:
         known([{"input_ids": [5, 200]}])
     with pytest.raises(UserError, match="the anchor, token 1, is beyond the model's vocabulary of 1: resize"):
         collator(model=configured("anchor", vocab_size=1))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"input_ids": [5, 6], "cu_seq_lens_q": [0, 1, 2]}, "is packed already, it has cu_seq_lens_q"),
+        ({"input_ids": [5, 6], "attention_mask": [1, 1, 1]}, "has an attention_mask of 3 for 2 input_ids"),
+        ({"input_ids": [5, 6], "attention_mask": [[1], [1, 1]]}, "several sequences in its attention_mask"),
+        ({"input_ids": None}, "has a NoneType as its input_ids: give a list of token ids"),
+        ({"input_ids": [5, 6], "labels": 3}, "has a int as its labels"),
+    ],
+)
+def test_examples_that_are_no_document_are_named(example: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        collator()([example])
+
+
+def test_a_tokenizers_own_anchor_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    collate = collator(model=configured("anchor"))
+    for _ in range(2):
+        collate([{"input_ids": [collate._anchor, 5, 6]}])
+    assert sum("by itself: tokenize with add_special_tokens=False" in message for message in caplog.messages) == 1
+
+
+def test_a_row_beyond_the_models_positions_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = configured("anchor")
+    collator(model=model, row_length=model.config.max_position_embeddings + 1)
+    assert "is more than the model's max_position_embeddings" in caplog.text
+
+
+def test_scalings_that_look_at_the_whole_batch_are_refused() -> None:
+    model = configured("anchor")
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UserError, match="rope_type=dynamic takes its angles from the longest position of a batch"):
+        check_model(model)
+
+
+def test_attention_that_never_asks_the_interface_is_refused() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 96}
+    register()
+    for kind, extra in (("gpt_neox_japanese", {}), ("bloom", {"n_head": 2, "n_layer": 1})):
+        config = AutoConfig.for_model(kind, **(sizes | extra))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="anchor")
+        with pytest.raises(UserError, match="computes attention by itself"):
+            check_model(model)
+
+
+def test_tokenizers_and_sizes_of_numpy() -> None:
+    assert collator(row_length=np.int64(40))([{"input_ids": [5, 6]}])["input_ids"].shape == (1, 3)
+    with pytest.raises(UserError, match="tokenizer='gpt2' is none"):
+        AnchorCollator("gpt2", 40)
 
 
 def test_what_cannot_be_seen_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
