@@ -138,6 +138,16 @@ def test_gradient_of_a_sum(aten: Recorder) -> None:
     assert q.grad is not None and q.grad.isfinite().all()
 
 
+def test_torch_varlen_gives_a_window_only_where_there_is_one(aten: Recorder) -> None:
+    """FlashAttention-4, which may stand behind torch's operators, takes bounds for a window though they are open."""
+    args = [heads_last(x).requires_grad_() for x in tensors(2, 4, 2, 90, 16)[:3]]
+    for score, bounds in ((SCORES["plain"], set()), (SCORES["window"], {"window_size_left", "window_size_right"})):
+        kernel_attention(*args, ROWS["copies"], score, TorchVarlenKernel()).sum().backward()
+        calls = [a for _, a in aten.calls[-2:]]
+        assert [{name for name in a if name.startswith("window")} for a in calls] == [bounds, bounds]
+        assert [a["is_causal"] for a in calls] == [not bounds] * 2
+
+
 def test_torch_varlen_refuses_softcap() -> None:
     with pytest.raises(BackendUnavailableError, match="soft-cap"):
         kernel_attention(*tensors(1, 2, 2, 90, 16)[:3], ROWS["no anchor"][1:], SCORES["softcap"], TorchVarlenKernel())
@@ -362,6 +372,29 @@ def test_limits_name_what_the_installed_release_needs(flash: Recorder, monkeypat
 def test_missing_names_what_is_missing() -> None:
     for reason in (torch_varlen.missing(), flash_attn.missing()):
         assert reason is not None and reason.startswith("needs ") and "CUDA" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch_varlen", "flash_attn", "flex"])
+def test_deterministic_on_a_gpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long documents of few heads, so that many blocks add to the same gradients: ten times the same bits."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    rows = (PackedLayout((0, 5000, 5300, 16_384)),)
+    q, k, v, do = (heads_last(x).cuda().requires_grad_() for x in tensors(1, 4, 2, 16_384, 64, torch.bfloat16))
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(attend(q, k, v, rows, backend=backend), (q, k, v), do))
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = gradients()
+        for _ in range(9):
+            assert all(map(torch.equal, gradients(), first))
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.gpu
