@@ -149,9 +149,9 @@ class TrainConfig:
     seed: Seed = 0
     """Seed of the data order and of every random state."""
     deterministic: bool = False
-    """Compute the same bits each time, on the same cards with the same software (a CPU does so anyway): slower, and
-    FlashAttention-2 then holds up to as many float32 sums of the queries' gradients as a card has multiprocessors for
-    each document and head. What both cost: measure on your card."""
+    """Compute the same bits each time, on the same cards with the same software (a CPU does so anyway). Slower, and
+    FlashAttention-2 then holds several float32 sums of the queries' gradients where documents times heads are fewer
+    than the card's multiprocessors. What both cost: measure on your card."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
