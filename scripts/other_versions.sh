@@ -25,7 +25,7 @@ if [ ! -x "$environment/bin/python" ]; then
     "${PYTHON:-python3}" -m venv "$environment"
     constraints=$(mktemp)
     grep -vE '^(torch|triton|transformers|tokenizers|huggingface_hub|numpy|setuptools)==' constraints.txt >"$constraints"
-    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[zstd]' \
+    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[zstd,eval]' \
         pytest hypothesis psutil "${wanted[@]}" --constraint "$constraints"
     rm "$constraints"
 fi
