@@ -35,31 +35,38 @@ class Machine:
     """Dense bfloat16 FLOP/s, without sparsity."""
     memory: float
     """Bytes that the driver shows as total."""
+    bandwidth: float
+    """Bytes a second that it reads or writes of its memory."""
     link: float
     """Bytes a second that a GPU sends to the others of its machine (NVLink, else PCIe), in one direction."""
 
 
-def _machine(name: str, tflops: float, gib: float, link_gb: float) -> Machine:
-    return Machine(name, tflops * 1e12, gib * GIB, link_gb * 1e9)
+def _machine(name: str, tflops: float, gib: float, memory_gb: float, link_gb: float) -> Machine:
+    return Machine(name, tflops * 1e12, gib * GIB, memory_gb * 1e9, link_gb * 1e9)
 
 
 MACHINES = {
     machine.name: machine
     for machine in (
-        _machine("A100", 312, 80.0, 300),
-        _machine("A800", 312, 80.0, 200),  # an A100 with slower links, as the H800 is an H100
-        _machine("H100", 989, 79.6, 450),
-        _machine("H800", 989, 79.6, 200),
-        _machine("H200", 989, 140.4, 450),
-        _machine("B200", 2250, 179.0, 900),
-        _machine("L40S", 362, 45.0, 25),  # from here on without NVLink: PCIe
-        _machine("A40", 150, 45.0, 25),
-        _machine("A10G", 70, 22.5, 12),
-        _machine("RTX 4090", 165, 24.0, 25),
-        _machine("RTX 3090", 71, 24.0, 25),
+        _machine("A100", 312, 80.0, 2039, 300),
+        _machine("A800", 312, 80.0, 2039, 200),  # an A100 with slower links, as the H800 is an H100
+        _machine("H100", 989, 79.6, 3350, 450),
+        _machine("H800", 989, 79.6, 3350, 200),
+        _machine("H200", 989, 140.4, 4800, 450),
+        _machine("B200", 2250, 179.0, 8000, 900),
+        _machine("A100 PCIe", 312, 80.0, 1935, 25),  # from here on without NVLink between all cards: PCIe
+        _machine("H100 PCIe", 756, 79.6, 2000, 50),
+        _machine("H100 NVL", 835, 93.6, 3900, 50),
+        _machine("L40S", 362, 45.0, 864, 25),
+        _machine("L40", 181, 45.0, 864, 25),
+        _machine("A40", 150, 45.0, 696, 25),
+        _machine("A10G", 70, 22.5, 600, 12),
+        _machine("RTX 4090", 165, 24.0, 1008, 25),
+        _machine("RTX 3090", 71, 24.0, 936, 25),
     )
 }
-"""By name: TFLOP/s and links from the vendors' data sheets (half of a bidirectional figure), GiB as in nvidia-smi."""
+"""By name: dense TFLOP/s, memory and links in GB/s from the vendors' data sheets (of links one direction, of PCIe what
+cards reach), GiB as in nvidia-smi."""
 
 
 def machine(name: str) -> Machine:
@@ -75,7 +82,8 @@ def machine(name: str) -> Machine:
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bfloat16 peak in FLOP/s, or None where it is not known (CPUs)."""
-    return next((gpu.peak for name, gpu in MACHINES.items() if name in device_name), None)
+    found = [name for name in MACHINES if name in device_name]  # "H100 PCIe" is also an "H100"
+    return MACHINES[max(found, key=len)].peak if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,7 @@ def predict(arm: Arm, tokens: int, runtime: float) -> Parts:
                 world=arm.processes,
                 pieces=len(pieces),
                 runtime=runtime,
-                overlap=False,
+                cuda=False,
             )
         )
     return max(found, key=lambda parts: parts.total)

@@ -4,6 +4,9 @@ A second implementation that shares nothing with the merge of `attention.merge`:
 takes float32 on CUDA, soft-capping and any head dimension. The block mask, which tells the kernel which blocks of keys
 a block of queries must read, is computed from the layout's boundaries in numpy; no T x T mask exists at any time.
 
+Where torch would give up compiling, after `COMPILATIONS` kinds of call or because its compiler is switched off, it
+would go on with dense scores, without a word: that is an error here.
+
 On a CPU FlexAttention has no backward pass: tensors there that require gradients are refused.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +30,13 @@ BLOCK = 128
 """Tokens of a block of queries or keys, at least."""
 MAX_BLOCKS = 2048
 """Blocks in a row, at most: torch holds four integers per pair of blocks, so longer rows get larger blocks."""
+COMPILATIONS = 64
+"""Kinds of call that are compiled, at most; torch's own limit is 8. Lengths, batch sizes and masks need one kernel
+between them once two of each were seen; dtype, heads, head dimension, soft-capping, an anchor and gradients tell kinds
+apart."""
+MASKS = 4
+"""Block masks that are kept: all layers of a pass need one, or two where some have windows. One of a long row is 67 MB
+(four tables of `MAX_BLOCKS` x `MAX_BLOCKS` integers)."""
 NO_CPU_BACKWARD = "FlexAttention computes no gradients on a CPU: use attention=cpu, or detached tensors"
 
 
@@ -35,11 +46,12 @@ def flex_attention(
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable on CUDA.
 
     Raises:
-        BackendUnavailableError: a tensor on a CPU requires gradients (torch refuses it even under `no_grad`).
+        BackendUnavailableError: a tensor on a CPU requires gradients (torch refuses it even under `no_grad`), or
+            torch compiles no more.
     """
     if query.device.type == "cpu" and any(x.requires_grad for x in (query, key, value)):
         raise BackendUnavailableError(NO_CPU_BACKWARD)
-    return _compiled()(
+    return _call(
         query,
         key,
         value,
@@ -58,7 +70,7 @@ def block_mask(layouts: Sequence[PackedLayout], device: torch.device, window: in
     return uncached_under_fake(_block_mask)(tuple(layouts), device, window)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=MASKS)
 def _block_mask(layouts: tuple[PackedLayout, ...], device: torch.device, window: int | None) -> BlockMask:
     anchor, length = layouts[0].anchor_len, layouts[0].length
     block = block_size(length)
@@ -138,7 +150,31 @@ def _as_lists(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(counts), np.ascontiguousarray(indices)
 
 
+def _call(*tensors: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """The compiled kernel, or an error: never torch's dense scores."""
+    from torch._dynamo import config, exc  # seconds, for those who compile
+
+    try:
+        with config.patch(recompile_limit=COMPILATIONS):
+            return _compiled()(*tensors, **arguments)
+    except exc.FailOnRecompileLimitHit as error:
+        raise BackendUnavailableError(
+            f"FlexAttention was compiled for {COMPILATIONS} kinds of call, and the next would run dense and slow: use "
+            "attention=auto, or a process for each model"
+        ) from error
+
+
 @functools.lru_cache(maxsize=1)
 def _compiled() -> Callable[..., torch.Tensor]:
     """One compiled function for all calls; compiling takes seconds, once per kind of call."""
-    return torch.compile(torch_flex_attention)
+    return torch.compile(_attend, fullgraph=True)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: Any) -> Any:
+    """torch's FlexAttention, in a function of its own: torch counts compilations by function, for all who call it."""
+    if not torch.compiler.is_dynamo_compiling():
+        raise BackendUnavailableError(
+            "FlexAttention runs dense and slow where torch.compile does not compile it (TORCHDYNAMO_DISABLE, or "
+            "torch.compiler.set_stance): switch the compiler on, or use attention=auto"
+        )
+    return torch_flex_attention(query, key, value, **arguments)

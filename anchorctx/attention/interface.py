@@ -90,10 +90,22 @@ def _anchor_forward(
         raise UserError(f"{name} asks for attention dropout {dropout}, which no backend computes: set it to 0")
     if s_aux is not None:
         raise UserError(f"{name} uses attention sinks, which no backend computes: use a model without them")
-    # Rotation in float32 (see attention.rope) leaves q and k in float32: cast once, here.
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    query, key, value = together(module, query, key, value)
     out = attend(query, key, value, layouts, scale=scaling, window=sliding_window, softcap=softcap, backend=backend)
     return out.transpose(1, 2), None
+
+
+def together(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values in the dtype in which `module` projects: rotation in float32 leaves q and k in float32.
+
+    It is the values' own, but transformers' cache (to 5.20) gives values the dtype of the keys that were put in first:
+    then it is the weights'. Both casts are exact there, of what was rounded before, or the one that is due (q and k).
+    """
+    weights = next((p.dtype for p in module.parameters() if p.is_floating_point()), value.dtype)
+    dtype = min(value.dtype, weights, key=lambda d: d.itemsize)  # under autocast the weights' is the wider
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 _from_cu_seq_lens: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

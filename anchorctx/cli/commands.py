@@ -33,8 +33,7 @@ def run(command: str, arguments: Arguments) -> int:
     if arguments.dry_run and command != "prepare":
         raise UserError(f"--dry-run is an option of anchorctx prepare, not of {command}: leave it out, or use --show")
     if command == "doctor":
-        doctor.run(arguments)
-        return 0
+        return doctor.run(arguments)
     config = configured(command, arguments)
     if config is None:
         return 0

@@ -22,19 +22,20 @@ OPTIONAL = {
 }
 
 
-def run(arguments: Arguments) -> None:
-    """Print the report; it takes no configuration."""
+FAILS = "FAILS: "
+"""How a backend's line begins that says it can serve a call, and does not."""
+
+
+def run(arguments: Arguments) -> int:
+    """Print the report; it takes no configuration. Returns the exit code: 1 where a backend fails."""
     if arguments.help:
         print(__doc__)
-        return
+        return 0
     if arguments.overrides or arguments.recipe or arguments.show:
         raise UserError(f"takes no arguments, got {' '.join(arguments.overrides) or 'options'}")
-    print(report())
-
-
-def report() -> str:
-    """The whole report as text."""
-    return "\n".join(text_table([*_machine(), "", *_packages(), "", *_backends()], indent=2))
+    backends = list(_backends())
+    print("\n".join(text_table([*_machine(), "", *_packages(), "", *backends], indent=2)))
+    return int(any(line[1].startswith(FAILS) for line in backends if isinstance(line, tuple)))
 
 
 def _machine() -> Iterator[str | tuple[str, str]]:
@@ -73,9 +74,15 @@ def _backends() -> Iterator[str | tuple[str, str]]:
     query = torch.randn(1, 4, 256, 64, device=device, dtype=dtype, requires_grad=True)
     layout = PackedLayout((0, 1, 100, 256), anchor_len=1)  # the anchor, then documents of 99 and 156 tokens
     for name, backend in BACKENDS.items():
-        refusal = backend.refusal(query, Score(0.125))
-        if refusal is None:
-            attend(query, query, query, [layout], backend=name).sum().backward()
+        try:
+            refusal = backend.refusal(query, Score(0.125))
+            if refusal is None:
+                attend(query, query, query, [layout], backend=name).sum().backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()  # a kernel's failure is told only then
+        except Exception as error:  # whatever a package or a compiler raises: the others are still to be told of
+            yield name, f"{FAILS}{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            continue
         yield name, f"no: it {refusal}" if refusal else f"works: {backend.summary}"
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from anchorctx.attention import BACKENDS
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.interface import implementation, register
+from anchorctx.attention.interface import implementation, register, together
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Evaluator, Subject
@@ -176,7 +176,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention contract: (B, H, T, D) in, ((B, T, Hq, D), no weights) out."""
     functions: dict[str, Callable[..., Any]] = ALL_ATTENTION_FUNCTIONS  # type: ignore[assignment]
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    query, key, value = together(module, query, key, value)
     rows, _, length, _ = query.shape
     # As many queries as keys and no mask: a prompt from its first token on. One token is one that is generated.
     prompt = attention_mask is None and length == key.shape[2] and length > 1

@@ -106,6 +106,7 @@ class CausalLMLoss(nn.Module):
         layouts: tuple[PackedLayout, ...],
         targets: torch.Tensor,
         loss_weights: torch.Tensor | None = None,
+        trained: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum over trained tokens of weight times cross-entropy: a scalar, float32 (float64 for a float64 model).
 
@@ -114,14 +115,20 @@ class CausalLMLoss(nn.Module):
             layouts: one a row, of the whole rows.
             targets: (B, T) int64: the token that each token must predict, that is the next one; -100 is not trained.
             loss_weights: (B, T) float weight of each prediction; None is 1.
+            trained: `trained_tokens(targets)`, where it is known: on a device it waits for the device.
         """
+        if trained is None:
+            trained = trained_tokens(targets)
         with self.saving(), row_in_sight(self.model, self.row_length):
             hidden = self.model.base_model(
                 input_ids=input_ids, position_ids=position_ids, layouts=layouts, use_cache=False
             ).last_hidden_state  # (B, T, D)
-        trained = targets != IGNORE
-        hidden, targets = hidden[trained], targets[trained]  # (N, D), (N,)
-        weights = torch.ones_like(targets, dtype=torch.float32) if loss_weights is None else loss_weights[trained]
+        hidden, targets = (
+            hidden.flatten(0, 1).index_select(0, trained),
+            targets.flatten().index_select(0, trained),
+        )  # (N, D), (N,)
+        ones = torch.ones_like(targets, dtype=torch.float32)
+        weights = ones if loss_weights is None else loss_weights.flatten().index_select(0, trained)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return call_as(head, self.head_loss, hidden, targets, weights)
@@ -139,6 +146,11 @@ class CausalLMLoss(nn.Module):
         )
         assert isinstance(loss, torch.Tensor)
         return loss
+
+
+def trained_tokens(targets: torch.Tensor) -> torch.Tensor:
+    """(N,) int64: which of the targets (B, T), flattened, are trained."""
+    return (targets.flatten() != IGNORE).nonzero()[:, 0]
 
 
 def default_tile(vocabulary: int, hidden_size: int) -> int:

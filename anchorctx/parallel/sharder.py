@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from anchorctx.layout import PackedLayout
-from anchorctx.models.loss import IGNORE
+from anchorctx.models.loss import IGNORE, trained_tokens
 from anchorctx.parallel.mesh import Mesh
 
 
@@ -33,6 +33,8 @@ class Shard:
     """(B, S) int64: the token that each token must predict, -100 where not trained."""
     loss_weights: torch.Tensor
     """(B, S) float32: the weight of that prediction."""
+    trained: torch.Tensor
+    """(N,) int64: which of the B * S tokens are trained; found here, since a device would be waited for."""
 
     def arguments(self, device: torch.device) -> dict[str, object]:
         """Keyword arguments for the model, tensors on `device`."""
@@ -51,12 +53,14 @@ def shard_batch(
     layouts = tuple(padded(layout, mesh.sequence) for layout in layouts)
     positions = torch.stack([layout.position_ids() for layout in layouts])
     missing = (0, layouts[0].length - input_ids.shape[1])
+    mine = _slice(F.pad(targets, missing, value=IGNORE), mesh)
     return Shard(
         _slice(F.pad(input_ids, missing), mesh),
         _slice(positions, mesh),
         layouts,
-        _slice(F.pad(targets, missing, value=IGNORE), mesh),
+        mine,
         _slice(F.pad(loss_weights, missing), mesh),
+        trained_tokens(mine),
     )
 
 

@@ -2,8 +2,9 @@
 
 Operations are those of `flops.ModelFlops` for the rows as they were packed, which leave out recomputation and copies of
 the anchor. Both take time all the same: a recomputed layer runs its forward pass again, a third of forward + backward;
-a tiled MLP runs that of its matrices again. Processes wait for each other in every pass, so that a step lasts as long
-as the costliest piece of each of its passes, and each of them at least as long as the CPU takes to issue its kernels.
+a tiled MLP runs that of its matrices again. What is neither a matrix product nor attention is counted in bytes of the
+GPU's memory. Processes wait for each other in every pass, so that a step lasts as long as the costliest piece of each
+of its passes, and each of them at least as long as the CPU takes to issue its kernels.
 
 Bytes that a GPU sends in a step, P weights of e bytes, N GPUs, L layers, M passes:
 
@@ -42,6 +43,9 @@ class Shape:
     """Bytes of a weight and of an activation."""
     mlp_share: float
     """Share of the matrices' operations that MLPs take, 0 to 1."""
+    hidden: int
+    """Size of the hidden states."""
+    vocabulary: int
     layers: int
     heads: int
     """Query heads of a layer."""
@@ -60,6 +64,8 @@ class Shape:
             weights=sum(p.numel() for p in model.parameters()),
             element=model.dtype.itemsize,
             mlp_share=min(6 * mlp / flops.per_token, 1.0),
+            hidden=config.hidden_size,
+            vocabulary=config.vocab_size,
             layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=ulysses.key_heads(config),
@@ -193,20 +199,29 @@ def _passes(
 ) -> tuple[float, float, float, float]:
     """Bytes that a GPU sends for sequence parallelism, seconds at work, waiting for others, and in exchanges."""
     sequence, link = job.parallel.sequence_parallel, _rate(job.parallel.sequence_parallel, machine, assume)
-    again_linear = job.again + (shape.mlp_share if job.tiled_mlp else 0.0)
     least = assume.layer_ms / 1000 * shape.layers * (2 + job.again)
     sent = work = waits = exchange = 0.0
+    token, pair = _seconds(shape, job, machine, assume)
     for passes in step:
         size = sequence if passes.spread else 1
-        # seconds = operations / (GPUs x peak x share reached); with every layer recomputed 4/3 of the operations
-        seconds = passes.tokens * (shape.flops.per_token * (1 + again_linear / 3) / (machine.peak * assume.linear))
-        seconds = seconds + passes.attention * ((1 + job.again / 3) / (machine.peak * assume.attention))
+        seconds = passes.tokens * token + passes.attention * pair
         mean, longest = seconds.mean(1) / size, np.maximum(seconds.max(1) / size, least)  # (M,)
         work, waits = work + mean.sum(), waits + (longest - mean).sum()
         if passes.spread:
             exchanged = _exchanged(shape, passes.tokens, sequence) * (2 + job.again)
             sent, exchange = sent + exchanged.mean(1).sum(), exchange + exchanged.max(1).sum() / link
     return sent, work, waits, exchange
+
+
+def _seconds(shape: Shape, job: Job, machine: Machine, assume: Assumptions) -> tuple[float, float]:
+    """Seconds of a GPU for a token, and for an operation of attention, forward and backward."""
+    # with every layer recomputed 4/3 of the operations
+    again, again_linear = 1 + job.again / 3, 1 + (job.again + (shape.mlp_share if job.tiled_mlp else 0.0)) / 3
+    moved = shape.layers * shape.hidden * assume.layer_bytes * again + shape.vocabulary * assume.logit_bytes
+    pair = again / min(machine.peak * assume.attention, assume.attention_tflops * 1e12)
+    keys = shape.flops.per_pair * shape.layers * assume.attention_keys
+    token = shape.flops.per_token * again_linear / (machine.peak * assume.linear) + moved / machine.bandwidth
+    return token + keys * pair, pair
 
 
 def _exchanged(shape: Shape, tokens: np.ndarray, sequence: int) -> np.ndarray:

@@ -45,10 +45,21 @@ class CorpusConfig:
 class Assumptions:
     """Shares of peak rates that are reached; the plan's times are no better than these."""
 
-    linear: Rate = 0.60
-    """Of the dense bfloat16 peak, in matrix products."""
+    linear: Rate = 0.70
+    """Of the dense bfloat16 peak, in matrix products. Large products alone reached 0.78 on an H200."""
     attention: Rate = 0.45
-    """Of the same, in attention, forward and backward."""
+    """Of the same, in attention of long documents, forward and backward, as far as `attention_tflops` allows."""
+    attention_tflops: PositiveFloat = 280.0
+    """TFLOP/s of the same at most. 280 is torch's FlashAttention-2 on an H200, which knows no newer card than an A100;
+    cuDNN's kernel reached 470 there. FlashAttention-3 was not measured."""
+    attention_keys: NonNegativeFloat = 400.0
+    """Keys that each token costs attention in addition to those that it sees: why short documents reach less. With 400
+    and 280 TFLOP/s documents of 1,024, 2,049, 8,192 and 65,536 tokens come within 5 % of what was measured."""
+    layer_bytes: NonNegativeFloat = 840.0
+    """Memory traffic of a layer for each token and hidden unit, forward and backward, besides matrix products and
+    attention: norms, rotation, activations, sums. From a profile of 1.24 billion weights on an H200."""
+    logit_bytes: NonNegativeFloat = 260.0
+    """The same of the loss, for each token and entry of the vocabulary."""
     layer_ms: NonNegativeFloat = 0.8
     """Milliseconds that a layer takes at least, forward, and again backward and where recomputed, however few its
     tokens: the CPU issues its kernels. 24.3 ms for the 32 layers of one token on an H200 (benchmarks/gpu)."""

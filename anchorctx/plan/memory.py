@@ -8,9 +8,9 @@ States follow ZeRO (arXiv 1910.02054, section 3): with P weights, N processes an
     3       eP/N         4P/N        12 P/N
 
 plus what DeepSpeed 0.19 needs to move them (its code read, and measured on a CPU: docs/scaling.md): buckets, gathered
-parameters, and at the update a float32 copy of the gradients and AdamW's temporary. Gradients of ZeRO 2 exist twice
-while pieces accumulate. Activations come from `plan.trace`: of the pass that holds most, a piece of `micro_tokens` or
-the longest document; a row is never held whole.
+parameters, and at the update a float32 copy of the gradients and AdamW's temporary (none on CUDA, where it is fused).
+Gradients of ZeRO 2 exist twice while pieces accumulate. Activations come from `plan.trace`: of the pass that holds
+most, a piece of `micro_tokens` or the longest document; a row is never held whole.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def worst_moment(
     world: int,
     pieces: int,
     runtime: float,
-    overlap: bool,
+    cuda: bool,
 ) -> Parts:
     """The parts at the moment of a step that holds most.
 
@@ -87,16 +87,16 @@ def worst_moment(
         world: processes.
         pieces: passes of a process in a step.
         runtime: bytes that are there before any tensor.
-        overlap: communication overlaps with computation (CUDA), which takes a second bucket.
+        cuda: communication overlaps with computation, which takes a second bucket, and AdamW is fused.
     """
     states, held = _states(weights, parallel, world), _gradients(weights, parallel, world, pieces)
-    bucket = min(weights.count, BUCKET) * weights.element * (2 if overlap else 1)
+    bucket = min(weights.count, BUCKET) * weights.element * (2 if cuda else 1)
     spread = parallel.zero_stage == 3
     # of what ZeRO 3 has gathered, DeepSpeed keeps `LIVE` weights for the next use, and gathers one more module
     whole = weights.element * min(weights.count, LIVE + weights.largest) if spread and world > 1 else 0.0
     resident = bucket if spread else 0.0  # ZeRO 3 keeps its bucket
     transit = 2 * bucket / world if spread else bucket  # gradients on their way to the process that keeps them
-    kept, update = traced.kept, _update(weights, parallel, world)
+    kept, update = traced.kept, _update(weights, parallel, world, cuda)
 
     def at(moment: str, gradients: float, gathered: float, working: float, *, logits: float = 0.0) -> Parts:
         updating = moment == "update"
@@ -168,9 +168,12 @@ def _gradients(weights: Weights, parallel: ParallelConfig, world: int, pieces: i
     return _Held(share, share, share)
 
 
-def _update(weights: Weights, parallel: ParallelConfig, world: int) -> float:
-    """Gradients in float32 and AdamW's temporary, for all of this process's weights or ZeRO 3's subgroup of them."""
+def _update(weights: Weights, parallel: ParallelConfig, world: int, fused: bool) -> float:
+    """Gradients in float32 and the temporary of an AdamW that is not fused.
+
+    For all of this process's weights, or ZeRO 3's subgroup of them.
+    """
     if parallel.offload_optimizer:
         return 0.0
     share = weights.count / world
-    return 2 * MASTER * (min(share, SUBGROUP) if parallel.zero_stage == 3 else share)
+    return (1 if fused else 2) * MASTER * (min(share, SUBGROUP) if parallel.zero_stage == 3 else share)

@@ -123,7 +123,7 @@ class Planner:
             world=job.gpus,
             pieces=max(self.dealt(job).pieces),
             runtime=self.config.assume.runtime_gib * GIB,
-            overlap=True,
+            cuda=True,
         )
 
     def held(self, job: Job) -> list[Held]:
@@ -178,7 +178,7 @@ class Planner:
         nothing = Traced(kept, 0.0, kept, kept, kept)
         runtime = self.config.assume.runtime_gib * GIB
         return worst_moment(
-            self.weights, nothing, job.parallel, world=job.gpus, pieces=1, runtime=runtime, overlap=True
+            self.weights, nothing, job.parallel, world=job.gpus, pieces=1, runtime=runtime, cuda=True
         ).total
 
     def traced(self, memory: MemoryConfig, held: Held) -> Traced:

@@ -140,7 +140,8 @@ def _step(planner: Planner, plan: Plan) -> list[str]:
         "time": f"{cost.seconds:,.1f} s: {cost.compute_seconds:,.1f} computing, {cost.waiting_seconds:,.1f} waiting "
         f"for other GPUs, {cost.exchange_seconds:,.1f} in exchanges, {cost.zero_seconds:,.1f} waiting for ZeRO",
         "rate": f"{cost.tokens / cost.seconds:,.0f} tokens/s, MFU {mfu:.0%}",
-        "assumed": f"{assume.linear:.0%} of the peak in matrices, {assume.attention:.0%} in attention, "
+        "assumed": f"{assume.linear:.0%} of the peak in matrices, {assume.attention:.0%} in attention of long "
+        f"documents (at most {assume.attention_tflops:,.0f} TFLOP/s), "
         f"{assume.link:.0%} of links, {assume.overlap:.0%} of ZeRO hidden (assume.*)",
     }
     return text_table(["a step", *rows.items()], indent=2)

@@ -123,15 +123,17 @@ def _apart(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Undo what ZeRO 3's loading of a universal checkpoint does to the optimizer (tried with DeepSpeed 0.19.8).
 
     It gives all groups the settings of the first, so that weight decay reaches what has none, and all states one and
-    the same `step`, which each of them then counts up.
+    the same `step`, which each of them then counts up, on the device from which it was read: a fused AdamW reads its
+    own on the parameter's, any other on the CPU.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     yield
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
-    for state in optimizer.state.values():
+    fused = optimizer.defaults.get("fused")
+    for parameter, state in optimizer.state.items():
         if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(parameter.device if fused else "cpu", copy=True)
 
 
 def _convert(source: Path, target: Path) -> None:

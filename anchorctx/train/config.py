@@ -13,7 +13,7 @@ from anchorctx.data.pieces import AnchorVisible, piece_tokens
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
-from anchorctx.models.config import MemoryConfig
+from anchorctx.models.config import LossKind, MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Seed, check_ranges
 
@@ -148,6 +148,10 @@ class TrainConfig:
     """Rows of the validation set to use, from its start."""
     seed: Seed = 0
     """Seed of the data order and of every random state."""
+    deterministic: bool = False
+    """Compute the same bits each time, on the same cards with the same software (a CPU does so anyway). Slower, and
+    FlashAttention-2 then holds several float32 sums of the queries' gradients where documents times heads are fewer
+    than the card's multiprocessors. What both cost: measure on your card."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and learning rate."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -164,6 +168,11 @@ class TrainConfig:
         check_ranges(self)
         for part in (self.optim, self.parallel, self.memory):
             part.validate()
+        if self.deterministic and self.memory.loss is LossKind.liger:
+            raise UserError(
+                "deterministic=true cannot vouch for memory.loss=liger, whose kernels do not know torch's switch: use "
+                "memory.loss=tiled"
+            )
 
     def rows_per_step(self, row_length: int) -> int:
         """Rows of one global step; UserError when the batch is not a whole number of them."""

@@ -27,8 +27,10 @@ def deepspeed_config(
     (`set_gradient_accumulation_boundary`); DeepSpeed's own count is one, and it scales nothing.
     """
     adam = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
-    if not parallel.offload_optimizer:  # torch's own AdamW needs no compiler; offloading needs DeepSpeed's CPU Adam
-        adam |= {"torch_adam": True, "foreach": True}
+    # torch's own AdamW needs no compiler; offloading needs DeepSpeed's CPU Adam. On CUDA fused: foreach holds a float32
+    # temporary of all weights (1.24 billion on an H200: 4.6 GiB, and 27.2 ms against 10.1).
+    if not parallel.offload_optimizer:
+        adam |= {"torch_adam": True, "fused" if cuda else "foreach": True}
     return {
         "train_batch_size": world,
         "train_micro_batch_size_per_gpu": 1,

@@ -34,6 +34,7 @@ from anchorctx.train import checkpoint
 from anchorctx.train.build import build_model, build_module
 from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb
 from anchorctx.train.config import TrainConfig, WandbMode
+from anchorctx.train.determinism import deterministic
 from anchorctx.train.engine import build_engine, set_lr
 from anchorctx.train.meter import Meter
 
@@ -50,7 +51,8 @@ def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
     ranks = dist.start(config.parallel.timeout_s)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with checkpoint.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext():
+        lock = checkpoint.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
+        with lock, deterministic(config.deterministic):
             Trainer(config, ranks, probes).fit()
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -297,6 +299,7 @@ class Trainer:
         """What may change between a checkpoint and the run that continues it, and is then said."""
         settings = {f"optim.{name}": value for name, value in dataclasses.asdict(self.config.optim).items()}
         settings |= {"steps": self.config.steps, "tokens_per_step": self.config.tokens_per_step}
+        settings |= {"deterministic": self.config.deterministic}
         return settings | {"anchor_visible": self.config.anchor_visible.value}
 
     def _write_run(self, model: PreTrainedModel) -> None:

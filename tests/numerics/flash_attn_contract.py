@@ -336,12 +336,10 @@ def _aten_arguments(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> d
 
 
 def _aten_sequences(a: dict[str, Any]) -> Sequences:
-    left, right = a["window_size_left"], a["window_size_right"]
-    assert a["dropout_p"] == 0.0
-    right = 0 if a["is_causal"] else right
-    return Sequences(
-        a["cum_seq_q"], a["cum_seq_k"], a["scale"], None if left < 0 else left, None if right < 0 else right, 0.0
-    )
+    # What FlashAttention-4 takes too, where it stands behind these operators: causal without a window, or a window.
+    left, right = a.get("window_size_left"), a.get("window_size_right")
+    assert a["dropout_p"] == 0.0 and (left is None) == (right is None) == a["is_causal"]
+    return Sequences(a["cum_seq_q"], a["cum_seq_k"], a["scale"], left, 0 if a["is_causal"] else right, 0.0)
 
 
 def _aten_forward(recorder: Recorder) -> Callable[..., Any]:

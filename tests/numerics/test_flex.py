@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,11 +132,73 @@ def test_numbers_in_eager_mode(score: Score, heads: tuple[int, int]) -> None:
 def test_numbers_compiled(score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel that reads the block lists; on a CPU torch 2.13 compiles it for fixed shapes only."""
     torch._dynamo.reset()
-    monkeypatch.setattr(flex, "_compiled", lambda: torch.compile(flex.torch_flex_attention, dynamic=False))
+    monkeypatch.setattr(flex, "_compiled", lambda: torch.compile(flex._attend, fullgraph=True, dynamic=False))
     q, k, v, _ = tensors(2, 4, 2, 333, 16, torch.float32)
     exact = reference_attention(q.double(), k.double(), v.double(), ROWS, score)
     eager = max_error(reference_attention(q, k, v, ROWS, score), exact)
     assert max_error(flex.flex_attention(q, k, v, ROWS, score), exact) <= 2 * eager + 1e-6
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The product's own function, traced but not compiled; grows by the number of nodes of each graph."""
+    found: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    flex._compiled.cache_clear()
+    yield found
+    flex._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def kinds_of_call() -> Iterator[tuple[list[torch.Tensor], tuple[PackedLayout, ...], Score]]:
+    """Thirty, of three dtypes, five lengths and batch sizes, two head dimensions, anchors, windows and soft caps."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, (length, batch) in enumerate([(150, 1), (333, 2), (258, 3), (97, 1), (600, 2)]):
+            for score, dim in ((Score(0.3), 16), (Score(0.2, window=40, softcap=1.5 + n), 32)):
+                anchor = n % 3
+                offsets = (0, anchor, 90, length) if anchor else (0, 90, length)
+                q, k, v, _ = tensors(batch, 4, 2, length, dim, dtype)
+                yield [q, k, v], (PackedLayout(offsets, anchor),) * batch, score
+
+
+def test_more_kinds_of_call_than_torch_compiles_by_itself(compilations: list[int]) -> None:
+    """Torch's own limit is 8, behind which it goes on with dense scores; `_attend` raises where it is not compiled."""
+    for qkv, rows, score in kinds_of_call():
+        out = flex.flex_attention(*qkv, rows, score)
+        exact = reference_attention(*(x.double() for x in qkv), rows, score)
+        eager = max_error(reference_attention(*qkv, rows, score), exact)
+        assert max_error(out, exact) <= 2 * eager + 1e-6
+    kinds = len(compilations)
+    assert 8 < kinds < flex.COMPILATIONS
+    for qkv, rows, score in kinds_of_call():
+        flex.flex_attention(*qkv, rows, score)
+    assert len(compilations) == kinds
+
+
+@pytest.mark.usefixtures("compilations")
+def test_an_error_where_torch_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "COMPILATIONS", 2)
+    calls = kinds_of_call()
+    with pytest.raises(BackendUnavailableError, match="compiled for 2 kinds of call.*use attention=auto"):
+        for qkv, rows, score in calls:
+            flex.flex_attention(*qkv, rows, score)
+    assert len(list(calls)) > 20  # long before the end
+    with torch.compiler.set_stance("force_eager"), pytest.raises(BackendUnavailableError, match="does not compile it"):
+        flex.flex_attention(*qkv, rows, score)
+
+
+def test_few_block_masks_are_kept() -> None:
+    """One of a long row is 67 MB."""
+    flex._block_mask.cache_clear()
+    for length in range(200, 220):
+        flex.block_mask((PackedLayout((0, 1, length), 1),), CPU)
+    assert flex._block_mask.cache_info().currsize == flex.MASKS == 4
 
 
 @pytest.mark.filterwarnings(EAGER_WARNING)

@@ -138,6 +138,16 @@ def test_gradient_of_a_sum(aten: Recorder) -> None:
     assert q.grad is not None and q.grad.isfinite().all()
 
 
+def test_torch_varlen_gives_a_window_only_where_there_is_one(aten: Recorder) -> None:
+    """FlashAttention-4, which may stand behind torch's operators, takes bounds for a window though they are open."""
+    args = [heads_last(x).requires_grad_() for x in tensors(2, 4, 2, 90, 16)[:3]]
+    for score, bounds in ((SCORES["plain"], set()), (SCORES["window"], {"window_size_left", "window_size_right"})):
+        kernel_attention(*args, ROWS["copies"], score, TorchVarlenKernel()).sum().backward()
+        calls = [a for _, a in aten.calls[-2:]]
+        assert [{name for name in a if name.startswith("window")} for a in calls] == [bounds, bounds]
+        assert [a["is_causal"] for a in calls] == [not bounds] * 2
+
+
 def test_torch_varlen_refuses_softcap() -> None:
     with pytest.raises(BackendUnavailableError, match="soft-cap"):
         kernel_attention(*tensors(1, 2, 2, 90, 16)[:3], ROWS["no anchor"][1:], SCORES["softcap"], TorchVarlenKernel())

@@ -49,4 +49,5 @@ def test_windows_follow_the_layer_types():
 
 def test_peaks_of_known_devices():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12 and peak_flops("NVIDIA L40") == 181e12
     assert peak_flops("a CPU") is None

@@ -24,7 +24,6 @@ class TorchVarlenKernel(VarlenKernel):
 
     def varlen_forward(self, packed: Packed, tile: Tile, score: Score) -> tuple[torch.Tensor, torch.Tensor]:
         """See `VarlenKernel.varlen_forward`."""
-        causal, left = _mask(score)
         o, lse, *_ = aten._flash_attention_forward(
             *packed,
             tile.cu_seqlens,
@@ -32,11 +31,10 @@ class TorchVarlenKernel(VarlenKernel):
             tile.max_seqlen,
             tile.max_seqlen,
             0.0,
-            causal,
+            score.window is None,
             False,
             scale=score.scale,
-            window_size_left=left,
-            window_size_right=0,
+            **_window(score),
         )
         return o, lse
 
@@ -44,7 +42,6 @@ class TorchVarlenKernel(VarlenKernel):
         self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `VarlenKernel.varlen_backward`."""
-        causal, left = _mask(score)
         rng_state = torch.empty(2, dtype=torch.uint64, device=do.device)  # read only where there is dropout
         return aten._flash_attention_backward(
             do,
@@ -54,22 +51,25 @@ class TorchVarlenKernel(VarlenKernel):
             tile.max_seqlen,
             tile.max_seqlen,
             0.0,
-            causal,
+            score.window is None,
             rng_state,
             rng_state.new_empty(0),
             scale=score.scale,
-            window_size_left=left,
-            window_size_right=0,
+            **_window(score),
         )
 
 
-def _mask(score: Score) -> tuple[bool, int]:
-    """(is_causal, window_size_left): a query sees the keys from `left` before it up to itself; -1 is all of them."""
+def _window(score: Score) -> dict[str, int]:
+    """The window's arguments: a query sees the keys from `left` before it up to itself; none where it sees them all.
+
+    `is_causal` says the rest. FlashAttention-2 would take (-1, 0) for that too, but FlashAttention-4, which may stand
+    behind these operators (`torch.nn.attention.activate_flash_attention_impl`), would take it for a window.
+    """
     if score.softcap is not None:
         raise BackendUnavailableError(
             f"torch's varlen kernels cannot soft-cap scores ({score.softcap}): use flash_attn"
         )
-    return (True, -1) if score.window is None else (False, score.window - 1)
+    return {} if score.window is None else {"window_size_left": score.window - 1, "window_size_right": 0}
 
 
 @functools.lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from anchorctx.attention.kernels.base import Score
 from anchorctx.attention.reference import reference_attention
 from anchorctx.errors import BackendUnavailableError, UserError
 from anchorctx.layout import PackedLayout
+from anchorctx.models import checkpoint_activations
 from anchorctx.testing.tiny import ARCHITECTURES
 
 T = 12
@@ -94,6 +95,17 @@ def test_boundaries_of_a_flattened_batch_are_its_layout() -> None:
     assert torch.equal(found, expected)
 
 
+def test_values_that_a_cache_widened_are_cast_back() -> None:
+    """transformers' cache, to 5.20, gives values the dtype of the keys, which rotation in float32 leaves in float32."""
+    q, k, v = tensors(torch.float32)
+    v, module = v.bfloat16(), torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    found, _ = anchor()(module, q, k, v.float(), None, layouts=LAYOUTS)
+    expected, _ = anchor()(module, q, k, v, None, layouts=LAYOUTS)
+    assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
+    mixed, _ = anchor()(module.float(), q, k, v, None, layouts=LAYOUTS)  # as autocast makes them
+    assert torch.equal(mixed, expected)
+
+
 def test_boundaries_are_read_once_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU reading them waits for it, and every layer asks."""
     read: list[list[int]] = []
@@ -134,6 +146,6 @@ def test_a_model_called_without_layouts_raises(checkpointing: bool, training: bo
     """The mask must never vanish silently, whatever the mode."""
     model = ARCHITECTURES["llama"].build().train(training)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     with pytest.raises(UserError, match="LlamaAttention .* needs the forward argument layouts="):
         model(torch.randint(3, 96, (1, T)))

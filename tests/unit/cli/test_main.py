@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from anchorctx import __version__
+from anchorctx.attention import BACKENDS
 from anchorctx.cli.help import field_docs, help_text
 from anchorctx.cli.main import COMMANDS, main, parse
 from anchorctx.config import SCHEMAS, schema
@@ -131,6 +133,19 @@ def test_doctor_calls_every_backend_that_it_says_works(capsys: pytest.CaptureFix
     assert "flash_attn    no: it runs on cuda" in text or "flash_attn    works" in text
     assert "pip install 'anchorctx[flash]'" in text or "flash-attn  " in text
     assert "matplotlib    3" in text and "anchorctx[plots]" not in text
+
+
+def test_doctor_goes_on_after_a_backend_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ImportError("undefined symbol: _ZN2at\n  a traceback's worth of lines")
+
+    monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], attend=broken))
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "cpu           FAILS: ImportError: undefined symbol: _ZN2at\n" in text and "a traceback" not in text
+    assert "reference     works" in text  # which comes after it
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

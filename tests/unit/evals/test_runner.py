@@ -245,7 +245,9 @@ def test_rope_and_its_dtype_reach_the_model(folder: Path, tmp_path: Path):
     assert observed_rope_dtype(subject.model) is RopeDtype.float32
     ids = torch.arange(40)[None] + 300
     with torch.no_grad():
-        ours = subject.model(ids).logits
+        ours = subject.model(ids).logits  # fills a cache
+        made: Any = subject.model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+        assert made[0, 40] == ours[0, -1].argmax() and made.shape == (1, 43)
         wanted.rope_dtype = RopeDtype.bfloat16
         plain = load(model, read_config(model), read_tokenizer(model), wanted).model(ids).logits
     assert ours.dtype is torch.bfloat16 and 0 < (ours - plain).abs().max() < 1.0

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind
-from anchorctx.models.loss import IGNORE, TILE_BYTES, CausalLMLoss, LogitTransform, default_tile
+from anchorctx.models.loss import IGNORE, TILE_BYTES, CausalLMLoss, LogitTransform, default_tile, trained_tokens
 from anchorctx.testing.tiny import ARCHITECTURES, true_float64
 
 T, V = 24, 96
@@ -112,6 +112,13 @@ def test_weights_left_out_are_one() -> None:
     model, data = ARCHITECTURES["llama"].build(torch.float64), batch()
     ones = CausalLMLoss(model)(**data | {"loss_weights": torch.ones(2, T)})
     assert torch.equal(CausalLMLoss(model)(**data | {"loss_weights": None}), ones)
+
+
+def test_the_index_of_trained_tokens_may_be_given() -> None:
+    model, data = ARCHITECTURES["llama"].build(torch.float64), batch()
+    trained = trained_tokens(data["targets"])
+    assert torch.equal(data["targets"].flatten()[trained], data["targets"][data["targets"] != IGNORE])
+    assert torch.equal(CausalLMLoss(model)(**data, trained=trained), CausalLMLoss(model)(**data))
 
 
 def test_a_batch_without_targets_gives_zero_and_zero_gradients() -> None:

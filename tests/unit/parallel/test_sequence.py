@@ -55,6 +55,7 @@ def test_slices_put_together_are_the_rows_with_their_targets(sequence: int) -> N
     assert joined["targets"][:, :11].equal(batch.targets)  # also across slices
     assert (joined["targets"][:, 11:] == -100).all() and (joined["loss_weights"][:, 11:] == 0).all()
     assert joined["loss_weights"][:, :11].equal(batch.loss_weights)
+    assert all(s.targets.flatten()[s.trained].equal(s.targets[s.targets != -100]) for s in slices)
     positions = torch.cat([s.position_ids for s in slices], dim=1)
     assert positions[:, :11].equal(torch.stack([layout.position_ids() for layout in batch.layouts]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from itertools import pairwise
 
@@ -16,6 +17,8 @@ from anchorctx.models import build_config
 from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.ulysses import bytes_sent
+from anchorctx.plan.compute import _seconds, attention_of
+from anchorctx.plan.config import Assumptions
 from anchorctx.plan.planner import weights_of
 from anchorctx.plan.rows import typical_rows
 from anchorctx.plan.search import simulate
@@ -68,6 +71,25 @@ def test_a_layers_recomputation_costs_a_third_of_it_and_no_operations() -> None:
     )
     assert (again.linear, again.attention) == (plain.linear, plain.attention)
     assert again.compute_seconds == pytest.approx(4 / 3 * plain.compute_seconds)
+
+
+def test_what_an_h200_took() -> None:
+    """Milliseconds of attention alone, seconds of training steps: benchmarks/gpu/ attention_h200.json and h200.json."""
+    found = planner(gpu="H200")
+    job = replace(found.job(ParallelConfig(zero_stage=2), MemoryConfig()), every=0)
+    rate = functools.partial(_seconds, machine=found.config.machine, assume=Assumptions(linear=1.0))
+    heads = replace(found.shape, layers=1, flops=ModelFlops(0.0, 12.0 * 128 * 32, (None,)), hidden=0, vocabulary=0)
+    token, pair = rate(heads, job)
+    for length, copies, milliseconds in ((1025, 64, 10.65), (2049, 32, 16.03), (8192, 8, 50.48), (65_536, 1, 374.3)):
+        operations = attention_of(heads.flops, np.full(copies, length)).sum()
+        assert 1000 * (length * copies * token + operations * pair) == pytest.approx(milliseconds, rel=0.05)
+    # Llama-3.2-1B's shape, every layer recomputed, 65,536 tokens: full attention, then 98 % of it left out, with copies
+    weights, flops = 1.2358e9, ModelFlops(6 * 1.2358e9, 12.0 * 64 * 32, (None,) * 16)
+    shape = replace(found.shape, weights=weights, flops=flops, layers=16, hidden=2048, vocabulary=128_256)
+    token, pair = _seconds(shape, replace(job, every=1), found.config.machine, Assumptions())
+    operations = attention_of(flops, np.array([65_536])).sum()
+    assert 65_536 * token + operations * pair == pytest.approx(6.006, rel=0.05)
+    assert 65_584 * token + 0.02 * operations * pair == pytest.approx(2.067, rel=0.10)
 
 
 def test_bytes_sent_in_a_step() -> None:

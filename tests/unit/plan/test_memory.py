@@ -120,9 +120,7 @@ NOTHING = Traced(0.0, 0.0, 0.0, 0.0, 0.0)
 def test_states_by_stage(stage: int, parameters: float, gradients: float, optimizer: float) -> None:
     """Bytes a weight on 8 GPUs, in the backward pass: ZeRO's table (1910.02054, figure 1), gradients in float32."""
     passing = Traced(0.0, 0.0, 0.0, 0.0, 1e9)  # so that the backward pass is the worst moment
-    parts = worst_moment(
-        WEIGHTS, passing, ParallelConfig(zero_stage=stage), world=8, pieces=1, runtime=5.0, overlap=True
-    )
+    parts = worst_moment(WEIGHTS, passing, ParallelConfig(zero_stage=stage), world=8, pieces=1, runtime=5.0, cuda=True)
     assert parts.moment == "backward" and parts.runtime == 5.0
     assert parts.parameters == parameters * 1e6 / (8 if stage == 3 else 1)
     assert parts.gradients == (gradients * 1e6 / 8 if stage == 3 else gradients * 1e6)
@@ -139,7 +137,7 @@ def test_pieces_hold_gradients_between_them() -> None:
             world=8,
             pieces=pieces,
             runtime=0.0,
-            overlap=True,
+            cuda=True,
         ).gradients
 
     assert (at(1, 1), at(2, 1)) == (0.0, 0.0)
@@ -148,7 +146,7 @@ def test_pieces_hold_gradients_between_them() -> None:
 
 def test_offloaded_states_are_in_cpu_memory() -> None:
     parallel = ParallelConfig(zero_stage=3, offload_optimizer=True, offload_parameters=True)
-    parts = worst_moment(WEIGHTS, NOTHING, parallel, world=8, pieces=1, runtime=0.0, overlap=True)
+    parts = worst_moment(WEIGHTS, NOTHING, parallel, world=8, pieces=1, runtime=0.0, cuda=True)
     assert parts.parameters == parts.optimizer == parts.gradients == 0
     assert parts.host == (12 + 4 + SUMMED + 2) * 1e6 / 8
 

@@ -11,6 +11,7 @@ from anchorctx.data.loader import Step
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.layout import PackedLayout
+from anchorctx.models.config import LossKind, MemoryConfig
 from anchorctx.parallel.dist import Ranks
 from anchorctx.train.config import ExportConfig, OptimConfig, TrainConfig
 from anchorctx.train.engine import ParallelConfig, deepspeed_config
@@ -47,6 +48,12 @@ def test_offloading() -> None:
     assert "torch_adam" not in config["optimizer"]["params"]  # DeepSpeed's CPU Adam
 
 
+def test_adamw_is_fused_on_cuda_where_foreach_holds_a_temporary_of_all_weights() -> None:
+    adam = {cuda: generated(cuda=cuda)["optimizer"]["params"] for cuda in (True, False)}
+    assert adam[True].get("fused") and "foreach" not in adam[True]
+    assert adam[False].get("foreach") and "fused" not in adam[False]
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -66,6 +73,7 @@ def test_combinations_that_do_not_exist(options: dict, sentence: str) -> None:
         ({"validate_every": -1}, "validate_every=-1"),
         ({"optim": OptimConfig(lr=0.0)}, "optim.lr=0.0 must be above 0"),
         ({"optim": OptimConfig(betas=[0.9])}, "must be two numbers"),
+        ({"deterministic": True, "memory": MemoryConfig(loss=LossKind.liger)}, "memory.loss=liger.*use memory.loss=t"),
     ],
 )
 def test_training_settings_that_cannot_be_meant(options: dict, sentence: str) -> None:
