@@ -70,7 +70,7 @@ def run(stage: Stage) -> None:
             lambda row=row, floor=kernel[length, kind]: flex(stage, row, floor),
             needs=COMPILE_SECONDS,
             tokens=length,
-            documents=kind,
+            documents=named(kind, row),
             variant="flex",
         )
 
@@ -88,7 +88,7 @@ def in_turns(stage: Stage, kind: str, row: PackedLayout) -> float | None:
         "copies": both(ours(copied_layout), copied),
         "anchor": both(ours(row), qkv_do),
     }
-    facts = {"tokens": row.length, "documents": f"{row.num_documents} of {kind}"}
+    facts = {"tokens": row.length, "documents": named(kind, row)}
     variants = {name: run for name, run in variants.items() if warm(stage, run, {**facts, "variant": name})}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(2 if stage.tiny else ROUNDS):
@@ -157,6 +157,11 @@ def packed_row(kind: str, tokens: int) -> PackedLayout:
         length = max(int(draw.lognormal(np.log(MEDIAN_LENGTH), SPREAD)), 1)
         offsets.append(min(offsets[-1] + length, tokens))
     return PackedLayout(tuple(offsets), 1)
+
+
+def named(kind: str, row: PackedLayout) -> str:
+    """The row's documents in tables."""
+    return f"{row.num_documents} of {kind}"
 
 
 def tensors(tokens: int, stage: Stage) -> Tensors:

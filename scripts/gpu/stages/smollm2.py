@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from anchorctx.config import resolve
 from anchorctx.data.prepare import prepare
 from anchorctx.parallel import dist
 from stages.stage import Stage, trained_model
-from stages.training import Metrics, train
+from stages.training import Enough, Metrics, train
 
 PATTERNS = ("full", "anchor", "intra_doc")
 ROW, TINY_ROW = 65_536, 4096
@@ -68,17 +68,17 @@ def run(stage: Stage) -> None:
     dist.stop()
 
 
-def enough(most: int, deadline: float, steps: list[Metrics]) -> bool:
+def enough(most: int, deadline: float, steps: Sequence[Metrics]) -> bool:
     """Are these all the steps that were asked for, or is the time over? Two are always made."""
     return len(steps) >= most or (len(steps) >= 2 and time.time() > deadline)
 
 
-def measured(settings: Mapping[str, object], pattern: str, wanted, stage: Stage) -> dict[str, object]:
+def measured(settings: Mapping[str, object], pattern: str, wanted: Enough, stage: Stage) -> dict[str, float]:
     """Train with one pattern; its losses, and the validation set's under the same pattern."""
     own = {**settings, "pattern": pattern, "out_dir": stage.scratch / f"run_{pattern}"}
     trained = train(own, wanted)
     found = trained.figures() | {"loss of step 1": trained.steps[0]["train/loss"]}
-    found["of the last"] = trained.steps[-1]["train/loss"]
+    found["loss of the last"] = trained.steps[-1]["train/loss"]
     for name, metrics in (("before", trained.before), ("after", trained.after)):
         found |= {f"validation {name}": metrics["val/loss"], f"perplexity {name}": math.exp(metrics["val/loss"])}
     return found
@@ -105,5 +105,5 @@ def packed(name: str, texts: list[str], tokenizer: Path, row: int, stage: Stage)
     """`anchorctx prepare` of some texts; the folder of the packed set."""
     corpus = stage.scratch / f"{name}.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    words = [f"out_dir={stage.scratch / name}", f"tokenizer={tokenizer}", f"row_length={row}"]
+    words = [f"out_dir={stage.scratch / name}", f"tokenizer={tokenizer}", f"row_length={row}", "workers=1"]
     return prepare(resolve("prepare", [*words, f"sources=[{{path: {corpus}}}]"])).folder

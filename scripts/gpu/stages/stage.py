@@ -79,7 +79,6 @@ class Stage:
             except Exception as error:  # a result like any other: the table shows it, and the rest is measured
                 traceback.print_exc()
                 row = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
-                del error  # its traceback holds the tensors
         self.row(table, {**cells, **row})
         free_memory()
         return row

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -78,22 +79,12 @@ def run(stage: Stage) -> None:
     checkpoint = random_checkpoint(TINY_LLAMA if stage.tiny else LLAMA_1B, stage)
     free_memory()
     for setting in SETTINGS:
-        stage.measure(
-            "training step",
-            lambda setting=setting: measured(setting, row, checkpoint, stage),
-            needs=0.0 if stage.tiny else setting.needs,
-            setting=setting.name,
-        )
+        line(setting, row, checkpoint, stage)
     dist.stop()
 
 
-def measured(setting: Setting, row: int, checkpoint: Path, stage: Stage) -> Mapping[str, object]:
+def line(setting: Setting, row: int, checkpoint: Path, stage: Stage) -> None:
     """Plan the setting, then train some steps of it, unless the plan says that it does not fit into the card."""
-    length = row * setting.rows
-    packed = stage.scratch / f"packed_{length}"
-    if not packed.exists():
-        rows = max(other.steps for other in SETTINGS if other.rows == setting.rows)
-        benchmark("pieces").packed_set(packed, length, TINY_LONGEST if stage.tiny else LONGEST, rows)
     shared: dict[str, object] = {
         "model.path": checkpoint,
         "model.dtype": str(stage.dtype).removeprefix("torch."),
@@ -101,25 +92,18 @@ def measured(setting: Setting, row: int, checkpoint: Path, stage: Stage) -> Mapp
         "memory": "default",
         "memory.checkpoint_every": 1,
         "micro_tokens": row * 17 // 16,
-        "tokens_per_step": length,
+        "tokens_per_step": row * setting.rows,
         **setting.changes,
     }
-    planned = plan(shared, packed, stage)
+    needs, name = 0.0 if stage.tiny else setting.needs, setting.name
+    planned = stage.measure("plan", lambda: plan(shared, setting, row, stage), needs=needs, setting=name)
     if planned.get("fits") is False:
-        return {**planned, "skipped": "the plan says that it does not fit into this card"}
-    run = {"out_dir": stage.scratch / setting.name.replace(",", "").replace(" ", "_"), "data.train": packed}
-    run |= {"steps": setting.steps, "data.shuffle": False, "validate_every": 0, "checkpoint.every": 0}
-    free_memory()
-    found = train(shared | run, lambda steps: False).figures()
-    if planned and stage.device.type == "cuda":
-        planned |= {
-            "of the plan's memory": found["peak, GiB"] / planned["planned, GiB"],
-            "of the plan's rate": found["tokens/s"] / planned["planned, tokens/s"],
-        }
-    return {**found, **planned}
+        stage.row("training step", {"setting": name, "skipped": "the plan says that it does not fit into this card"})
+        return
+    stage.measure("training step", lambda: measured(shared, setting, row, planned, stage), needs=needs, setting=name)
 
 
-def plan(shared: Mapping[str, object], packed: Path, stage: Stage) -> dict:
+def plan(shared: Mapping[str, object], setting: Setting, row: int, stage: Stage) -> Mapping[str, Any]:
     """What `anchorctx plan` says, without the CUDA runtime, which torch does not count; {} for cards it does not know.
 
     On a CPU it plans for an H100.
@@ -128,11 +112,32 @@ def plan(shared: Mapping[str, object], packed: Path, stage: Stage) -> dict:
     known = next((machine for machine in MACHINES if machine in name), None)
     if known is None:
         return {}
-    words = [f"{key}={value}" for key, value in {**shared, "gpu": known, "gpus": 1, "corpus.packed": packed}.items()]
-    planner = Planner(resolve("plan", words))
+    own = {"gpu": known, "gpus": 1, "corpus.packed": packed_rows(setting, row, stage)}
+    planner = Planner(resolve("plan", [f"{key}={value}" for key, value in {**shared, **own}.items()]))
     facts = table.facts(planner, planner.plan(planner.config.parallel, planner.config.memory))
     memory = (facts["total"] - facts["parts"]["runtime"]) / GIB
-    return {"planned, GiB": memory, "planned, tokens/s": facts["cost"]["tokens_per_second"], "fits": facts["fits"]}
+    return {"peak, GiB": memory, "tokens/s": facts["cost"]["tokens_per_second"], "fits": facts["fits"]}
+
+
+def measured(
+    shared: Mapping[str, object], setting: Setting, row: int, planned: Mapping[str, Any], stage: Stage
+) -> Mapping[str, object]:
+    """Some steps, with what they need and reach as shares of the plan's figures."""
+    own = {"out_dir": stage.scratch / setting.name.replace(",", "").replace(" ", "_"), "steps": setting.steps}
+    own |= {"data.train": packed_rows(setting, row, stage), "data.shuffle": False}
+    found = train({**shared, **own, "validate_every": 0, "checkpoint.every": 0}, lambda steps: False).figures()
+    of_plan = {f"{key} of plan": found[key] / planned[key] for key in ("peak, GiB", "tokens/s") if key in planned}
+    return {**found, **of_plan}
+
+
+def packed_rows(setting: Setting, row: int, stage: Stage) -> Path:
+    """The packed set of the setting's rows: the same documents for all that have rows of one length."""
+    folder = stage.scratch / f"packed_{row * setting.rows}"
+    if not folder.exists():
+        rows = max(other.steps for other in SETTINGS if other.rows == setting.rows)
+        longest = TINY_LONGEST if stage.tiny else LONGEST
+        benchmark("pieces").packed_set(folder, row * setting.rows, longest, rows)
+    return folder
 
 
 def random_checkpoint(fields: Mapping[str, object], stage: Stage) -> Path:

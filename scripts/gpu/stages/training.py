@@ -16,8 +16,11 @@ import torch
 from anchorctx.config import resolve
 from anchorctx.parallel import dist
 from anchorctx.train.loop import Trainer
+from stages.stage import free_memory
 
 Metrics = dict[str, float]
+Enough = Callable[[Sequence[Metrics]], bool]
+"""Says of the steps so far whether they are all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +35,29 @@ class Trained:
     setup_seconds: float
     """Until the first step: reading the weights, building the engine."""
     left_over: int
-    """Bytes on the card before it began, which are part of its peak."""
+    """Bytes on the card before it began, which the peak is not to have in it."""
 
-    def figures(self) -> dict[str, object]:
+    def figures(self) -> dict[str, float]:
         """Medians over the steps after the first, which loads kernels and grows the allocator."""
         seconds = [row["perf/step_seconds"] for row in self.steps]
         settled = statistics.median(seconds[1:] or seconds)
         last = self.steps[-1]
         tokens = last["perf/tokens_per_second"] * last["perf/step_seconds"]
-        found: dict[str, object] = {"steps": len(seconds), "step, s": settled, "tokens/s": tokens / settled}
+        found: dict[str, float] = {"steps": len(seconds), "step, s": settled, "tokens/s": tokens / settled}
         if "perf/mfu" in last:
             per_step = [row["perf/mfu"] * row["perf/step_seconds"] for row in self.steps]
             found["MFU"] = statistics.median(per_step) / settled
-        found["peak, GiB"] = max(row["memory/peak_gib"] for row in self.steps)
-        if self.left_over:
-            found["before it, GiB"] = self.left_over / 2**30
+        found["peak, GiB"] = max(row["memory/peak_gib"] for row in self.steps) - self.left_over / 2**30
         saved = last["perf/attention_flops_saved"]
         return found | {"first step, s": seconds[0], "set-up, s": self.setup_seconds, "attention saved": saved}
 
 
-def train(settings: dict[str, object], enough: Callable[[Sequence[Metrics]], bool]) -> Trained:
+def train(settings: dict[str, object], enough: Enough) -> Trained:
     """Train with the settings of `anchorctx train` until `enough` says so of the steps so far; validate around it.
 
-    The caller frees memory before (`stage.free_memory`), so that the peak is this setting's own.
+    What earlier settings left is freed before, so that the peak is this setting's own.
     """
+    free_memory()
     left_over = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
     began = time.perf_counter()
     config = resolve("train", [f"{key}={value}" for key, value in settings.items()])

@@ -63,7 +63,7 @@ def test_check_and_attention(rehearsed: dict[str, Any]) -> None:
     timed = {(row["documents"], row["variant"]): row for row in rehearsed["attention"]["attention"]}
     for documents in ("4 of 64", "1 of lognormal"):
         assert all(timed[documents, name]["of kernel"] > 0 for name in ("kernel", "intra_doc", "copies", "anchor"))
-    assert "no gradients on a CPU" in timed["64", "flex"]["refused"] or "cuda" in timed["64", "flex"]["refused"]
+        assert "refused" in timed[documents, "flex"]  # it has no backward on a CPU
     for row in rehearsed["attention"]["copies against the merge"]:
         assert row["largest deviation"] < 1e-5 * row["largest"]
 
@@ -71,7 +71,7 @@ def test_check_and_attention(rehearsed: dict[str, Any]) -> None:
 def test_training_reports_rates_and_losses(rehearsed: dict[str, Any]) -> None:
     steps = {row["setting"]: row for row in rehearsed["step"]["training step"]}
     assert steps["full"]["attention saved"] == 0 < steps["anchor"]["attention saved"]
-    assert all(row["tokens/s"] > 0 and row["planned, GiB"] > 0 for row in steps.values())
+    assert all(row["tokens/s"] > 0 and row["peak, GiB of plan"] > 0 for row in steps.values())
     trained = {row["pattern"]: row for row in rehearsed["smollm2"]["training"]}
     assert list(trained) == ["full", "anchor", "intra_doc"]
     for row in trained.values():
