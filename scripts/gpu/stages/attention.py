@@ -2,7 +2,7 @@
 
 For documents of equal and of log-normal lengths, in turns, round after round:
 
-  kernel      torch's own varlen flash attention over the documents, nothing of ours: the floor
+  kernel      torch's varlen flash operators over the documents, nothing of ours and no autograd: the floor
   intra_doc   `attend` without an anchor
   copies      `attend` over the row with a copy of the anchor in front of every document: what training does (the same
               attention; gathering happens where rows are made, so is not timed)
@@ -10,26 +10,23 @@ For documents of equal and of log-normal lengths, in turns, round after round:
   flex        FlexAttention with the anchor in its mask
 
 and for each row length causal attention over the whole row, torch's flash and cuDNN's. Ratios to `kernel` are taken
-within a round. On a CPU torch's varlen attention is missing: there `kernel` is one causal call a document.
+within a round. A CPU has no varlen operators: there `kernel` is one causal call a document.
 """
 
 from __future__ import annotations
 
-import inspect
 import statistics
-import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from anchorctx.attention import attend
-from anchorctx.errors import BackendUnavailableError
 from anchorctx.layout import PackedLayout, Pattern
-from stages.stage import Stage, median_ms, milliseconds
+from stages.stage import Stage, attempt, median_ms, milliseconds
 
 HEADS = (32, 8, 128)
 """Query heads, key heads, head dimension: Llama-3.1-8B's."""
@@ -42,6 +39,7 @@ FULL_ROUNDS = 3
 """A call takes 1.5 s at 131,072 tokens on an H200."""
 FULL_SECONDS, COMPILE_SECONDS = 10.0, 25.0
 
+aten = torch.ops.aten
 Tensors = tuple[torch.Tensor, ...]
 Run = Callable[[], object]
 
@@ -83,18 +81,21 @@ def in_turns(stage: Stage, kind: str, row: PackedLayout) -> float | None:
     copied = tuple(x[:, :, where].transpose(1, 2).contiguous().transpose(1, 2) for x in qkv_do)
     plain = Pattern.intra_doc.apply(row)
     variants = {
-        "kernel": both(documents_alone(plain.doc_offsets, stage.device), qkv_do),
+        "kernel": kernel_alone(plain.doc_offsets, qkv_do),
         "intra_doc": both(ours(plain), qkv_do),
         "copies": both(ours(copied_layout), copied),
         "anchor": both(ours(row), qkv_do),
     }
     facts = {"tokens": row.length, "documents": named(kind, row)}
-    variants = {name: run for name, run in variants.items() if warm(stage, run, {**facts, "variant": name})}
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    problems = {name: attempt(partial(called, run)) for name, run in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name, problem in problems.items() if not problem}
     for _ in range(2 if stage.tiny else ROUNDS):
-        for name, run in variants.items():
-            times[name].append(milliseconds(run, stage.device))
+        for name, own in times.items():
+            own.append(milliseconds(variants[name], stage.device))
     floor = times.get("kernel")
+    for name, problem in problems.items():
+        if problem:
+            stage.row("attention", {**facts, "variant": name, **problem})
     for name, own in times.items():
         found: dict[str, object] = {"variant": name, "ms": statistics.median(own)}
         if floor is not None:
@@ -104,18 +105,10 @@ def in_turns(stage: Stage, kind: str, row: PackedLayout) -> float | None:
     return statistics.median(floor) if floor is not None else None
 
 
-def warm(stage: Stage, run: Run, facts: Mapping[str, object]) -> bool:
-    """Call a variant once; whether it can be measured. Why not is written as its row."""
-    try:
-        run()
-    except BackendUnavailableError as refusal:
-        stage.row("attention", {**facts, "refused": str(refusal)})
-        return False
-    except Exception as error:  # the other variants are measured all the same
-        traceback.print_exc()
-        stage.row("attention", {**facts, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
-        return False
-    return True
+def called(run: Run) -> Mapping[str, object]:
+    """Once, to warm up."""
+    run()
+    return {}
 
 
 def deviation(
@@ -183,29 +176,29 @@ def ours(layout: PackedLayout, backend: str | None = None) -> Callable[..., torc
     return attention
 
 
-def documents_alone(offsets: tuple[int, ...], device: torch.device) -> Callable[..., torch.Tensor]:
-    """torch's varlen attention, causal inside documents: (1, H, T, D) -> (1, Hq, T, D)."""
-    if device.type != "cuda":
-        return lambda q, k, v: torch.cat(
-            [
-                scaled_dot_product_attention(*(x[:, :, a:b] for x in (q, k, v)), is_causal=True, enable_gqa=True)
-                for a, b in zip(offsets, offsets[1:], strict=False)
-            ],
-            dim=2,
-        )
-    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
-    longest, cu_seqlens = int(cu_seqlens.diff().max()), cu_seqlens.to(device)
-    known = inspect.signature(varlen.varlen_attn).parameters  # torch 2.10 says is_causal=True
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    options |= {"enable_gqa": True} if "enable_gqa" in known else {}
+def kernel_alone(offsets: tuple[int, ...], qkv_do: Tensors) -> Run:
+    """The two operators behind torch's varlen attention, causal inside documents; a CPU has no such kernel."""
+    if not qkv_do[0].is_cuda:
+        return both(partial(calls, offsets), qkv_do)
+    q, k, v, do = (x[0].transpose(0, 1) for x in qkv_do)  # (T, H, D), as they lie in memory
+    boundaries = torch.tensor(offsets, dtype=torch.int32)
+    ends, longest = boundaries.to(q.device), int(boundaries.diff().max())
+    lengths, scale = (ends, ends, longest, longest), q.shape[-1] ** -0.5
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        out = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-        assert isinstance(out, torch.Tensor)
-        return out.transpose(0, 1)[None]
+    def run() -> None:
+        o, lse, seed, offset, _ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False, scale=scale)
+        aten._flash_attention_backward(do, q, k, v, o, lse, *lengths, 0.0, True, seed, offset, scale=scale)
 
-    return attention
+    return run
+
+
+def calls(offsets: tuple[int, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """One causal call a document: (1, H, T, D) -> (1, Hq, T, D)."""
+    own = [
+        scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=True)
+        for a, b in zip(offsets, offsets[1:], strict=False)
+    ]
+    return torch.cat(own, dim=2)
 
 
 def both(attention: Callable[..., torch.Tensor], qkv_do: Tensors) -> Run:

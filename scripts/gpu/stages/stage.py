@@ -68,20 +68,22 @@ class Stage:
         An error is written in its place (`failed`, or `refused` where a backend cannot serve the call) and is not
         raised. With fewer than `needs` seconds left nothing is run (`skipped`).
         """
-        row: Mapping[str, object]
-        if self.left() < needs:
-            row = {"skipped": f"{max(self.left(), 0):.0f} s are left, {needs:.0f} needed"}
-        else:
-            try:
-                row = run()
-            except BackendUnavailableError as refusal:
-                row = {"refused": str(refusal)}
-            except Exception as error:  # a result like any other: the table shows it, and the rest is measured
-                traceback.print_exc()
-                row = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+        late = {"skipped": f"{max(self.left(), 0):.0f} s are left, {needs:.0f} needed"}
+        row = late if self.left() < needs else attempt(run)
         self.row(table, {**cells, **row})
         free_memory()
         return row
+
+
+def attempt(run: Callable[[], Mapping[str, object]]) -> Mapping[str, object]:
+    """What `run` returns; of an error the cell `refused` (a backend cannot serve the call) or `failed`."""
+    try:
+        return run()
+    except BackendUnavailableError as refusal:
+        return {"refused": str(refusal)}
+    except Exception as error:  # a result like any other: the table shows it, and the rest is measured
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
