@@ -1,9 +1,9 @@
 """Everything that this project says about GPUs, measured on one card, in stages, in less than nine minutes.
 
-    bash scripts/gpu/run.sh --out gpu_out                      every stage
-    bash scripts/gpu/run.sh --out gpu_out --model SmolLM2-135M    and the two that need a trained model
+    bash scripts/gpu/run.sh --out gpu_out                            every stage that needs no trained model
+    bash scripts/gpu/run.sh --out gpu_out --model SmolLM2-135M       and the two that need one: its folder
     bash scripts/gpu/run.sh --out gpu_out --only step --total 300    one stage, with more time
-    bash scripts/gpu/run.sh --out gpu_out --tiny                 a rehearsal with tiny shapes on a CPU
+    bash scripts/gpu/run.sh --out gpu_out --tiny                     a rehearsal with tiny shapes on a CPU
 
 Each stage is a process of its own with a time limit, and writes its rows as it goes: a crash or the limit costs what
 was not done yet. FOLDER/gpu.json (all rows, versions, the card) and FOLDER/gpu.txt (tables) are written after each
@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder written to")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a trained Hugging Face model with its tokenizer")
     parser.add_argument("--only", default=",".join(STAGES), help=f"stages, of {','.join(STAGES)}")
