@@ -56,9 +56,9 @@ def run(stage: Stage) -> None:
     decoder = Decoder(bench.random_model(config, settings))
     bench.measure(dataclasses.replace(settings, rounds=1, exemplars=1), decoder)
     free_memory()
+    stage.measure("floors", lambda: arms(stage, bench, settings, decoder))
     for name, cells in PAPER.items():
         stage.row("time to first token", {"arm": name, **cells})
-    stage.measure("floors", lambda: arms(stage, bench, settings, decoder))
     for length in settings.lengths:
         stage.measure(
             "two agents read one text, ms to the first token of both",
