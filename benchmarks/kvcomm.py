@@ -1,8 +1,9 @@
 """Time to first token when agents reuse each other's KV caches, in the geometry of KVCOMM's own figures.
 
 Five fully connected agents share a question of 1,024 tokens behind fixed prefixes of 512; each answer is 512 tokens and
-is given, so that all arms have the same words. A small random Llama on this CPU runs every arm on every request, in
-turns. The paper (arXiv 2510.12872: Llama-3.1-8B, one H100) reports 7.8x for the fifth agent and 4.5x for the request.
+is given, so that all arms have the same words. A small random Llama runs every arm on every request, in turns, on a CPU
+unless `--device cuda --dtype bfloat16` say otherwise (`scripts/gpu` does it with Llama-3.1-8B's shape). The paper
+(arXiv 2510.12872: Llama-3.1-8B, one H100) reports 7.8x for the fifth agent and 4.5x for the request.
 
   floor      the last token's forward over a full cache of that length: what no reuse can undercut
   offsets    one pass over the exemplars' offsets, which `kvcomm` cannot avoid
@@ -22,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from anchorctx.evals.evaluators.reuse.config import CopyTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Team
@@ -40,6 +40,7 @@ from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, 
 from anchorctx.kvcomm.arms.exemplars import PoolConfig
 from anchorctx.kvcomm.arms.offsets import KvcommUngated, MeanOffset
 from anchorctx.kvcomm.decoder import Decoder
+from anchorctx.kvcomm.request import now
 from anchorctx.kvcomm.session import Session
 from anchorctx.kvcomm.turn import Turn
 from anchorctx.records.manifest import build_manifest, write_json
@@ -47,6 +48,8 @@ from anchorctx.testing.tiny import word_tokenizer
 
 PAPER = {"last": 7.82, "request": 4.50}
 """Speed-ups that the paper reports, for the fifth agent and for the whole request."""
+VOCABULARY = 2048
+"""Tokens that the requests are drawn from; a model may have more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +67,20 @@ class Settings:
     layers: int
     lengths: tuple[int, ...]
     seed: int
+    device: str
+    dtype: str
 
 
 def main() -> None:
     """Measure, print the tables, write JSON and picture."""
     settings, out = parse_arguments()
     manifest = build_manifest("benchmarks/kvcomm", dataclasses.asdict(settings), threads=torch.get_num_threads())
-    decoder = Decoder(build_model(settings))
+    decoder = Decoder(random_model(small_llama(settings), settings))
     result = measure(settings, decoder)
     crossover = measure_crossover(settings, decoder)
     print(report(settings, result, crossover))
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "kvcomm_cpu.json"
+    path = out / f"kvcomm_{torch.device(settings.device).type}.json"
     write_json(path, {"manifest": manifest, **result, "crossover": crossover})
     draw(settings, result, crossover, path.with_suffix(".png"))
     print(f"\nwritten: {path} and {path.with_suffix('.png').name}")
@@ -95,6 +100,8 @@ def parse_arguments() -> tuple[Settings, Path]:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--lengths", type=int, nargs="*", default=[16, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights and KV")
     parser.add_argument("--threads", type=int, help="torch's threads (default: its own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, seconds: to see that it works")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder written to")
@@ -110,11 +117,10 @@ def parse_arguments() -> tuple[Settings, Path]:
     return Settings(*(getattr(a, field.name) for field in dataclasses.fields(Settings))), a.out
 
 
-def build_model(settings: Settings) -> LlamaForCausalLM:
-    """A random Llama: time does not depend on the weights."""
-    torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=2048,
+def small_llama(settings: Settings) -> LlamaConfig:
+    """Of the width and depth that were asked for."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
         hidden_size=settings.hidden,
         intermediate_size=settings.hidden * 11 // 4,
         num_hidden_layers=settings.layers,
@@ -124,7 +130,13 @@ def build_model(settings: Settings) -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config).eval()
+
+
+def random_model(config: LlamaConfig, settings: Settings) -> PreTrainedModel:
+    """A random Llama, drawn where it runs: time does not depend on the weights."""
+    torch.manual_seed(settings.seed)
+    with torch.device(settings.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).eval()
     model.set_attn_implementation(grouped.register())
     return model
 
@@ -146,7 +158,8 @@ def arms(settings: Settings) -> dict[str, Callable[[], Arm]]:
 
 def session(decoder: Decoder, team: Team, arm: Arm) -> Session:
     """One arm's, with its fixed prefixes encoded."""
-    made = Session(decoder.model, word_tokenizer(2048), team.agents, arm=arm, topology=team.topology, decoder=decoder)
+    tokenizer = word_tokenizer(VOCABULARY)
+    made = Session(decoder.model, tokenizer, team.agents, arm=arm, topology=team.topology, decoder=decoder)
     made.prepare()
     return made
 
@@ -154,7 +167,7 @@ def session(decoder: Decoder, team: Team, arm: Arm) -> Session:
 def copy_team(settings: Settings, agents: int, problems: int, **lengths: int) -> Team:
     """Requests of given lengths."""
     config = CopyTaskConfig(problems=problems, **lengths)
-    return CopyTask(config, agents, "full", 2048, settings.seed).teams()[0]
+    return CopyTask(config, agents, "full", VOCABULARY, settings.seed).teams()[0]
 
 
 # -- the paper's geometry ---------------------------------------------------------------------------------------------
@@ -206,7 +219,8 @@ def floor_seconds(decoder: Decoder, turn: Turn, repeats: int = 5) -> float:
     """The least of some forwards of the prompt's last token over its full cache."""
     last = turn.prompt.length - 1
     ids = decoder.tensor([turn.prompt.ids[-1]])
-    return min(timed(lambda: decoder.forward(ids, turn.buffer, range(last, last + 1))) for _ in range(repeats))
+    token = range(last, last + 1)
+    return min(timed(lambda: decoder.forward(ids, turn.buffer, token), decoder.device) for _ in range(repeats))
 
 
 def offset_seconds(own: Session, turn: Turn, repeats: int = 3) -> float:
@@ -223,14 +237,14 @@ def offset_seconds(own: Session, turn: Turn, repeats: int = 3) -> float:
         for kv, offsets in work:
             dataclasses.replace(kv, rotated_at=None).weighted_sum(offsets, [1 / len(offsets)] * len(offsets))
 
-    return min(timed(run) for _ in range(repeats))
+    return min(timed(run, own.decoder.device) for _ in range(repeats))
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds."""
-    began = time.perf_counter()
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds, until the device is done."""
+    began = now(device)
     run()
-    return time.perf_counter() - began
+    return now(device) - began
 
 
 # -- crossover --------------------------------------------------------------------------------------------------------

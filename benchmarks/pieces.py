@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +129,14 @@ def packed_set(folder: Path, length: int, longest: int, rows: int) -> Path:
 # -- real training ----------------------------------------------------------------------------------------------------
 
 
-def train(
-    scratch: Path, length: int, unit: int, steps: int, model: dict[str, Any] = MODEL, more: Sequence[str] = ()
-) -> dict[str, Any]:
+def train(scratch: Path, length: int, unit: int, steps: int) -> dict[str, Any]:
     """Real steps of one row each, in pieces of `unit` tokens and a few copies, in a process of its own."""
     packed = packed_set(scratch / f"packed_{length}", length, unit, steps)
     run = scratch / f"run_{length}"
     command = [sys.executable, "-m", "anchorctx", "train", f"out_dir={run}", f"data.train={packed}", f"steps={steps}"]
     command += [f"tokens_per_step={length}", f"micro_tokens={unit + unit // 256}", "data.shuffle=false"]
-    config = model | {"max_position_embeddings": 64 * unit}
-    command += ["model.config={" + ", ".join(f"{k}: {v}" for k, v in config.items()) + "}", "validate_every=0", *more]
+    config = MODEL | {"max_position_embeddings": 64 * unit}
+    command += ["model.config={" + ", ".join(f"{k}: {v}" for k, v in config.items()) + "}", "validate_every=0"]
     began = time.perf_counter()
     done = subprocess.run(
         [*command, "checkpoint.every=0"], capture_output=True, text=True, env=os.environ | FIXED_MALLOC
