@@ -1,9 +1,12 @@
 import os
 
 import pytest
+import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks for a device and warns that there is none
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
 
 
 def pytest_addoption(parser):

@@ -45,13 +45,14 @@ ONLY_IN = {
     "hydra": ("cli", "config"),
     "omegaconf": ("cli", "config"),
     "flash_attn": ("attention.kernels.flash_attn",),
+    "triton": ("attention.fused",),
     "lm_eval": ("evals.evaluators.lm_eval",),
     "wandb": ("train",),
     "deepspeed": ("train", "parallel"),
 }
 """Third-party packages that belong to a few modules."""
 NEVER_IN = {"torch": ("report",)}
-LAZY = ("deepspeed", "wandb", "flash_attn", "matplotlib", "lm_eval", "transformers", "torch")
+LAZY = ("deepspeed", "wandb", "flash_attn", "matplotlib", "lm_eval", "transformers", "torch", "triton")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from anchorctx.attention.kernels.base import Attended, Kernel, Score, empty_heads_last
+from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile, empty_heads_last
 from anchorctx.layout import PackedLayout
 
 
@@ -44,15 +44,7 @@ class _DocumentAttention(torch.autograd.Function):
         kernel: Kernel,
     ) -> torch.Tensor:
         tiles = kernel.tiles(layouts, q.device)
-        if len(tiles) == 1:
-            o, lse = kernel.forward(q, k, v, tiles[0], score)
-        else:
-            o = empty_heads_last(q)
-            lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-            for tile in tiles:
-                parts = kernel.forward(tile.view(q), tile.view(k), tile.view(v), tile, score)
-                for whole, part in zip((o, lse), parts, strict=True):
-                    tile.view(whole).copy_(part)
+        o, lse = forward_over(tiles, q, k, v, score, kernel)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.tiles, ctx.score, ctx.kernel = tiles, score, kernel
         return o
@@ -60,13 +52,33 @@ class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        attended = Attended(*ctx.saved_tensors)
-        tiles, score, kernel = ctx.tiles, ctx.score, ctx.kernel
-        if len(tiles) == 1:
-            return *kernel.backward(do, attended, tiles[0], score), None, None, None
-        grads = tuple(empty_heads_last(x) for x in attended[:3])
-        for tile in tiles:
-            parts = kernel.backward(tile.view(do), Attended(*(tile.view(x) for x in attended)), tile, score)
-            for whole, part in zip(grads, parts, strict=True):
-                tile.view(whole).copy_(part)
-        return *grads, None, None, None
+        return *backward_over(ctx.tiles, do, Attended(*ctx.saved_tensors), ctx.score, ctx.kernel), None, None, None
+
+
+def forward_over(
+    tiles: Sequence[Tile], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score, kernel: Kernel
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o (B, Hq, T, D) and lse (B, Hq, T) of documents, by as many calls as there are tiles; both are the caller's."""
+    if len(tiles) == 1:
+        return kernel.forward(q, k, v, tiles[0], score)
+    o = empty_heads_last(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    for tile in tiles:
+        parts = kernel.forward(tile.view(q), tile.view(k), tile.view(v), tile, score)
+        for whole, part in zip((o, lse), parts, strict=True):
+            tile.view(whole).copy_(part)
+    return o, lse
+
+
+def backward_over(
+    tiles: Sequence[Tile], do: torch.Tensor, attended: Attended, score: Score, kernel: Kernel
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq (B, Hq, T, D), dk and dv (B, Hkv, T, D) of the documents' scores, the caller's."""
+    if len(tiles) == 1:
+        return kernel.backward(do, attended, tiles[0], score)
+    dq, dk, dv = (empty_heads_last(x) for x in attended[:3])
+    for tile in tiles:
+        parts = kernel.backward(tile.view(do), Attended(*(tile.view(x) for x in attended)), tile, score)
+        for whole, part in zip((dq, dk, dv), parts, strict=True):
+            tile.view(whole).copy_(part)
+    return dq, dk, dv

@@ -13,7 +13,8 @@ are the *total* softmax's, and so yields exactly the documents' part of dq, dk, 
 
 The partial-softmax rule is FlashAttention's (Dao et al., 2205.14135, section 3.1); that the total lse makes an
 unmodified backward exact is what ring attention relies on too. Cost: the documents' own, plus a few passes over o, q
-and do in blocks that stay in cache.
+and do in blocks that stay in cache; on a card with Triton, one pass forward and one backward
+(`anchorctx.attention.fused.merge`).
 
 A copy of the anchor in front of each document (`PackedLayout.with_copies`) gives the same numbers by the kernel alone,
 for one token more a document: that is what training does. The merge is the better way where a copy is much beside its
@@ -31,9 +32,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from anchorctx.attention.documents import backward_over, forward_over
+from anchorctx.attention.fused import launch
 from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile, empty_heads_last
 from anchorctx.layout import PackedLayout
 
+FUSED_ANCHOR = 8
+"""Anchor tokens that the fused kernels take, at most: their backward pass reads everything once for each."""
 BLOCK = 4096
 """Tokens merged at once, at most: bounds the float32 temporaries on a GPU, where a tile is the whole row."""
 GROUP = 1024
@@ -50,9 +55,52 @@ def anchor_attention(
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
 
-    The layouts share one anchor length, at least 1. The output lies in memory as (B, T, Hq, D).
+    The layouts share one anchor length, at least 1. The output lies in memory as (B, T, Hq, D) if the query does.
     """
-    return _AnchorAttention.apply(query, key, value, tuple(layouts), score, kernel)
+    function = _FusedAnchorAttention if _fuses(query, key, value, layouts[0].anchor_len) else _AnchorAttention
+    return function.apply(query, key, value, tuple(layouts), score, kernel)
+
+
+def _fuses(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, anchor: int) -> bool:
+    return (
+        anchor <= FUSED_ANCHOR
+        and query.dtype.itemsize <= 4
+        and all(x.stride(-1) == 1 for x in (query, key, value))
+        and launch.serves(query, key, value)
+    )
+
+
+class _FusedAnchorAttention(torch.autograd.Function):
+    """The kernel's outputs and gradients as they are, changed in place by one kernel each (`attention.fused.merge`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layouts: tuple[PackedLayout, ...],
+        score: Score,
+        kernel: Kernel,
+    ) -> torch.Tensor:
+        from anchorctx.attention.fused.merge import merge_forward
+
+        tiles = kernel.tiles(layouts, q.device)
+        attended = Attended(q, k, v, *forward_over(tiles, q, k, v, score, kernel))
+        merge_forward(attended, score, layouts[0].anchor_len)
+        ctx.save_for_backward(*attended)
+        ctx.tiles, ctx.score, ctx.kernel, ctx.anchor = tiles, score, kernel, layouts[0].anchor_len
+        return attended.o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        from anchorctx.attention.fused.merge import merge_backward
+
+        attended = Attended(*ctx.saved_tensors)
+        grads = backward_over(ctx.tiles, do, attended, ctx.score, ctx.kernel)
+        merge_backward(do, attended, grads, ctx.score, ctx.anchor)
+        return *grads, None, None, None
 
 
 class _AnchorAttention(torch.autograd.Function):

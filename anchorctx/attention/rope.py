@@ -5,7 +5,8 @@ rotates in it. In bfloat16 this breaks the property that RoPE is relative (arXiv
 
 `float32` calls each rotary module with an empty float32 tensor in the activations' place, of which it reads only the
 dtype and device. Its cosines and sines then come out in float32, transformers' own rotation promotes q and k to
-float32, and `anchorctx.attention.interface` casts them to the values' dtype, once.
+float32, and `anchorctx.attention.interface` casts them to the values' dtype, once. On a card one kernel does all of it
+(`anchorctx.attention.rotation`).
 
 `bfloat16_emulated` has the modules that make q and k hand them out in bfloat16, and asks the rotary modules for
 bfloat16: transformers then rotates, and differentiates the rotation, as it does in a bfloat16 model.
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from anchorctx.attention import rotation
 from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
 
@@ -52,6 +54,9 @@ def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:
         )
     for module in [*modules, *makers]:
         module.__dict__.pop("forward", None)
+    rotation.unhook(model)
+    if rope_dtype is RopeDtype.float32:
+        rotation.hook(model)
     for module in modules:
         if rope_dtype is not RopeDtype.bfloat16:
             dtype = torch.float32 if rope_dtype is RopeDtype.float32 else torch.bfloat16

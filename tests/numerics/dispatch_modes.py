@@ -33,3 +33,23 @@ class Launched(TorchDispatchMode):
 
 
 FRESH = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like, torch.ops.aten.detach}
+
+
+class Moved(TorchDispatchMode):
+    """The bytes that operators read and write, each tensor once; as a Triton kernel's stand-in, those of its launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and not func.is_view and func.overloadpacket not in FRESH:
+            self._count((args, kwargs, result))
+        return result
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **constants: self._count(args)
+
+    def _count(self, tree: Any) -> None:
+        self.bytes += sum(x.nbytes for x in tree_leaves(tree) if isinstance(x, torch.Tensor))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -154,22 +153,6 @@ def test_torch_varlen_refuses_softcap() -> None:
 
 
 # -- fake CUDA tensors ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cuda_guard() -> Iterator[None]:
-    """A torch built for the CPU has no device guard for CUDA, which slicing and copying ask for: lend it the CPU's.
-
-    That guard does nothing, as the one that `FakeTensorMode` installs in a torch built for CUDA.
-    """
-    if torch.version.cuda is not None:
-        yield
-        return
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")  # CPU 0, CUDA 1
-    guards[1] = guards[0]
-    yield
-    guards[1] = None
 
 
 def _fake_step(
