@@ -52,7 +52,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_rehearsal_goes_through_every_stage(rehearsed: dict[str, Any]) -> None:
-    assert list(rehearsed) == ["check", "attention", "step", "reuse", "precision", "smollm2"]
+    assert list(rehearsed) == ["check", "attention", "fused", "step", "reuse", "precision", "smollm2"]
     rows = [row for tables in rehearsed.values() for table in tables.values() for row in table]
     assert not [row for row in rows if "failed" in row or "skipped" in row]
 
@@ -64,6 +64,8 @@ def test_check_and_attention(rehearsed: dict[str, Any]) -> None:
     for documents in ("4 of 64", "1 of lognormal"):
         assert all(timed[documents, name]["of kernel"] > 0 for name in ("kernel", "intra_doc", "copies", "anchor"))
         assert "refused" in timed[documents, "flex"]  # it has no backward on a CPU
+    assert [row["equal"] for row in rehearsed["fused"]["rotation"]] == [True, True]
+    assert rehearsed["fused"]["merge"][0]["largest deviation"] < 1e-4
     for row in rehearsed["attention"]["copies against the merge"]:
         assert row["largest deviation"] < 1e-5 * row["largest"]
 
