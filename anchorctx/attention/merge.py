@@ -20,8 +20,8 @@ A copy of the anchor in front of each document (`PackedLayout.with_copies`) give
 for one token more a document: that is what training does. The merge is the better way where a copy is much beside its
 document, and where a sliding window must not hide the anchor. On a CPU it pays below some 8 tokens a document (0.91 of
 the copies' time at 4, 1.01 at 8, 1.13 at 16, 1.07 at 128; two cores of an AMD EPYC, benchmarks/attention.py). On an
-H200 copies were ahead at every length measured: 7.5 ms against 16.7 at 256 tokens, 16.0 against 26.5 at 2,048
-(benchmarks/gpu/README.md).
+H200, with the fused kernels, both take the same at documents of 1,024 tokens and more; at 256 the merge takes 6.5 ms
+and copies 7.6, since a copy makes them longer than the kernel's tiles (benchmarks/gpu/README.md).
 """
 
 from __future__ import annotations

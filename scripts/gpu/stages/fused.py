@@ -29,9 +29,9 @@ Rotate = Callable[..., tuple[torch.Tensor, ...]]
 def run(stage: Stage) -> None:
     """Both tables."""
     for name, rotate in {"operators": operators, "kernel": kernel}.items():
-        stage.measure("rotation", lambda rotate=rotate: rotated(stage, rotate), needs=8, rotation=name)
+        stage.measure("rotation", lambda rotate=rotate: rotated(stage, rotate), needs=3, rotation=name)
     for documents in ("64",) if stage.tiny else DOCUMENTS:
-        stage.measure("merge", lambda d=documents: merged(stage, d), needs=8, documents=documents)
+        stage.measure("merge", lambda d=documents: merged(stage, d), needs=3, documents=documents)
 
 
 def operators(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
