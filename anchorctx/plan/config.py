@@ -55,9 +55,10 @@ class Assumptions:
     attention_keys: NonNegativeFloat = 400.0
     """Keys that each token costs attention in addition to those that it sees: why short documents reach less. With 400
     and 280 TFLOP/s documents of 1,024, 2,049, 8,192 and 65,536 tokens come within 5 % of what was measured."""
-    layer_bytes: NonNegativeFloat = 840.0
+    layer_bytes: NonNegativeFloat = 300.0
     """Memory traffic of a layer for each token and hidden unit, forward and backward, besides matrix products and
-    attention: norms, rotation, activations, sums. From a profile of 1.24 billion weights on an H200."""
+    attention: norms, rotation by the fused kernel, activations, sums. So fitted that three steps of a model of 1.24
+    billion weights on an H200 come within 5 % (benchmarks/gpu)."""
     logit_bytes: NonNegativeFloat = 260.0
     """The same of the loss, for each token and entry of the vocabulary."""
     layer_ms: NonNegativeFloat = 0.8
