@@ -10,7 +10,8 @@ Three questions decide, and where one is answered no, the model rotates as befor
 
 - of the class (`hands_on`): does what it rotated reach attention as it is? Some models scale or normalise it first, in
   float32.
-- of the function (`form_of`): does it compute what the kernel computes? It is called on small random tensors.
+- of the function (`form_of`, `agrees`): does it compute what the kernel computes, and what the kernel computes on this
+  card with this Triton? Both are called on small random tensors, once.
 - of the call: are q and k in 16 bits, the angles in float32, and all of them on one card?
 """
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 NAME = "apply_rotary_pos_emb"
 """What transformers' models call the function that rotates q and k."""
 HALF = (torch.bfloat16, torch.float16)
+Several = list[torch.Tensor]
 Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """(q, k, cos, sin): (B, H, T, D) twice and (B or 1, T, R) twice -> q and k, rotated."""
 
@@ -128,7 +130,7 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`own(q, k, cos, sin, ...)`, or the same by one kernel and cast to q's dtype."""
     form = None if args or kwargs or not _fits(q, k, cos, sin) else form_of(own, q.dtype, q.shape[-1], cos.shape[-1])
-    if form is None:
+    if form is None or not agrees(own, form, q.dtype, q.shape[-1], cos.shape[-1], q.device):
         return own(q, k, cos, sin, *args, **kwargs)
     from anchorctx.attention.fused.rotation import rotate as rotate_fused
 
@@ -160,23 +162,53 @@ def form_of(own: Rotation, dtype: torch.dtype, dim: int, width: int) -> Form | N
 
     None where it is nothing that the kernel computes, to the last bit of results and of gradients.
     """
-    # In a thread of its own, where gradients are on and no hook or mode of the caller's sees these operators.
-    with ThreadPoolExecutor(1) as thread:
-        form = thread.submit(_compared, own, dtype, dim, width).result()
+    form = _apart(_compared, own, dtype, dim, width)
     name = f"{getattr(own, '__module__', '')}.{getattr(own, '__name__', own)}"
     logger.info("rotation: %s %s", name, "stays: no kernel computes the same" if form is None else "is fused")
     return form
 
 
-def _compared(own: Rotation, dtype: torch.dtype, dim: int, width: int) -> Form | None:
+@functools.lru_cache(maxsize=64)
+def agrees(own: Rotation, form: Form, dtype: torch.dtype, dim: int, width: int, device: torch.device) -> bool:
+    """Does the kernel give `own`'s results and gradients on this device, to the last bit?"""
+    same = _apart(_same_there, own, form, dtype, dim, width, device)
+    if not same:
+        logger.warning("the fused rotation differs from torch's operators on %s, which are used instead", device)
+    return same
+
+
+def _apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it in a thread of its own, where gradients are on and no hook or mode of the caller's sees its operators."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args).result()
+
+
+def _drawn(dtype: torch.dtype, dim: int, width: int, device: torch.device) -> tuple[Several, Several, Several]:
+    """Small random q and k, cosines and sines in float32, and gradients of both."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(2, 2, 16, dim), (2, 1, 16, dim), (2, 16, width), (2, 16, width), (2, 2, 16, dim), (2, 1, 16, dim)]
-    drawn = [torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") for shape in shapes]
-    inputs, (cos, sin), gradients = [x.to(dtype).requires_grad_() for x in drawn[:2]], drawn[2:4], drawn[4:]
-    gradients = [x.to(dtype) for x in gradients]
+    drawn = [torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(device) for shape in shapes]
+    return [x.to(dtype).requires_grad_() for x in drawn[:2]], drawn[2:4], [x.to(dtype) for x in drawn[4:]]
+
+
+def _turned(rotate: Rotation, inputs: Several, angles: Several, gradients: Several) -> Several:
+    """q and k, rotated, and their gradients."""
+    outputs = [x.to(inputs[0].dtype) for x in rotate(*inputs, *angles)]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
+
+
+def _same_there(own: Rotation, form: Form, dtype: torch.dtype, dim: int, width: int, device: torch.device) -> bool:
+    from anchorctx.attention.fused.rotation import rotate as rotate_fused
+
+    given = _drawn(dtype, dim, width, device)
+    ours = _turned(lambda q, k, cos, sin: rotate_fused(q, k, cos, sin, *form), *given)
+    return all(torch.equal(a, b) for a, b in zip(ours, _turned(own, *given), strict=True))
+
+
+def _compared(own: Rotation, dtype: torch.dtype, dim: int, width: int) -> Form | None:
+    inputs, (cos, sin), gradients = _drawn(dtype, dim, width, torch.device("cpu"))
     try:
-        outputs = [x.to(dtype) for x in own(*inputs, cos, sin)]
-        found = [*outputs, *torch.autograd.grad(outputs, inputs, gradients)]
+        found = _turned(own, inputs, [cos, sin], gradients)
     except Exception:  # whatever a function raises that is asked for what it does not do
         return None
     for form in (Form(a, b) for a in (False, True) for b in (True, False)):

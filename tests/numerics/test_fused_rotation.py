@@ -10,6 +10,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from unittest import mock
@@ -22,7 +23,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from anchorctx.attention import rotation
 from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.rope import set_rope_dtype
-from anchorctx.attention.rotation import Form, form_of, hands_on
+from anchorctx.attention.rotation import Form, agrees, form_of, hands_on
 from anchorctx.layout import PackedLayout
 from anchorctx.models import checkpoint_activations
 from anchorctx.testing.tiny import ARCHITECTURES
@@ -57,12 +58,13 @@ SHAPES = {
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, rounded_bfloat16: None) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    """Lets the kernel serve CPU tensors, and collects what it is called with."""
+    """Lets the kernel serve CPU tensors, and collects what models call it with."""
     calls: list[tuple[torch.Tensor, ...]] = []
     own = kernel.rotate
 
     def counted(*args):  # noqa: ANN002, ANN202
-        calls.append(args)
+        if threading.current_thread() is threading.main_thread():  # not `agrees`
+            calls.append(args)
         return own(*args)
 
     monkeypatch.setattr(kernel, "rotate", counted)
@@ -210,6 +212,31 @@ def test_other_functions_are_not() -> None:
         assert form_of(function, torch.bfloat16, 16, 16) is None
     assert form_of(llama, torch.bfloat16, 16, 8) is None  # it cannot
     assert form_of(own_rotation("phi3"), torch.bfloat16, 16, 8) is not None
+
+
+def test_a_kernel_that_computes_anything_else_here_is_not_used(
+    served: list, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a compiler might that contracts products, or a card that rounds otherwise."""
+    own, wrong = kernel.rotate, kernel.rotate
+    q, k, cos, sin = (
+        torch.randn(shape, device=DEVICE) for shape in ((1, 2, 8, 16), (1, 1, 8, 16), (1, 8, 16), (1, 8, 16))
+    )
+    q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
+    llama = own_rotation("llama")
+    expected = tuple(x.to(q.dtype) for x in llama(q, k, cos, sin))
+
+    def flawed(*args):  # noqa: ANN002, ANN202
+        q, k = own(*args)
+        return q, k * 1.01
+
+    agrees.cache_clear()
+    monkeypatch.setattr(kernel, "rotate", flawed)
+    assert equal([x.to(q.dtype) for x in rotation.rotate(llama, q, k, cos, sin)], list(expected))
+    assert "the fused rotation differs from torch's operators" in caplog.text and not served
+    agrees.cache_clear()
+    monkeypatch.setattr(kernel, "rotate", own)
+    assert equal(list(rotation.rotate(llama, q, k, cos, sin)), list(expected)) and len(served) == 1
 
 
 @pytest.mark.parametrize(

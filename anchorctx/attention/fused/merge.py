@@ -5,6 +5,7 @@ reads do, q, o and dq and writes dq in its place: no copy, no float32 temporary.
 gradients is summed in two steps, without atomics, so that it is the same at every run.
 """
 # pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

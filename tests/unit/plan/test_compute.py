@@ -74,7 +74,7 @@ def test_a_layers_recomputation_costs_a_third_of_it_and_no_operations() -> None:
 
 
 def test_what_an_h200_took() -> None:
-    """Milliseconds of attention alone, seconds of training steps: benchmarks/gpu/ attention_h200.json and kit_h200.json."""
+    """Milliseconds of attention alone, seconds of training steps: benchmarks/gpu/attention_h200.json, kit_h200.json."""
     found = planner(gpu="H200")
     job = replace(found.job(ParallelConfig(zero_stage=2), MemoryConfig()), every=0)
     rate = functools.partial(_seconds, machine=found.config.machine, assume=Assumptions(linear=1.0))
@@ -83,8 +83,8 @@ def test_what_an_h200_took() -> None:
     for length, copies, milliseconds in ((1025, 64, 10.65), (2049, 32, 16.03), (8192, 8, 50.48), (65_536, 1, 374.3)):
         operations = attention_of(heads.flops, np.full(copies, length)).sum()
         assert 1000 * (length * copies * token + operations * pair) == pytest.approx(milliseconds, rel=0.05)
-    # Llama-3.2-1B's shape, 65,536 tokens: full attention, then with copies 95.3 % of it left out; every layer recomputed,
-    # then every second, with 95.9 % left out
+    # Llama-3.2-1B's shape, 65,536 tokens: full attention, then with copies, 95.3 % of it left out, every layer
+    # recomputed; then every second, with 95.9 % left out
     weights, flops = 1.2358e9, ModelFlops(6 * 1.2358e9, 12.0 * 64 * 32, (None,) * 16)
     shape = replace(found.shape, weights=weights, flops=flops, layers=16, hidden=2048, vocabulary=128_256)
     operations = attention_of(flops, np.array([65_536])).sum()
