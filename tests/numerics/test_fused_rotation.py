@@ -218,10 +218,9 @@ def test_a_kernel_that_computes_anything_else_here_is_not_used(
     served: list, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a compiler might that contracts products, or a card that rounds otherwise."""
-    own, wrong = kernel.rotate, kernel.rotate
-    q, k, cos, sin = (
-        torch.randn(shape, device=DEVICE) for shape in ((1, 2, 8, 16), (1, 1, 8, 16), (1, 8, 16), (1, 8, 16))
-    )
+    own = kernel.rotate
+    shapes = (1, 2, 8, 16), (1, 1, 8, 16), (1, 8, 16), (1, 8, 16)
+    q, k, cos, sin = (torch.randn(shape, device=DEVICE) for shape in shapes)
     q, k = q.to(torch.bfloat16), k.to(torch.bfloat16)
     llama = own_rotation("llama")
     expected = tuple(x.to(q.dtype) for x in llama(q, k, cos, sin))
