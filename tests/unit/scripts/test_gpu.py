@@ -94,6 +94,7 @@ def test_reuse_stands_beside_the_paper(rehearsed: dict[str, Any]) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Imports a module of the kit."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, "run", raising=False)  # a recipe's, left by another test
     yield importlib.import_module
     for name in [name for name in sys.modules if name == "run" or name.partition(".")[0] == "stages"]:
         del sys.modules[name]
