@@ -3,6 +3,9 @@
 This is the path of training. Under AnchorAttention each document carries its own copy of the anchor, as its first token
 (`PackedLayout.with_copies`), so that nothing is left to do around the kernel. Where one call serves the batch, its
 outputs are handed on as they are; where it takes several, each is written once, into its place.
+
+With a shared anchor, on a card with Triton, one fused kernel follows each way (`attention.fused.merge`): see
+`attention.merge`, which decides.
 """
 
 from __future__ import annotations
@@ -24,12 +27,14 @@ def document_attention(
     layouts: Sequence[PackedLayout],
     score: Score,
     kernel: Kernel,
+    anchor: int = 0,
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
 
-    The layouts have no shared anchor. The output lies in memory as (B, T, Hq, D) if the query does.
+    `anchor` is how many tokens the layouts share, to be merged in by fused kernels. The output lies in memory as
+    (B, T, Hq, D) if the query does.
     """
-    return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel)
+    return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel, anchor)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -42,20 +47,31 @@ class _DocumentAttention(torch.autograd.Function):
         layouts: tuple[PackedLayout, ...],
         score: Score,
         kernel: Kernel,
+        anchor: int = 0,
     ) -> torch.Tensor:
         tiles = kernel.tiles(layouts, q.device)
-        o, lse = forward_over(tiles, q, k, v, score, kernel)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.tiles, ctx.score, ctx.kernel = tiles, score, kernel
-        return o
+        attended = Attended(q, k, v, *_forward_over(tiles, q, k, v, score, kernel))
+        if anchor:
+            from anchorctx.attention.fused.merge import merge_forward
+
+            merge_forward(attended, score, anchor)
+        ctx.save_for_backward(*attended)
+        ctx.tiles, ctx.score, ctx.kernel, ctx.anchor = tiles, score, kernel, anchor
+        return attended.o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        return *backward_over(ctx.tiles, do, Attended(*ctx.saved_tensors), ctx.score, ctx.kernel), None, None, None
+        attended = Attended(*ctx.saved_tensors)
+        grads = _backward_over(ctx.tiles, do, attended, ctx.score, ctx.kernel)
+        if ctx.anchor:
+            from anchorctx.attention.fused.merge import merge_backward
+
+            merge_backward(do, attended, grads, ctx.score, ctx.anchor)
+        return *grads, None, None, None, None
 
 
-def forward_over(
+def _forward_over(
     tiles: Sequence[Tile], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score, kernel: Kernel
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o (B, Hq, T, D) and lse (B, Hq, T) of documents, by as many calls as there are tiles; both are the caller's."""
@@ -70,7 +86,7 @@ def forward_over(
     return o, lse
 
 
-def backward_over(
+def _backward_over(
     tiles: Sequence[Tile], do: torch.Tensor, attended: Attended, score: Score, kernel: Kernel
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq (B, Hq, T, D), dk and dv (B, Hkv, T, D) of the documents' scores, the caller's."""

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from anchorctx.attention.documents import backward_over, forward_over
+from anchorctx.attention.documents import document_attention
 from anchorctx.attention.fused import launch
 from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile, empty_heads_last
 from anchorctx.layout import PackedLayout
@@ -57,8 +57,10 @@ def anchor_attention(
 
     The layouts share one anchor length, at least 1. The output lies in memory as (B, T, Hq, D) if the query does.
     """
-    function = _FusedAnchorAttention if _fuses(query, key, value, layouts[0].anchor_len) else _AnchorAttention
-    return function.apply(query, key, value, tuple(layouts), score, kernel)
+    anchor = layouts[0].anchor_len
+    if _fuses(query, key, value, anchor):
+        return document_attention(query, key, value, layouts, score, kernel, anchor)
+    return _AnchorAttention.apply(query, key, value, tuple(layouts), score, kernel)
 
 
 def _fuses(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, anchor: int) -> bool:
@@ -68,39 +70,6 @@ def _fuses(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, anchor: 
         and all(x.stride(-1) == 1 for x in (query, key, value))
         and launch.serves(query, key, value)
     )
-
-
-class _FusedAnchorAttention(torch.autograd.Function):
-    """The kernel's outputs and gradients as they are, changed in place by one kernel each (`attention.fused.merge`)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layouts: tuple[PackedLayout, ...],
-        score: Score,
-        kernel: Kernel,
-    ) -> torch.Tensor:
-        from anchorctx.attention.fused.merge import merge_forward
-
-        tiles = kernel.tiles(layouts, q.device)
-        attended = Attended(q, k, v, *forward_over(tiles, q, k, v, score, kernel))
-        merge_forward(attended, score, layouts[0].anchor_len)
-        ctx.save_for_backward(*attended)
-        ctx.tiles, ctx.score, ctx.kernel, ctx.anchor = tiles, score, kernel, layouts[0].anchor_len
-        return attended.o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        from anchorctx.attention.fused.merge import merge_backward
-
-        attended = Attended(*ctx.saved_tensors)
-        grads = backward_over(ctx.tiles, do, attended, ctx.score, ctx.kernel)
-        merge_backward(do, attended, grads, ctx.score, ctx.anchor)
-        return *grads, None, None, None
 
 
 class _AnchorAttention(torch.autograd.Function):
