@@ -34,8 +34,8 @@ def document_attention(
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    Differentiable once. `anchor` is how many tokens the layouts share, to be merged in by fused kernels; `sinks` (Hq,). The output lies in
-    memory as (B, T, Hq, D) if the query does.
+    Differentiable once. `anchor` is how many tokens the layouts share, to be merged in by fused kernels; `sinks` are
+    (Hq,). The output lies in memory as (B, T, Hq, Dv) if the query does.
     """
     return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel, anchor, sinks)
 

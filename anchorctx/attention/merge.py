@@ -57,8 +57,8 @@ def anchor_attention(
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    Differentiable once. The layouts share one anchor length, at least 1; `sinks` (Hq,) are one more column, for the anchor's tokens too. The
-    output lies in memory as (B, T, Hq, D) if the query does.
+    Differentiable once. The layouts share one anchor length, at least 1; `sinks` (Hq,) are one more column, for the
+    anchor's tokens too. The output lies in memory as (B, T, Hq, Dv) if the query does.
     """
     anchor = layouts[0].anchor_len
     if _fuses(query, key, value, anchor):

@@ -88,7 +88,8 @@ def kernel_attention(
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    Differentiable once. By the kernel alone, or merged with the anchor where the layouts share one; then the sinks (Hq,), if there are any.
+    Differentiable once. By the kernel alone, or merged with the anchor where the layouts share one; then the sinks
+    (Hq,), if there are any.
     """
     path = anchor_attention if layouts[0].anchor_len else document_attention
     return path(query, key, value, layouts, score, kernel, sinks=sinks)
@@ -203,7 +204,7 @@ def attend(
         backend: `auto` or a name in `BACKENDS`.
 
     Returns:
-        (B, Hq, T, Dv), laid out in memory as (B, T, Hq, Dv) if `query` is, as behind a projection. Differentiable (once).
+        (B, Hq, T, Dv), laid out in memory as (B, T, Hq, Dv) if `query` is, as behind a projection. Differentiable once.
 
     Raises:
         ValueError: shapes or layouts that do not agree.

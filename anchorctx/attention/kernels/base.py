@@ -83,7 +83,7 @@ class Kernel(Protocol):
 
 
 def empty_heads_last(like: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """(b, H, L, D) laid out in memory as (b, L, H, D): what projections and flash kernels use. D is `dim` or `like`'s."""
+    """(b, H, L, D) laid out in memory as (b, L, H, D), as projections and flash kernels use; D is `dim` or `like`'s."""
     b, heads, tokens, own = like.shape
     return like.new_empty(b, tokens, heads, own if dim is None else dim).transpose(1, 2)
 
@@ -95,4 +95,5 @@ def widened(x: torch.Tensor, dim: int) -> torch.Tensor:
     output's are cut off again.
     """
     missing = dim - x.shape[-1]
+    assert missing >= 0, "would cut numbers off"
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
