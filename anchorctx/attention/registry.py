@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -25,9 +26,25 @@ from anchorctx.layout import PackedLayout
 
 logger = logging.getLogger(__name__)
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[PackedLayout], Score], torch.Tensor]
 ANY_FLOAT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
+
+
+class Attend(Protocol):
+    """What a backend does."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layouts: Sequence[PackedLayout],
+        score: Score,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `attend`, of documents that lie together."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +84,15 @@ def kernel_attention(
     layouts: Sequence[PackedLayout],
     score: Score,
     kernel: Kernel,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
+    """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    By the kernel alone, or merged with the anchor where the layouts share one.
+    Differentiable once. By the kernel alone, or merged with the anchor where the layouts share one; then the sinks
+    (Hq,), if there are any.
     """
     path = anchor_attention if layouts[0].anchor_len else document_attention
-    return path(query, key, value, layouts, score, kernel)
+    return path(query, key, value, layouts, score, kernel, sinks=sinks)
 
 
 def _by(kernel: Kernel) -> Attend:
@@ -161,6 +180,7 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention under packed layouts: each token sees the anchor and the earlier tokens of its own document.
@@ -171,16 +191,20 @@ def attend(
 
     Args:
         query: (B, Hq, T, D), rotated already.
-        key, value: (B, Hkv, T, D) with Hq a multiple of Hkv; the dtype of `query`.
+        key: (B, Hkv, T, D) with Hq a multiple of Hkv; the dtype of `query`.
+        value: (B, Hkv, T, Dv), where Dv may differ from D, as in multi-head latent attention; the dtype of `query`.
+            `reference` and `flex` take such values as they are, the others fill up with zeros to the larger dimension.
         layouts: one a row; all must share one `anchor_len`. Interleaved documents (`doc_ids`) are allowed.
         scale: factor on the scores; None is `D ** -0.5`.
         window: sliding window in tokens of the document; None is no window. A shared anchor stays always visible; a
             copy is the document's first token, which later tokens no longer see.
         softcap: `softcap * tanh(score / softcap)` in place of the score (Gemma 2). None is off.
+        sinks: (Hq,), of any float dtype: a logit a head that takes its share of each softmax and has no value, as in
+            gpt-oss; its gradient comes in its dtype. None is none.
         backend: `auto` or a name in `BACKENDS`.
 
     Returns:
-        (B, Hq, T, D), laid out in memory as (B, T, Hq, D) if `query` is, as behind a projection. Differentiable (once).
+        (B, Hq, T, Dv), laid out in memory as (B, T, Hq, Dv) if `query` is, as behind a projection. Differentiable once.
 
     Raises:
         ValueError: shapes or layouts that do not agree.
@@ -188,19 +212,21 @@ def attend(
     """
     layouts = tuple(layouts)
     _check(query, key, value, layouts)
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks {tuple(sinks.shape)} must hold one logit for each of {query.shape[1]} query heads")
     anchor = max(max(layout.anchor_len, layout.copies) for layout in layouts)
     if window is not None and window < max(anchor, 1):
         raise ValueError(f"a window of {window} tokens must hold the anchor, which is {anchor} tokens long")
     score = Score(query.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
-    chosen = choose(backend, query, score)
+    chosen = choose(backend, max(query, value, key=lambda x: x.shape[-1]), score)
     grouped = tuple(layout.by_document() for layout in layouts)
     if all(layout.together for layout in layouts):
-        return chosen.attend(query, key, value, grouped, score)
+        return chosen.attend(query, key, value, grouped, score, sinks=sinks)
     orders = _orders if type(query) is torch.Tensor else _orders.__wrapped__  # no FakeTensor is kept for later calls
     order, back = orders(layouts, query.device)
     # Kernels take documents that lie together: gather them, attend, and put every token back.
     query, key, value = (_reorder(x, order) for x in (query, key, value))
-    out = chosen.attend(query, key, value, grouped, score)
+    out = chosen.attend(query, key, value, grouped, score, sinks=sinks)
     return _reorder(out, back)
 
 
@@ -219,10 +245,10 @@ def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layouts: tuple[PackedLayout, ...]) -> None:
     batch, heads, tokens, dim = query.shape
-    if key.shape != value.shape or (key.shape[0], key.shape[2], key.shape[3]) != (batch, tokens, dim):
+    if key.shape[:3] != value.shape[:3] or (key.shape[0], *key.shape[2:]) != (batch, tokens, dim):
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must be (B, H, T, D) "
-            "and agree in B, T and D"
+            "and agree in B and T, and query and key in D"
         )
     if heads % key.shape[1]:
         raise ValueError(f"{heads} query heads must be a multiple of {key.shape[1]} key heads")

@@ -16,6 +16,7 @@ from anchorctx.attention.kernels.base import Score
 from anchorctx.attention.registry import BACKENDS, choose
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
+from anchorctx.flops import head_dims
 from anchorctx.models.config import ModelConfig
 from anchorctx.models.load import load_weights, read_config, reason
 from anchorctx.models.rope import apply_rope
@@ -43,8 +44,6 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     }
     model = load_weights(config.path, hf_config, **options) if config.path else _new(config, hf_config, options)
     check_interface(model)
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        raise UserError(f"{type(model).__name__} has attention sinks, which no backend computes: use another model")
     set_rope_dtype(model, config.rope_dtype)
     return model.train()
 
@@ -72,8 +71,7 @@ def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
 def check_attention(model: PreTrainedModel, attention: str, device: torch.device) -> None:
     """BackendUnavailableError when the backend cannot serve this model's calls on `device`; before anything is run."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, dim = config.num_attention_heads, max(head_dims(config))  # a kernel that takes one takes the larger
     softcap = getattr(config, "attn_logit_softcapping", None)
     # An empty call of the model's shape: the choice depends on dtype, device, head dimension and soft-capping alone.
     choose(attention, torch.empty(1, heads, 1, dim, dtype=model.dtype, device=device), Score(dim**-0.5, None, softcap))

@@ -37,6 +37,8 @@ BASE: dict[str, Any] = {
 }
 WINDOW = {"sliding_window": 5}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]} | WINDOW
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+"""Instead of the YaRN that an architecture has by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture(
         "granite",
         {"logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
+    ),
+    "gpt_oss": Architecture(  # attention sinks
+        "gpt_oss",
+        MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": PLAIN_ROPE},
+        window=True,
+        experts=True,
+        layered_masks=True,
+    ),
+    "deepseek_v3": Architecture(  # multi-head latent attention: queries and keys of 12 dimensions, values of 8
+        "deepseek_v3",
+        {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        | {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+        | {"moe_intermediate_size": 16, "num_key_value_heads": 4},
+        grouped=False,
+        experts=True,
     ),
     "cohere2": Architecture("cohere2", MIXED | {"logit_scale": 0.25}, window=True, layered_masks=True),
 }
@@ -174,7 +191,7 @@ def true_float64() -> Iterator[None]:
     (A TorchFunctionMode would not reach what activation checkpointing recomputes.)
     """
     functional = torch.nn.functional
-    owners = ((torch.Tensor, "to"), (torch.Tensor, "float"), (torch.Tensor, "softmax"), (functional, "softmax"))
+    owners = (*((torch.Tensor, name) for name in ("to", "type", "float", "softmax")), (functional, "softmax"))
     with contextlib.ExitStack() as stack:
         for owner, name in owners:
             stack.enter_context(mock.patch.object(owner, name, _keep_float64(getattr(owner, name))))

@@ -45,7 +45,7 @@ def test_cuda_backends_refuse_cpu_tensors_and_never_fall_back(name: str, monkeyp
 
 
 def replace_attend(backend: registry.Backend) -> registry.Backend:
-    def called(*args: object) -> torch.Tensor:
+    def called(*args: object, **options: object) -> torch.Tensor:
         raise AssertionError(f"{backend.name} was called")
 
     return replace(backend, attend=called)
@@ -124,7 +124,7 @@ def shaped(heads: int = 4, kv_heads: int = 2, tokens: int = 8, kv_tokens: int = 
 @pytest.mark.parametrize(
     ("tensors", "layouts", "message"),
     [
-        (shaped(kv_tokens=7), (ROW,), r"query \(1, 4, 8, 16\), key \(1, 2, 7, 16\) and value .* agree in B, T and D"),
+        (shaped(kv_tokens=7), (ROW,), r"query \(1, 4, 8, 16\), key \(1, 2, 7, 16\) and value .* agree in B and T"),
         (shaped(heads=3), (ROW,), "3 query heads must be a multiple of 2 key heads"),
         (shaped(batch=2), (ROW,), r"2 rows of 8 tokens need as many layouts of that length, got \[8\]"),
         (shaped(tokens=9, kv_tokens=9), (ROW,), r"1 rows of 9 tokens .* got \[8\]"),
@@ -162,6 +162,6 @@ def test_only_a_shared_anchor_is_merged(row: PackedLayout, merged: bool, monkeyp
     called = []
     for name in ("anchor_attention", "document_attention"):
         function = getattr(registry, name)
-        monkeypatch.setattr(registry, name, lambda *x, n=name, f=function: called.append(n) or f(*x))
+        monkeypatch.setattr(registry, name, lambda *x, n=name, f=function, **y: called.append(n) or f(*x, **y))
     attend(*(torch.randn(1, 2, row.length, 16) for _ in range(3)), (row,), backend="cpu")
     assert called == ["anchor_attention" if merged else "document_attention"]
