@@ -74,7 +74,7 @@ class AnchorCollator:
     _warned: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self, model: PreTrainedModel | None) -> None:
-        self.pattern, self.excess = _choice(Pattern, "pattern", self.pattern), _choice(Excess, "excess", self.excess)
+        self.pattern, self.excess = choice(Pattern, "pattern", self.pattern), choice(Excess, "excess", self.excess)
         for name, value in (("row_length", self.row_length), ("max_tokens", self.max_tokens)):
             if value is not None and (not isinstance(value, Integral) or value < 3):
                 raise UserError(
@@ -238,7 +238,8 @@ class AnchorCollator:
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def _choice(kind: type[_Choice], name: str, value: str) -> _Choice:
+def choice(kind: type[_Choice], name: str, value: str) -> _Choice:
+    """The member `value` of an enum; UserError with its members, for the argument called `name`."""
     try:
         return kind(value)
     except ValueError:
