@@ -59,3 +59,25 @@ def test_lora_on_conversations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     losses, steps = run(trainer, plain)
     assert {len(documents) for documents in steps} == {4} and losses[0] - losses[-1] > 0.5
     assert all(document.labels[0] == -100 for documents in steps for document in documents)
+
+
+def test_packed_rows_with_loss_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The weights of the set are read beside the ids; Trainer takes rows in an order of its own."""
+    trainer = example(monkeypatch, "packed_rows").trainer(tmp_path)
+    plain = copy.deepcopy(trainer.model)
+    detach(plain)
+    trainer.data_collator = recorder = Recorder(trainer.data_collator)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    pairs = [recorder.batches[i : i + 2] for i in range(0, 2 * len(losses), 2)]
+    steps = [[document for batch in pair for document in laid_out(batch)] for pair in pairs]
+    assert len(losses) == 20 and {w for d in steps[0] for w in d.weights or ()} >= {0.0, 1.0}
+    assert losses == pytest.approx(curve(plain, steps, 1e-3, plain.config.bos_token_id, clip=1.0), abs=TOLERANCE)
+
+
+def laid_out(batch: dict[str, Any]) -> list[Document]:
+    """The documents of a batch that has copies of the anchor at position 0, which are taken off."""
+    rows = [batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids", "loss_weights")]
+    starts = [i for i, position in enumerate(rows[2]) if position == 0]
+    spans = zip(starts, [*starts[1:], len(rows[0])], strict=True)
+    return [Document(*(row[a + 1 : b] for row in rows)) for a, b in spans]  # type: ignore[arg-type]
