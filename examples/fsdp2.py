@@ -12,20 +12,18 @@ import os
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from anchorctx.integrations import attach
+from anchorctx.testing.tiny import text_model, word_tokenizer
 
 WORDS, BOS, ROW, DOCUMENTS, STEPS = 64, 1, 96, 8, 20
-"""Vocabulary, the anchor, positions of a row, documents of a step, steps."""
+"""Vocabulary, its BOS (the anchor), positions of a row, documents of a step, steps."""
 
 
 def build() -> PreTrainedModel:
     """The same small model on every process."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    reach = {"max_position_embeddings": ROW, "bos_token_id": BOS, "eos_token_id": 2}
-    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=WORDS, **sizes, **reach))
+    return text_model(word_tokenizer(WORDS), ROW)
 
 
 def documents(step: int) -> list[torch.Tensor]:

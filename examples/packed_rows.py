@@ -11,14 +11,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from anchorctx.data.config import LossWeights, PrepareConfig
 from anchorctx.data.prepare import prepare
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.data.sources.stdlib import StdlibConfig, documents, train_tokenizer
 from anchorctx.integrations import RowDataset, attach, collate_rows, weighted_loss
+from anchorctx.testing.tiny import text_model
 
 ROW, STEPS = 512, 20
 """Tokens of a row; steps of two rows."""
@@ -40,18 +40,7 @@ def trainer(folder: Path) -> Trainer:
             weights=LossWeights.facts,
         )
     )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=ROW,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = text_model(tokenizer, ROW, width=64, spread=0.1)  # in place of AutoModelForCausalLM.from_pretrained
     attach(model, pattern=None)  # None: the rows are laid out already
     model.loss_function = weighted_loss
     rows = RowDataset(packed.folder, pattern="anchor", model=model)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found]
 from transformers import (
-    AutoModelForCausalLM,
     DataCollatorWithFlattening,
-    LlamaConfig,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -22,6 +21,7 @@ from transformers import (
 
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.integrations import attach
+from anchorctx.testing.tiny import text_model
 
 ROW, BATCH, STEPS = 512, 4, 20
 """Positions of a row, conversations of a batch, steps."""
@@ -45,9 +45,8 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
     """Ids of one conversation, and labels that are -100 on everything but the answer."""
-    options = {"tokenize": True, "return_dict": False}
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **options)
-    ids = tokenizer.apply_chat_template(messages, **options)
+    prompt: Any = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(messages, return_dict=False)
     assert ids[: len(prompt)] == prompt, "the template must not change a prompt when its answer follows"
     return {"input_ids": ids, "labels": [-100] * len(prompt) + ids[len(prompt) :]}
 
@@ -57,19 +56,9 @@ def trainer(folder: str) -> Trainer:
     tokenizer = train_tokenizer(vocabulary=512, sample_chars=200_000)
     tokenizer.chat_template = TEMPLATE
     data = Dataset.from_list([tokenized(tokenizer, messages) for messages in conversations(STEPS * BATCH)])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=ROW,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    torch.manual_seed(0)  # of the adapters
     model = get_peft_model(
-        AutoModelForCausalLM.from_config(config),
+        text_model(tokenizer, ROW, width=64, spread=0.1),  # in place of AutoModelForCausalLM.from_pretrained
         LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     attach(model)  # the template begins with BOS, which is each conversation's copy of the anchor

@@ -9,13 +9,12 @@ import itertools
 import sys
 import tempfile
 
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
 
 from anchorctx.data.sources.stdlib import StdlibConfig, documents, train_tokenizer
 from anchorctx.integrations import attach
+from anchorctx.testing.tiny import text_model
 
 ROW, STEPS = 512, 20
 """Tokens of a row, steps of one row each."""
@@ -26,19 +25,7 @@ def trainer(folder: str) -> SFTTrainer:
     tokenizer = train_tokenizer(vocabulary=512, sample_chars=200_000)
     config = StdlibConfig(facts=True, median_chars=300, max_chars=1000)
     data = Dataset.from_dict({"text": [document.text for document in itertools.islice(documents(config), 120)]})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=2 * ROW,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = text_model(tokenizer, 2 * ROW, width=64, spread=0.1)  # in place of AutoModelForCausalLM.from_pretrained
     attach(model)  # before or after the trainer is made
     arguments = SFTConfig(
         folder,

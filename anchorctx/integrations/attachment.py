@@ -20,7 +20,7 @@ from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.interface import implementation, register
 from anchorctx.attention.rope import restore_frequencies, set_rope_dtype
 from anchorctx.errors import UserError
-from anchorctx.integrations.check import check_model
+from anchorctx.integrations.check import check_model, warn_of_data_parallel
 from anchorctx.integrations.collator import choice
 from anchorctx.integrations.decoder import MARK, Attachment, attached_forward, boundaries_of, register_generation
 from anchorctx.integrations.reader import IGNORED
@@ -81,6 +81,7 @@ def attach(
     except UserError:
         owner.set_attn_implementation(before)
         raise
+    warn_of_data_parallel()
     forward = decoder.__dict__.get("forward")
     hook = model.register_forward_pre_hook(_LabelCheck(done=kind is None), with_kwargs=True)
     setattr(decoder, MARK, Attachment(token, kind, int(reach), before, forward, hook))

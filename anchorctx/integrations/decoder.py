@@ -74,7 +74,7 @@ def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
         )
     laid = _lay_out(type(decoder).__name__, inputs, attachment)
     positions = laid.layout.position_array()
-    index, place, positions = (torch.from_numpy(x).to(ids.device) for x in (laid.index, laid.place, positions))
+    index, place, positions = (torch.from_numpy(x).to(ids.device) for x in (laid.gather, laid.place, positions))
     row = torch.cat([ids.new_full((1,), attachment.anchor), ids.reshape(-1)])[index][None]
     given = {name: value for name, value in inputs.items() if name not in OF_THE_BATCH}
     for name, value in given.items():
@@ -90,7 +90,12 @@ def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _lay_out(name: str, inputs: dict[str, Any], attachment: Attachment) -> Laid:
-    ids = inputs["input_ids"]
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if inputs.get("output_router_logits") and mask is not None and bool((mask > 1).any()):
+        raise UserError(
+            f"{name} would weigh tokens in its router loss by attention_mask, which numbers documents here: say where "
+            "they begin by position_ids, or set output_router_logits=False"
+        )
     spans = boundaries_of(inputs).spans(name, *ids.shape)
     first = ids.reshape(-1)[torch.from_numpy(spans[:, 0]).to(ids.device)].tolist()
     begins = [token == attachment.anchor for token in first]

@@ -75,7 +75,7 @@ class Laid(NamedTuple):
 
     layout: PackedLayout
     """Of the T' tokens."""
-    index: np.ndarray
+    gather: np.ndarray
     """(T',) int64: which of [anchor, *the batch, flattened] each token is."""
     place: np.ndarray
     """(B * T,) int64: where each of the batch's tokens went; 0 for padding."""

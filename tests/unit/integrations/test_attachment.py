@@ -56,18 +56,18 @@ def test_a_document_that_begins_with_the_anchor_has_its_copy() -> None:
     """The batch: A a a | b b 0 0; behind the anchor as token 0 its tokens are 1 to 7."""
     spans = Boundaries(attention_mask=torch.tensor([[1, 1, 1, 2, 2, 0, 0]])).spans("x", 1, 7)
     laid = lay_out_spans(spans, [True, False], (1, 7), Pattern.anchor, 10)
-    assert laid.index.tolist() == [0, 2, 3, 0, 4, 5]
+    assert laid.gather.tolist() == [0, 2, 3, 0, 4, 5]
     assert laid.layout.position_array().tolist() == [0, 1, 2, 0, 3, 4]
     assert laid.place.tolist() == [0, 1, 2, 4, 5, 0, 0]
     laid = lay_out_spans(spans, [True, False], (1, 7), Pattern.intra_doc, 10)
-    assert laid.index.tolist() == [1, 2, 3, 4, 5] and laid.layout.position_array().tolist() == [1, 2, 3, 4, 5]
+    assert laid.gather.tolist() == [1, 2, 3, 4, 5] and laid.layout.position_array().tolist() == [1, 2, 3, 4, 5]
     assert laid.place.tolist() == [0, 1, 2, 3, 4, 0, 0]
 
 
 def test_a_document_may_be_the_anchor_alone() -> None:
     laid = lay_out_spans(Boundaries(cu_seq_lens=torch.tensor([0, 1, 3])).spans("x", 1, 3), [True, True], (1, 3),
                          Pattern.anchor, 4)  # fmt: skip
-    assert laid.index.tolist() == [0, 0, 3] and laid.place.tolist() == [0, 1, 2]
+    assert laid.gather.tolist() == [0, 0, 3] and laid.place.tolist() == [0, 1, 2]
     assert laid.layout.position_array().tolist() == [0, 0, 1]
 
 
@@ -85,6 +85,10 @@ def test_a_document_may_be_the_anchor_alone() -> None:
         ({"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 0, 6, 7, 8, 9, 10]])}, r"begin anew at 6.*pattern=None"),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q from 0 to 5 for 1 rows of 12 tokens"),
         ({"attention_mask": ONES, "labels": IDS[:, :5]}, r"labels of shape \(1, 5\) for input_ids of \(1, 12\)"),
+        (
+            {"attention_mask": 2 * ONES, "output_router_logits": True},
+            "router loss by attention_mask, which",
+        ),
         ({"attention_mask": ONES, "token_type_ids": ONES}, "got token_type_ids, one a token, which attach cannot lay"),
     ],
 )
