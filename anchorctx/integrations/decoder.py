@@ -62,6 +62,11 @@ def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     forward = attachment.forward or partial(type(decoder).forward, decoder)
     inputs = dict(zip(_names(type(decoder)), args, strict=False)) | kwargs
     if any(inputs.get(name) is not None for name in ("cache", "past_key_values")):
+        if torch.is_grad_enabled():
+            raise UserError(
+                f"{type(decoder).__name__} got a KV cache with gradients, which prefix tuning does: it cannot be "
+                "attached (to generate, run it under torch.no_grad())"
+            )
         with _attention(decoder.config, GENERATING):
             return forward(**inputs)
     if inputs.get("layouts") is not None or attachment.pattern is None:

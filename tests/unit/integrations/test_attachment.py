@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from anchorctx.errors import UserError
 from anchorctx.integrations import AnchorCollator, attach, check_model, detach
@@ -101,6 +102,9 @@ def test_embeddings_and_documents_beyond_a_row_are_refused() -> None:
     made = attached()
     with pytest.raises(UserError, match="LlamaModel got inputs_embeds without input_ids"):
         made(inputs_embeds=torch.zeros(1, 4, 32), attention_mask=torch.ones(1, 4))
+    name = "cache" if "cache" in inspect.signature(made.forward).parameters else "past_key_values"  # until 5.20
+    with pytest.raises(UserError, match="LlamaModel got a KV cache with gradients, which prefix tuning does"):
+        made(input_ids=IDS, attention_mask=ONES, **{name: DynamicCache(config=made.config)})
     long = torch.arange(ROW)[None] + 3
     with pytest.raises(UserError, match="a document of 20 tokens does not fit row_length=20, which holds 19 behind"):
         made(input_ids=long, attention_mask=torch.ones_like(long))
