@@ -42,9 +42,29 @@ MOVED = {
 
 def conf_dir() -> Path:
     """The folder of configuration groups: inside the installed package, or beside it in a checkout."""
+    return _shipped("conf", "conf")
+
+
+def recipe_file(recipe: str) -> Path:
+    """The .yaml that `--recipe` names: a file, or one of the recipes that are installed with the package.
+
+    Raises UserError, naming the nearest recipe, when it is neither.
+    """
+    path, folder = Path(recipe).expanduser().resolve(), _shipped("recipes", "recipes/gpu")
+    if path.is_file():
+        return path
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    if recipe in names:
+        return folder / f"{recipe}.yaml"
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"--recipe {recipe} is neither a file nor a recipe: {hint}name a .yaml, or {', '.join(names)}")
+
+
+def _shipped(installed: str, checkout: str) -> Path:
+    """A folder beside the code: inside the package where it is installed, at the top of a checkout."""
     package = Path(__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+    return package / installed if (package / installed).is_dir() else package.parent / checkout
 
 
 def schema(command: str) -> type:
@@ -83,9 +103,7 @@ def compose_config(command: str, overrides: list[str], recipe: str | None = None
 
     folder, name, search = conf_dir(), command, []
     if recipe is not None:
-        path = Path(recipe).resolve()
-        if not path.is_file():
-            raise UserError(f"--recipe {recipe} is not a file: name a recipe's .yaml, such as those under recipes/")
+        path = recipe_file(recipe)
         # the right side still has conf/ as `folder`: Hydra looks beside the recipe first, then in conf/
         folder, name, search = path.parent, path.stem, [f"hydra.searchpath=[file://{folder}]"]
     # conf/train.yaml begins with `defaults: [train_schema, ...]`, so that its values are checked by the dataclass

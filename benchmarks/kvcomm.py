@@ -37,8 +37,8 @@ from anchorctx.evals.evaluators.reuse.tasks.base import Team
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
-from anchorctx.kvcomm.arms.exemplars import PoolConfig
 from anchorctx.kvcomm.arms.offsets import KvcommUngated, MeanOffset
+from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.request import now
 from anchorctx.kvcomm.session import Session

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anchorctx"
 FOUNDATION = ("records", "layout", "pieces", "errors", "settings", "flops")
 """Every package may import these: they are drawn as the ground, without arrows."""
-LEFT_OUT = ("testing", "__main__", "__init__")
+LEFT_OUT = ("testing", "lazy", "__main__", "__init__")
 WHAT = {
     "cli": "commands, their help, exit codes",
     "config": "YAML and key=value, checked",

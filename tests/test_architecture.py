@@ -22,7 +22,7 @@ FOLDERS = ("benchmarks", "docs", "examples", "recipes", "scripts", "tests")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = SOURCES + [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
 
-FOUNDATION = {"errors", "settings", "records", "pieces", "layout", "flops"}
+FOUNDATION = {"errors", "lazy", "settings", "records", "pieces", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "plan", "report"}
 MAY_IMPORT = {
     "__main__": {"cli"},
@@ -238,15 +238,14 @@ def long_functions(source: str, limit: int = MAX_FUNCTION_LINES) -> list[str]:
 
 
 def init_code(source: str) -> list[str]:
-    """What an `__init__.py` holds besides its docstring, imports, dunder names and a lazy `__getattr__`."""
+    """What an `__init__.py` holds besides its docstring, imports and dunder names."""
     return [ast.unparse(node).splitlines()[0] for node in ast.parse(source).body if not _belongs_in_init(node)]
 
 
 def _belongs_in_init(node: ast.stmt) -> bool:
     if isinstance(node, ast.Assign):
-        return all(isinstance(t, ast.Name) and t.id in ("__all__", "__version__") for t in node.targets)
-    if isinstance(node, ast.FunctionDef):
-        return node.name == "__getattr__"
+        dunders = {"__all__", "__version__", "__getattr__", "__dir__"}
+        return {name.id for name in ast.walk(node) if isinstance(name, ast.Name)} <= dunders | {"lazily", "__name__"}
     if isinstance(node, ast.If):
         return ast.unparse(node.test) == "TYPE_CHECKING"
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

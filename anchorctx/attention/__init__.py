@@ -2,18 +2,18 @@
 
 from typing import TYPE_CHECKING
 
+from anchorctx.lazy import lazily
+
 if TYPE_CHECKING:
     from anchorctx.attention.interface import register
     from anchorctx.attention.registry import BACKENDS, attend
 
 __all__ = ["BACKENDS", "attend", "register"]
-
-
-def __getattr__(name: str) -> object:
-    """torch and transformers take seconds to import: only when something is used."""
-    import importlib
-
-    homes = {"BACKENDS": "registry", "attend": "registry", "register": "interface"}
-    if name not in homes:
-        raise AttributeError(name)
-    return getattr(importlib.import_module(f"anchorctx.attention.{homes[name]}"), name)
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "BACKENDS": "registry",
+        "attend": "registry",
+        "register": "interface",
+    },
+)

@@ -18,10 +18,10 @@ EXAMPLES = {
 anchorctx prepare out_dir=packed tokenizer=MODEL row_length=65536 'sources=[{path: corpus.jsonl.zst}]'
 anchorctx prepare --dry-run ...     what there is, and what each policy would make of it""",
     "plan": """\
-anchorctx plan --recipe recipes/gpu/llama3_8b_128k.yaml gpu=H100 gpus=8
+anchorctx plan --recipe llama3_8b_128k gpu=H100 gpus=8
 anchorctx plan model.path=meta-llama/Meta-Llama-3-8B model.dtype=bfloat16 row_length=524288 gpus=8 search=true""",
     "train": """\
-torchrun --nproc_per_node 8 -m anchorctx train --recipe recipes/gpu/llama3_8b_128k.yaml \\
+torchrun --nproc_per_node 8 -m anchorctx train --recipe llama3_8b_128k \\
     out_dir=runs/mine data.train=packed logging=wandb""",
     "export": "anchorctx export run=runs/mine out_dir=exported dtype=bfloat16",
     "eval": """\

@@ -1,4 +1,4 @@
-"""`anchorctx COMMAND [--recipe FILE] [--show] [--dry-run] [key=value ...]`, also `python -m anchorctx COMMAND ...`."""
+"""`anchorctx COMMAND [--recipe RECIPE] [--show] [--dry-run] [key=value ...]`, also `python -m anchorctx COMMAND`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ COMMANDS = {
 USAGE = """\
 anchorctx: long-context training of RoPE language models with AnchorAttention
 
-usage: anchorctx COMMAND [--recipe FILE] [--show] [key=value ...]
+usage: anchorctx COMMAND [--recipe RECIPE] [--show] [key=value ...]
 
 commands:
 {commands}
 
 key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with its default and meaning
---recipe FILE   start from a recipe's .yaml instead of the defaults; overrides still apply
+--recipe RECIPE start from a recipe instead of the defaults: a .yaml, or a name such as llama3_8b_128k
 --show          print the resolved configuration and stop
 --dry-run       prepare: print what there is, and what each packing policy would make of it, and stop
 
@@ -155,9 +155,9 @@ def parse(argv: list[str]) -> Arguments:
         elif word.split("=")[0] == "--recipe":
             recipe = word.partition("=")[2] or (rest.pop(0) if rest else None)
             if recipe is None:
-                raise UserError("--recipe needs a file: --recipe recipes/gpu/NAME.yaml")
+                raise UserError("--recipe needs a name or a file: --recipe llama3_8b_128k")
         elif word.startswith("-"):
-            raise UserError(f"unknown option '{word}': options are --help, --recipe FILE, --show and --dry-run")
+            raise UserError(f"unknown option '{word}': options are --help, --recipe RECIPE, --show and --dry-run")
         else:
             overrides.append(word)
     return Arguments(overrides, recipe, show, wants_help, dry_run)

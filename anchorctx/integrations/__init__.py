@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from anchorctx.lazy import lazily
+
 if TYPE_CHECKING:
     from anchorctx.integrations.attachment import attach, detach
     from anchorctx.integrations.check import check_model
@@ -20,13 +22,9 @@ __all__ = [
     "row_starts",
     "weighted_loss",
 ]
-
-
-def __getattr__(name: str) -> object:
-    """torch and transformers take seconds to import: only when something is used."""
-    import importlib
-
-    homes = {
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
         "AnchorCollator": "collator",
         "Excess": "collator",
         "RowDataset": "row_dataset",
@@ -36,7 +34,5 @@ def __getattr__(name: str) -> object:
         "detach": "attachment",
         "row_starts": "rows",
         "weighted_loss": "row_dataset",
-    }
-    if name not in homes:
-        raise AttributeError(name)
-    return getattr(importlib.import_module(f"anchorctx.integrations.{homes[name]}"), name)
+    },
+)

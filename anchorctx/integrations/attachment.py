@@ -134,6 +134,7 @@ class _LabelCheck:
     def __init__(self, done: bool) -> None:
         self._done = done
 
+    @torch.compiler.disable
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, labels = kwargs.get("input_ids"), kwargs.get("labels")
         if not isinstance(ids, torch.Tensor) or not isinstance(labels, torch.Tensor):

@@ -94,6 +94,7 @@ def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     return _handed_back(output, row.shape[1], place, ids.shape)
 
 
+@torch.compiler.disable  # integers on the CPU: torch.compile would trace numpy
 def _lay_out(name: str, inputs: dict[str, Any], attachment: Attachment) -> Laid:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if inputs.get("output_router_logits") and mask is not None and bool((mask > 1).any()):

@@ -6,6 +6,8 @@ AnchorAttention's first token(s), nothing else. Written from the paper's equatio
 
 from typing import TYPE_CHECKING
 
+from anchorctx.lazy import lazily
+
 if TYPE_CHECKING:
     from anchorctx.kvcomm.agents import Agent
     from anchorctx.kvcomm.cache import KV
@@ -13,13 +15,12 @@ if TYPE_CHECKING:
     from anchorctx.kvcomm.topology import Topology
 
 __all__ = ["KV", "Agent", "Session", "Topology"]
-
-
-def __getattr__(name: str) -> object:
-    """torch and transformers take seconds to import: only when something is used."""
-    import importlib
-
-    homes = {"Agent": "agents", "KV": "cache", "Session": "session", "Topology": "topology"}
-    if name not in homes:
-        raise AttributeError(name)
-    return getattr(importlib.import_module(f"anchorctx.kvcomm.{homes[name]}"), name)
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Agent": "agents",
+        "KV": "cache",
+        "Session": "session",
+        "Topology": "topology",
+    },
+)

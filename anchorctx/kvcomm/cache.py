@@ -70,8 +70,11 @@ class KV:
         """This plus `weight` times an offset, which may leave out lower layers: these stay as they are."""
         return self.weighted_sum([offset], [weight])
 
-    def weighted_sum(self, offsets: Sequence[KV], weights: Sequence[float]) -> KV:
-        """This plus the weighted offsets (KVCOMM, equations 6 and 7), in one pass over each."""
+    def weighted_sum(self, offsets: Sequence[KV], weights: Sequence[float] | torch.Tensor) -> KV:
+        """This plus the weighted offsets (KVCOMM, equations 6 and 7), in one pass over each.
+
+        `weights` are one an offset, or (offsets, T): one a token.
+        """
         # k = k_base + sum_i w_i (k_i - k_i,base), un-rotated; the same for v. Placing rotates the sum once.
         return KV(
             _weighted_sum(self.keys, [_same_frame(self, offset).keys for offset in offsets], weights),
@@ -100,7 +103,9 @@ def _same_frame(a: KV, b: KV) -> KV:
     return b
 
 
-def _weighted_sum(base: torch.Tensor, offsets: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+def _weighted_sum(
+    base: torch.Tensor, offsets: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
     """base (L, ...) plus the weighted offsets (l <= L, ...) of its upper layers; the first one writes the result."""
     if not offsets:
         return base
@@ -109,6 +114,12 @@ def _weighted_sum(base: torch.Tensor, offsets: Sequence[torch.Tensor], weights: 
     # Each offset is read once and nothing is copied besides: long contents have large offsets.
     total = torch.empty_like(base)
     total[:skipped] = base[:skipped]
+    if isinstance(weights, torch.Tensor):
+        columns = weights[:, :, None].unbind()  # (T, 1) each, against (l, B, H, T, D)
+        torch.addcmul(base[skipped:], offsets[0], columns[0], out=total[skipped:])
+        for offset, column in zip(offsets[1:], columns[1:], strict=True):
+            total[skipped:].addcmul_(offset, column)
+        return total
     torch.add(base[skipped:], offsets[0], alpha=weights[0], out=total[skipped:])
     for offset, weight in zip(offsets[1:], weights[1:], strict=True):
         total[skipped:].add_(offset, alpha=weight)

@@ -59,7 +59,7 @@ class Decoder:
         if any(layer_windows(config)):
             raise UserError(
                 f"{name} has sliding-window layers, whose caches drop tokens that other agents need: use a model "
-                "without a window, or set sliding_window to null if the prompts are shorter than it"
+                "without a window"
             )
         if config._attn_implementation not in ATTENTION:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from anchorctx.lazy import lazily
 from anchorctx.models.config import ModelConfig, ModelDtype, RopeConfig, RopeType
 
 if TYPE_CHECKING:
@@ -29,13 +30,16 @@ __all__ = [
     "reach",
     "save_model",
 ]
-
-
-def __getattr__(name: str) -> object:
-    """torch and transformers take seconds to import: only when something is used."""
-    import importlib
-
-    if name not in __all__:
-        raise AttributeError(name)
-    home = "rope" if name in ("check_length", "reach") else "build"
-    return getattr(importlib.import_module(f"anchorctx.models.{home}"), name)
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "build_config": "build",
+        "check_attention": "build",
+        "check_length": "rope",
+        "check_vocabulary": "build",
+        "checkpoint_activations": "build",
+        "load_model": "build",
+        "reach": "rope",
+        "save_model": "build",
+    },
+)

@@ -80,7 +80,7 @@ class Assumptions:
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig:
-    """A run before it is run; `anchorctx plan --recipe recipes/gpu/NAME.yaml` takes the run's settings from it."""
+    """A run before it is run; `anchorctx plan --recipe llama3_8b_128k` takes the run's settings from it."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model: `path` may also be a name that the planner knows."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training on the GPUs of one machine, through torchrun.
 #
-#   bash scripts/launch/one_node.sh --recipe recipes/gpu/llama3_8b_128k.yaml [key=value ...]
+#   bash scripts/launch/one_node.sh --recipe llama3_8b_128k [key=value ...]
 #
 #   GPUS=8        processes, one a GPU
 #   DRY_RUN=1     print the command and stop

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training on several machines: start this same line on each of them, within the rendezvous' 15 minutes, in any order.
 #
-#   NODES=4 HEAD=node0.example:29500 bash scripts/launch/several_nodes.sh --recipe recipes/gpu/llama3_8b_128k.yaml [key=value ...]
+#   NODES=4 HEAD=node0.example:29500 bash scripts/launch/several_nodes.sh --recipe llama3_8b_128k [key=value ...]
 #
 #   NODES         machines                                                         (required)
 #   HEAD          host:port of one of them, that all can reach; change the port

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Training under SLURM: submits a job whose every node runs several_nodes.sh.
 #
-#   NODES=4 bash scripts/launch/slurm.sh --recipe recipes/gpu/llama3_8b_128k.yaml [key=value ...]
+#   NODES=4 bash scripts/launch/slurm.sh --recipe llama3_8b_128k [key=value ...]
 #
 #   NODES=1       nodes                          PARTITION, ACCOUNT   as your cluster wants them
 #   GPUS=8        GPUs of a node                 TIME=24:00:00        longest time

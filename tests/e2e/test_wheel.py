@@ -20,9 +20,11 @@ def test_the_wheel_carries_its_configuration(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     for path in ROOT.glob("conf/**/*.yaml"):
         assert f"anchorctx/conf/{path.relative_to(ROOT / 'conf')}" in names
+    assert "anchorctx/py.typed" in names
     assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
-    show = [sys.executable, "-m", "anchorctx", "train", "--show", "parallel=zero3_offload"]
+    recipe = ["--recipe", "llama3_8b_128k", "parallel=zero3_offload"]
+    show = [sys.executable, "-m", "anchorctx", "train", "--show", *recipe]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run(show, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "offload_parameters: true" in done.stdout
+    assert "offload_parameters: true" in done.stdout and "Meta-Llama-3-8B" in done.stdout

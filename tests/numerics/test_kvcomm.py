@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.agents import Frame, Ids, Template
 from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
-from anchorctx.kvcomm.arms.exemplars import PoolConfig
 from anchorctx.kvcomm.arms.offsets import Kvcomm, MeanOffset
+from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.cache import KV, concatenate
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.request import Prefixes, RequestState, TurnContext
@@ -229,7 +229,7 @@ def test_the_sample_itself_as_only_exemplar_reproduces_dense(
     decoder: Decoder, arm_type: str, recompute_glue: bool
 ) -> None:
     arm: Arm = (
-        Kvcomm(PoolConfig(min_exemplars=1), recompute_glue=recompute_glue)
+        Kvcomm(PoolConfig(gamma=0.0, min_exemplars=20), recompute_glue=recompute_glue)  # equal tokens are shared always
         if arm_type == "kvcomm"
         else MeanOffset(warmup=1)
     )
@@ -241,6 +241,16 @@ def test_the_sample_itself_as_only_exemplar_reproduces_dense(
     assert all(again.reused) and again.computed < 7
     assert error(whole(again, second.prompt.length), whole(found, first.prompt.length)) < EXACT
     assert max_error(again.logits, dense_logits(decoder, second.prompt.ids)[-1]) < EXACT
+
+
+def test_weights_by_token_are_each_tokens_own_sum(decoder: Decoder) -> None:
+    base, offsets = (decoder.rope.unrotated(decoder.encode(decoder.tensor(ids))) for ids in (X, X[::-1]))
+    others = [offsets.layers(1), base.layers(1)]
+    weights = torch.rand(2, len(X), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = base.weighted_sum(others, weights)
+    for t in range(len(X)):
+        one = base.cut(t, t + 1).weighted_sum([other.cut(t, t + 1) for other in others], weights[:, t].tolist())
+        assert error(found.cut(t, t + 1), one) < EXACT
 
 
 def test_a_content_that_cannot_be_shared_computes_itself_alone(decoder: Decoder) -> None:

@@ -169,11 +169,19 @@ def test_mistakes_are_one_sentence(command: str, overrides: list[str], sentence:
 
 
 def test_a_recipe_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a file: name a recipe's .yaml"):
+    with pytest.raises(UserError, match="train.yaml is neither a file nor a recipe: name a .yaml, or llama2_7b"):
         resolve("train", [], str(tmp_path / "recipe_train.yaml"))
+    with pytest.raises(UserError, match="did you mean llama3_8b_128k?"):
+        resolve("train", [], "llama3_8b_128")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(UserError, match="not valid YAML"):
         resolve("train", [], str(tmp_path / "broken.yaml"))
+
+
+def test_a_recipe_by_its_name() -> None:
+    by_file = resolve("train", [], str(ROOT / "recipes" / "gpu" / "llama3_8b_128k.yaml"))
+    assert by_file.model.rope.theta == 1e7
+    assert resolve("train", [], "llama3_8b_128k") == by_file
 
 
 def test_overrides_win_over_the_recipe() -> None:

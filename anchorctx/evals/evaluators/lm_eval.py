@@ -72,6 +72,7 @@ class LmEval:
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See Evaluator: refuses unknown names, and tasks whose data the hub does not give, before anything starts."""
+        check_template("lm_eval", self.config, tokenizer)
         if self._checked:
             return
         found = task_index(self.config.include_path)
@@ -96,6 +97,15 @@ class LmEval:
                 context = unit | {"task": task, "measure": measure}
                 n = int(measures.get("sample_len") or 0)
                 yield Result(metric="lm_eval", value=value, unit="1", n=n, low=low, high=high, context=context)
+
+
+def check_template(name: str, config: HarnessConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where prompts are to be wrapped in a chat template that the tokenizer has not."""
+    if config.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(
+            f"{name}.apply_chat_template=true needs a chat template, which the tokenizer {tokenizer.name_or_path} has "
+            "not: leave it false, or take a chat model's checkpoint"
+        )
 
 
 def run_tasks(
@@ -269,6 +279,11 @@ def _language_model(subject: Subject, config: HarnessConfig, progress: Progress)
     """lm-eval's own wrapper of Hugging Face models around a loaded one, one of several processes where there are."""
     huggingface = _lm_eval("models.huggingface")
 
+    tokenizer = copy.deepcopy(subject.tokenizer)  # lm-eval may set a padding token on it
+    if config.add_bos_token is not None:
+        # As lm-eval does where it loads a tokenizer itself: its own argument adds none that the tokenizer would not.
+        tokenizer.add_bos_token = config.add_bos_token  # type: ignore[attr-defined]
+
     class Shared(huggingface.HFLM):
         """Reports every batch, and gathers over the process group that there is."""
 
@@ -276,7 +291,7 @@ def _language_model(subject: Subject, config: HarnessConfig, progress: Progress)
             with quiet():  # it warns that a loaded model cannot be shared, which the rest of this class does
                 super().__init__(
                     pretrained=subject.model,
-                    tokenizer=copy.deepcopy(subject.tokenizer),  # lm-eval may set a padding token on it
+                    tokenizer=tokenizer,
                     batch_size=config.batch_size,
                     max_length=config.max_length,
                     add_bos_token=config.add_bos_token,

@@ -23,6 +23,7 @@ from anchorctx.evals.base import Progress, Subject, Unit
 from anchorctx.evals.evaluators.config import OFFLINE, RulerConfig
 from anchorctx.evals.evaluators.lm_eval import (
     check_known,
+    check_template,
     fetch,
     leaves,
     ruler_module,
@@ -56,6 +57,13 @@ class Ruler:
                 "lengths are in tokens"
             )
 
+        longest, limit = max(config.lengths), config.max_length
+        if limit is not None and limit < longest:
+            raise UserError(
+                f"ruler.max_length={limit} would cut the start, needle and all, of documents of {longest} tokens "
+                f"(ruler.lengths): raise it to {longest}, or leave it null"
+            )
+
     def longest(self) -> int:
         """See Evaluator."""
         return max(self.config.lengths)
@@ -75,6 +83,7 @@ class Ruler:
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See Evaluator: lengths that lm-eval could not fill, and data that the hub does not give."""
+        check_template("ruler", self.config, tokenizer)
         for unit in self.units():
             task, length = unit["task"], unit["length"]
             least = shortest(task, length, tokenizer)

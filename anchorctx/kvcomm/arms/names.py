@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from anchorctx.errors import UserError
@@ -24,6 +25,26 @@ ARMS = (
 """Ways to reuse."""
 CONTROLS = ("dense_chunked", "zeroed", "random", "other_request")
 """The numerics floor, and what an arm must beat."""
+
+
+class Feature(StrEnum):
+    """What tells two contents apart."""
+
+    embeddings = "embeddings"
+    """Their tokens' input embeddings: the paper's text."""
+    values = "values"
+    """Base values of all layers: the gate of the paper's public code."""
+    keys_values = "keys_values"
+    """Base keys and values of all layers: the weights of the paper's public code."""
+
+
+class Reduce(StrEnum):
+    """How distances between contents become weights."""
+
+    frobenius = "frobenius"
+    """One norm over the whole content, and so one weight an exemplar."""
+    per_token = "per_token"
+    """The mean absolute difference of each token, and so weights by token."""
 
 
 def makers() -> dict[str, Callable[[], Arm]]:

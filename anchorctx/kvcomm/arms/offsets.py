@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from anchorctx.kvcomm.agents import Segment
+from anchorctx.kvcomm.agents import Ids, Segment
 from anchorctx.kvcomm.arms.basic import Arm
-from anchorctx.kvcomm.arms.exemplars import Match, Offset, Pool, PoolConfig, Reader
+from anchorctx.kvcomm.arms.exemplars import Content, Match, Offset, Reader
+from anchorctx.kvcomm.arms.pool import Pool, PoolConfig
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Buffer
 from anchorctx.kvcomm.request import Placement, TurnContext
@@ -54,8 +55,9 @@ class Kvcomm(Arm):
             offset = Offset(text)
             if glue is not None:
                 offset = Offset(text, _difference(context, buffer, glue, context.glue(glue).kv), glue.ids)
-            ids = context.decoder.tensor(segment.ids)[0]
-            self.pool.add(segment.name, context.request.number, ids, reader(context, segment), offset)
+            content = _content(context, segment)
+            number, who = context.request.number, reader(context, segment)
+            self.pool.add(segment.name, number, content.ids, who, offset, content.base)
 
     @property
     def nbytes(self) -> int:
@@ -64,9 +66,8 @@ class Kvcomm(Arm):
 
     def _match(self, context: TurnContext, segment: Segment) -> Match | None:
         assert segment.name is not None
-        ids = context.decoder.tensor(segment.ids)[0]
-        state, embed = context.request, context.decoder.embeddings
-        return self.pool.match(segment.name, reader(context, segment), ids, embed, state.distances, context.keep)
+        content, who = _content(context, segment), reader(context, segment)
+        return self.pool.match(segment.name, who, content, context.request.distances, context.keep)
 
     def _approximated(self, context: TurnContext, segment: Segment, match: Match) -> list[Placement]:
         """Equations 6 and 7."""
@@ -74,7 +75,8 @@ class Kvcomm(Arm):
         # Exemplars are at least as long as this content; the beginnings of their offsets are used.
         texts = [offset.text.cut(0, segment.length) for offset in match.offsets]
         base = context.base(segment.name).kv
-        placed = [Placement(base.weighted_sum(texts, match.weights), segment.start)]
+        weights = match.weights if match.by_token is None else match.by_token.to(base.keys)
+        placed = [Placement(base.weighted_sum(texts, weights), segment.start)]
         glue = context.prompt.glue_after(segment)
         seen = [offset.glue for offset in match.offsets if glue is not None and offset.glue_ids == glue.ids]
         glues = [kv for kv in seen if kv is not None]
@@ -167,6 +169,17 @@ class MeanOffset(Arm):
     def nbytes(self) -> int:
         """Of the means."""
         return sum(mean.nbytes for mean in self._means.values())
+
+
+def _content(context: TurnContext, segment: Segment) -> Content:
+    name = segment.name
+    assert name is not None
+    decoder = context.decoder
+
+    def embed(ids: Ids) -> torch.Tensor:
+        return decoder.embeddings(decoder.tensor(ids)[0])
+
+    return Content(segment.ids, embed, lambda: context.base(name).kv)
 
 
 def reader(context: TurnContext, segment: Segment) -> Reader:

@@ -88,7 +88,8 @@ def reuse_table(rows: Sequence[Result]) -> str:
         for task in tasks_of(every.of(model=model)):
             lines = [_line(HEAD), "|" + "---|" * len(HEAD), *(_line(_words(task, arm)) for arm in task.arms)]
             parts.append("\n".join([f"**{task.task}**", "", *lines]))
-    return "\n\n".join([*parts, "* reuses everything by construction"])
+    starred = any("* |" in part for part in parts)
+    return "\n\n".join([*parts, *(["* reuses everything by construction"] if starred else [])])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -93,7 +93,7 @@ def test_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[st
     [
         (["trian"], "unknown command 'trian': choose prepare, plan, train"),
         (["train", "--steps", "3"], "unknown option '--steps'"),
-        (["train", "--recipe"], "--recipe needs a file"),
+        (["train", "--recipe"], "--recipe needs a name or a file"),
         (["train", "steps=0", "out_dir=x", "data.train=y"], "steps=0 must be at least 1"),
         (["doctor", "x=1"], "takes no arguments"),
         (["plan", "--dry-run", "--recipe", "x.yaml"], "--dry-run is an option of anchorctx prepare, not of plan"),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
+from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, Feature, Reduce
 from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Share
 
 
@@ -37,6 +37,11 @@ class GateConfig:
     """Mean KL(dense | arm) over the compared tokens, at most, in nats."""
     min_agreement: Share = 0.95
     """Share of compared tokens with the same most probable token, at least, 0..1."""
+    min_reuse: Share = 0.1
+    """Share of prompt tokens that are not computed with their prompt, at least, 0..1: an arm that shares nothing is as
+    near to dense as can be, and of no use."""
+    max_ttft: NonNegativeFloat = 1.0
+    """Seconds to first token of a request (median) over dense's, at most."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,6 +139,12 @@ class ArmsConfig:
     """kvcomm: on overflow the least used of this many oldest exemplars goes."""
     max_bytes: Annotated[int, Ge(1), "null is no limit"] | None = None
     """kvcomm: bytes of all exemplars of a session, at most; null is no limit."""
+    h: Feature = Feature.embeddings
+    """kvcomm: what contents are compared by, to decide whether they are shared: embeddings, values, keys_values."""
+    weights_h: Feature | None = None
+    """kvcomm: what they are compared by to weigh exemplars; null is h."""
+    reduce: Reduce = Reduce.frobenius
+    """kvcomm: weights from one distance a content (frobenius) or one a token (per_token)."""
     partial: bool = True
     """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
 

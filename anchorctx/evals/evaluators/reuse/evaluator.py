@@ -32,9 +32,9 @@ from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, M
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
 from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateGlue
-from anchorctx.kvcomm.arms.exemplars import PoolConfig
 from anchorctx.kvcomm.arms.names import makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
+from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result
 from anchorctx.settings import check_ranges
@@ -173,7 +173,8 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
         raise UserError(f"arms has {unknown[0]!r}, which is unknown: choose {', '.join(known)}")
     check_ranges(config)
     s = config.settings
-    pool = PoolConfig(s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes)
+    bounds = s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes
+    pool = PoolConfig(*bounds, s.h, s.weights_h, s.reduce)
     # Arms that take settings; the others are made as they are.
     known |= {
         "rotate_glue": lambda: RotateGlue(s.first),

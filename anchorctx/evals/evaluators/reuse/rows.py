@@ -170,18 +170,31 @@ def judge(rows: Sequence[Result], gate: GateConfig) -> Verdict | None:
     """Compare the arm's rows over all tokens of every model and task with the bounds; None without a gate."""
     if gate.arm is None:
         return None
-    lines, passed = [], True
     found = [row.context for row in rows if row.metric == "kvcomm_kl"]
-    for model, task in dict.fromkeys((context.get("model"), context["task"]) for context in found):
-        where = {"arm": gate.arm, "task": task, "kind": "all", "tokens": "all"} | ({"model": model} if model else {})
-        kl, agreement = (_value(rows, metric, where) for metric in ("kvcomm_kl", "kvcomm_agreement"))
-        good = kl <= gate.max_kl and agreement >= gate.min_agreement
-        passed &= good
-        lines.append(
-            f"gate {'passed' if good else 'FAILED'}: {gate.arm} on {task}{f' with {model}' if model else ''}: "
-            f"KL {kl:.4g} (at most {gate.max_kl:g}), agreement {agreement:.4f} (at least {gate.min_agreement:g})"
-        )
-    return Verdict(passed, "\n".join(lines))
+    pairs = dict.fromkeys((context.get("model"), context["task"]) for context in found)
+    verdicts = [_judge_one(rows, gate, gate.arm, model, task) for model, task in pairs]
+    return Verdict(all(v.passed for v in verdicts), "\n".join(v.text for v in verdicts))
+
+
+def _judge_one(rows: Sequence[Result], gate: GateConfig, arm: str, model: str | None, task: str) -> Verdict:
+    where = {"task": task, "kind": "all"} | ({"model": model} if model else {})
+    kl, agreement = (
+        _value(rows, name, where | {"arm": arm, "tokens": "all"}) for name in ("kvcomm_kl", "kvcomm_agreement")
+    )
+    reuse = _value(rows, "kvcomm_reuse", where | {"arm": arm, "by": "tokens"})
+    request = where | {"agent": "request", "quantile": "p50"}
+    mine, dense = (_value(rows, "kvcomm_ttft", request | {"arm": name}) for name in (arm, "dense"))
+    ttft = mine / dense
+    bounds = (
+        (kl <= gate.max_kl, f"KL {kl:.4g} (at most {gate.max_kl:g})"),
+        (agreement >= gate.min_agreement, f"agreement {agreement:.4f} (at least {gate.min_agreement:g})"),
+        (reuse >= gate.min_reuse, f"reuse {reuse:.3f} of tokens (at least {gate.min_reuse:g})"),
+        (ttft <= gate.max_ttft, f"time to first token {ttft:.2f} of dense's (at most {gate.max_ttft:g})"),
+    )
+    passed = all(good for good, _ in bounds)
+    said = ", ".join(text if good else f"{text}: NOT MET" for good, text in bounds)
+    named = f"{arm} on {task}{f' with {model}' if model else ''}"
+    return Verdict(passed, f"gate {'passed' if passed else 'FAILED'}: {named}: {said}")
 
 
 def _value(rows: Sequence[Result], metric: str, where: dict[str, str]) -> float:

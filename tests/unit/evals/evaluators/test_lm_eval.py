@@ -205,6 +205,10 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     ("make", "message"),
     [
         (lambda: Ruler(RulerConfig(lengths=[])), "must name at least one each"),
+        (
+            lambda: Ruler(RulerConfig(lengths=[512, 2048], max_length=1024)),
+            "max_length=1024 would cut .* raise it to 2048",
+        ),
         (lambda: Ruler(RulerConfig(limit=0)), "ruler.limit=0 must be at least 1"),
         (lambda: Ruler(RulerConfig(batch_size=0)), "ruler.batch_size=0 must be at least 1"),
         (lambda: harness.LmEval(LmEvalConfig(num_fewshot=-1)), "lm_eval.num_fewshot=-1 must be at least 0"),
@@ -218,6 +222,29 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_impossible_settings_are_refused(make: Any, message: str):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["ruler", "lm_eval"])
+def test_a_chat_template_that_is_not_there_is_refused(name: str, small: Path):
+    make = {"ruler": lambda: Ruler(RulerConfig(apply_chat_template=True))}
+    make["lm_eval"] = lambda: harness.LmEval(LmEvalConfig(tasks=["hellaswag"], apply_chat_template=True))
+    with pytest.raises(
+        UserError, match=rf"{name}.apply_chat_template=true needs a chat template, .*{small.name} has not"
+    ):
+        make[name]().check(load(small).tokenizer)
+
+
+@pytest.mark.parametrize("bos", [True, False, None])
+def test_the_anchor_stands_in_front_where_it_is_asked_for(bos: bool | None, small: Path):
+    """The ids are those of lm-eval's own loading of the folder, whose tokenizer adds no BOS by itself."""
+    from lm_eval.models.huggingface import HFLM
+
+    ours = harness._language_model(load(small), RulerConfig(add_bos_token=bos), lambda done, of: None)
+    theirs = HFLM(str(small), device="cpu", add_bos_token=bos)
+    text = "the needle is 4"
+    for encode in (lambda lm: lm.tok_encode(text), lambda lm: lm.tok_batch_encode([text])[0][0].tolist()):
+        assert encode(ours) == encode(theirs)
+    assert (ours.tok_encode(text)[0] == ours.tokenizer.bos_token_id) is (bos is True)
 
 
 def test_the_version_is_part_of_what_is_measured():

@@ -82,7 +82,7 @@ def panel(
     for number, name in enumerate(graph.order):
         final = name == DECISION
         # In a debate agent_1@2 is agent_1's second turn.
-        said = "".join(f"\n{other.replace('@', ' in round ')} said: {{{other}}}" for other in graph.inputs[name])
+        said = "".join(f"\n{other.replace('@', ' in round ')} said:\n{{{other}}}" for other in graph.inputs[name])
         role = last if final else roles[number % len(roles)]
         agents.append(Agent(name, f"{role}\n\n{question}\n{said}\n\nAnswer:", final_tokens if final else tokens))
     return tuple(agents), graph

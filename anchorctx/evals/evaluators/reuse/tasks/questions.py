@@ -72,7 +72,7 @@ class Gsm8k(QuestionTask):
 
     name = "gsm8k"
     fields = {"question": str, "answer": str}
-    ask = "Problem: {question}"
+    ask = "Problem:\n{question}"
     roles = (
         "You are a mathematician. Solve the problem step by step, then write #### and the number.",
         "You are a careful checker. Work the problem out on your own and compare, then write #### and the number.",
@@ -98,7 +98,7 @@ class Mmlu(QuestionTask):
 
     name = "mmlu"
     fields = {"question": str, "choices": list, "answer": (int, str)}
-    ask = "Question: {question}"
+    ask = "Question:\n{question}"
     roles = (
         "You are an expert of the subject. Reason briefly, then give the letter of the right choice.",
         "You are a critic. Say which choices cannot be right, then give the letter of the right one.",

@@ -238,7 +238,8 @@ def test_it_is_an_evaluation_like_the_others(folder: Path, tmp_path: Path) -> No
 
 def test_the_gate_decides_the_exit_code(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     only = ["tasks=[copy]", "arms=[rotate,dense_prefix_cache]"]
-    assert command(folder, tmp_path / "a", *only, "gate.arm=dense_prefix_cache") == 0
+    # times of a model this small say nothing
+    assert command(folder, tmp_path / "a", *only, "gate={arm: dense_prefix_cache, max_ttft: 100, min_reuse: 0.05}") == 0
     assert "gate passed: dense_prefix_cache on copy with tiny: KL" in capsys.readouterr().out
     assert command(folder, tmp_path / "b", *only, "gate={arm: rotate, max_kl: 1e-9}") == 1
     assert "gate FAILED: rotate on copy" in capsys.readouterr().out
@@ -340,17 +341,38 @@ def test_content_and_place_are_told_apart(folder: Path) -> None:
     assert same.relative.max() == 0.0
 
 
-def test_the_gate_reads_the_worst_task() -> None:
-    def row(metric: str, task: str, value: float) -> Result:
-        context = {"arm": "rotate", "task": task, "kind": "all", "tokens": "all"}
+def gate_rows(
+    task: str, kl: float = 0.01, agreement: float = 0.99, reuse: float = 0.5, ttft: float = 0.5
+) -> list[Result]:
+    def row(metric: str, value: float, arm: str = "rotate", **where: str) -> Result:
+        context = {"arm": arm, "task": task, "kind": "all"} | where
         return Result(metric=metric, value=value, unit="1", n=1, context=context)
 
-    good = [row("kvcomm_kl", "x", 0.01), row("kvcomm_agreement", "x", 0.99)]
-    bad = [row("kvcomm_kl", "y", 0.01), row("kvcomm_agreement", "y", 0.9)]
+    return [
+        row("kvcomm_kl", kl, tokens="all"),
+        row("kvcomm_agreement", agreement, tokens="all"),
+        row("kvcomm_reuse", reuse, by="tokens"),
+        row("kvcomm_ttft", 2 * ttft, agent="request", quantile="p50"),
+        row("kvcomm_ttft", 2.0, arm="dense", agent="request", quantile="p50"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"kl": 0.06}, r"KL 0.06 \(at most 0.05\): NOT MET"),
+        ({"agreement": 0.9}, r"agreement 0.9000 \(at least 0.95\): NOT MET"),
+        ({"reuse": 0.0}, r"reuse 0.000 of tokens \(at least 0.1\): NOT MET"),
+        ({"ttft": 2.0}, r"time to first token 2.00 of dense's \(at most 1\): NOT MET"),
+    ],
+)
+def test_the_gate_reads_the_worst_task(bad: dict[str, float], said: str) -> None:
+    good = gate_rows("x")
     assert judge(good, GateConfig()) is None
     verdict = judge(good, GateConfig(arm="rotate"))
-    assert verdict is not None and verdict.passed
-    verdict = judge(good + bad, GateConfig(arm="rotate"))
+    assert verdict is not None and verdict.passed and "NOT MET" not in verdict.text
+    verdict = judge(good + gate_rows("y", **bad), GateConfig(arm="rotate"))
     assert verdict is not None and not verdict.passed and verdict.text.count("\n") == 1
+    assert re.search(said, verdict.text) and verdict.text.count("NOT MET") == 1
     with pytest.raises(UserError, match="gate.arm=rotate is not among the arms"):
         check_arm(GateConfig(arm="rotate"), ["copy"])

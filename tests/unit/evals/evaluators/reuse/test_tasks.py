@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import (
     KINDS,
@@ -29,7 +30,7 @@ from anchorctx.evals.evaluators.reuse.tasks.questions import (
 )
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import CORRECTIONS, FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.tasks.sandbox import passes
-from anchorctx.kvcomm.agents import Answer, Template
+from anchorctx.kvcomm.agents import Answer, Slot, Template
 
 WORDS = FactVocabulary([f"k{i}" for i in range(20)], [f"v{i}" for i in range(20)])
 IDS = {f"k{i}": 1000 + i for i in range(20)} | {f"v{i}": 2000 + i for i in range(20)}
@@ -297,3 +298,22 @@ def test_a_completion_is_joined_to_its_prompt() -> None:
     space: dict[str, Any] = {}
     exec(whole, space)
     assert space["f"](4) == 8 and np.isclose(space["math"].pi, 3.14159, atol=1e-5)
+
+
+TEXTS = ["Janet's ducks lay 16 eggs.", "A train goes 3 miles", "def f(x):\n    return x"]
+
+
+@pytest.mark.parametrize("topology", ["full", "chain", "debate"])
+@pytest.mark.parametrize("task", [Gsm8k, Mmlu, HumanEval])
+def test_prompts_in_pieces_have_the_tokens_of_the_whole(task: Any, topology: str) -> None:
+    """A blank belongs to the word behind it in byte-level tokenizers: glue that ends in one tokenizes otherwise."""
+    tokenizer = train_tokenizer(vocabulary=512, sample_chars=50_000)
+    agents, graph = panel(3, topology, task.ask, task.last, roles=task.roles, tokens=8, final_tokens=8)
+    for agent in agents:
+        template = Template.of(agent.template)
+        glues = [a for a, b in zip(template.parts, template.parts[1:], strict=False) if isinstance(b, Slot)]
+        assert glues and not [glue for glue in glues if isinstance(glue, str) and glue.endswith(" ")]
+        for text in TEXTS:
+            pieces = [text if isinstance(part, Slot) else str(part) for part in template.parts]
+            apart = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+            assert apart == tokenizer("".join(pieces), add_special_tokens=False)["input_ids"], (agent.name, text)
