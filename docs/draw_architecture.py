@@ -26,7 +26,7 @@ WHAT = {
     "parallel": "processes, what they share",
     "models": "loading, loss, memory switches",
     "kvcomm": "KV caches that agents share",
-    "integrations": "a collator for other trainers",
+    "integrations": "attach, a collator, a dataset",
     "attention": "kernels, the merge, RoPE",
     "records": "files, manifests, results",
     "layout": "what documents see",

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "parallel": {"models", "attention"},
     "kvcomm": {"models", "attention.rope"},
     "models": {"attention"},
-    "integrations": {"attention"},
+    "integrations": {"attention", "data.packed_set"},
     "attention": set(),
     "data": set(),
     "report": set(),

@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from anchorctx.attention.boundaries import layouts_of
 from anchorctx.attention.registry import BACKENDS, attend
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
@@ -87,7 +87,7 @@ def _anchor_forward(
     if layouts is not None and cu_seq_lens_q is not None:
         raise UserError(f"{name} got layouts= and cu_seq_lens_q=, which both say where documents lie: pass one of them")
     if layouts is None:
-        layouts = _layouts_of(name, query, cu_seq_lens_q)
+        layouts = layouts_of(name, query.shape[0], query.shape[2], cu_seq_lens_q)
     if attention_mask is not None:
         raise UserError(f"{name} got an attention mask beside layouts: the layout is the mask, pass only layouts")
     if dropout and module.training:
@@ -112,29 +112,3 @@ def together(
     weights = next((p.dtype for p in module.parameters() if p.is_floating_point()), value.dtype)
     dtype = min(value.dtype, weights, key=lambda d: d.itemsize)  # under autocast the weights' is the wider
     return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-_from_cu_seq_lens: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Boundaries as a tensor, by identity, to (its version, as integers): all layers of a forward pass hand in the same."""
-
-
-def _layouts_of(name: str, query: torch.Tensor, cu_seq_lens: torch.Tensor | None) -> tuple[PackedLayout]:
-    """The layout of a flattened batch, (1, H, T, D), whose documents have the boundaries (0, ..., T)."""
-    if cu_seq_lens is None:
-        raise UserError(
-            f"{name} with attn_implementation='anchor' needs the forward argument layouts=, one a row, or "
-            "cu_seq_lens_q= of a flattened batch: anchorctx.integrations.AnchorCollator makes such batches"
-        )
-    version = None if cu_seq_lens.is_inference() else cu_seq_lens._version  # a buffer may be filled anew
-    known = _from_cu_seq_lens.get(cu_seq_lens)
-    if known is None or known[0] != version:
-        # documents of 3, 0 and 2 tokens, [0, 3, 3, 5]: flash kernels allow an empty one, a layout has none
-        offsets = tuple(dict.fromkeys(cu_seq_lens.tolist()))
-        known = _from_cu_seq_lens[cu_seq_lens] = (version, offsets)
-    offsets, (batch, _, tokens, _) = known[1], query.shape
-    if batch != 1 or offsets[0] != 0 or offsets[-1] != tokens:
-        raise UserError(
-            f"{name} got cu_seq_lens_q from {offsets[0]} to {offsets[-1]} for {batch} rows of {tokens} tokens: "
-            "hand over one flattened row, (1, T), with boundaries from 0 to T, and without DataParallel"
-        )
-    return (PackedLayout(offsets),)

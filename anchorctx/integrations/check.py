@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
+
+import torch
 
 from anchorctx.attention import BACKENDS
 from anchorctx.attention.interface import check_interface, implementation
 from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 SEPARATED = ("full_attention", "sliding_attention")
 """Layer types that take the boundaries; a linear layer's state or a convolution runs on over them."""
@@ -46,3 +52,13 @@ def check_model(model: Any) -> None:
     other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATED))
     if other:
         raise UserError(f"model type {text.model_type} has {other[0]} layers, which would mix documents: use another")
+
+
+def warn_of_data_parallel() -> None:
+    """Say so where Trainer would take several GPUs in one process."""
+    if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
+        logger.warning(
+            "%d GPUs and one process: Trainer would split batches by DataParallel, which cuts cu_seq_lens apart: "
+            "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
+            torch.cuda.device_count(),
+        )

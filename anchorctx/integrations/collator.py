@@ -8,7 +8,6 @@ will do.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from enum import StrEnum
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from anchorctx.errors import UserError
-from anchorctx.integrations.check import check_model
+from anchorctx.integrations.check import check_model, warn_of_data_parallel
 from anchorctx.integrations.reader import IGNORED, Reader, Text
 from anchorctx.integrations.rows import copies_under, lay_out_batch
 from anchorctx.layout import PackedLayout, Pattern
@@ -74,7 +73,7 @@ class AnchorCollator:
     _warned: set[str] = field(init=False, repr=False, default_factory=set)
 
     def __post_init__(self, model: PreTrainedModel | None) -> None:
-        self.pattern, self.excess = _choice(Pattern, "pattern", self.pattern), _choice(Excess, "excess", self.excess)
+        self.pattern, self.excess = choice(Pattern, "pattern", self.pattern), choice(Excess, "excess", self.excess)
         for name, value in (("row_length", self.row_length), ("max_tokens", self.max_tokens)):
             if value is not None and (not isinstance(value, Integral) or value < 3):
                 raise UserError(
@@ -112,12 +111,7 @@ class AnchorCollator:
             )
         self._anchor, self._reader = anchor, Reader(self.tokenizer, eos, vocabulary)
         self._copies = copies_under(self.pattern)
-        if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
-            logger.warning(
-                "%d GPUs and one process: Trainer would split batches by DataParallel, which cuts cu_seq_lens apart: "
-                "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
-                torch.cuda.device_count(),
-            )
+        warn_of_data_parallel()
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor | int]:
         """One batch of the examples' documents, in their order.
@@ -238,7 +232,8 @@ class AnchorCollator:
 _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
-def _choice(kind: type[_Choice], name: str, value: str) -> _Choice:
+def choice(kind: type[_Choice], name: str, value: str) -> _Choice:
+    """The member `value` of an enum; UserError with its members, for the argument called `name`."""
     try:
         return kind(value)
     except ValueError:

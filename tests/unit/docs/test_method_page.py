@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 import sys
 from dataclasses import fields
@@ -67,5 +68,8 @@ def test_links_code_and_names_exist() -> None:
     options = {field.name for field in fields(anchorctx.integrations.AnchorCollator)} | {"model"}
     asked = set(re.findall(r"AnchorCollator\(tokenizer, (.*)\)", PAGE)[0].replace(" ", "").split(","))
     assert {option.partition("=")[0] for option in asked} <= options
-    for name in re.findall(r"\b(row_starts|check_model)\(", PAGE):
-        assert name in anchorctx.integrations.__all__
+    public = set(anchorctx.integrations.__all__) - {"Excess"}
+    assert not [name for name in public if not re.search(rf"\b{name}\b", PAGE)]
+    attached = set(inspect.signature(anchorctx.integrations.attach).parameters)
+    for call in re.findall(r"attach\(model, (.*?)\)", PAGE):
+        assert {option.partition("=")[0] for option in call.split(", ")} <= attached

@@ -1,0 +1,158 @@
+"""The forward of an attached decoder: `integrations.attachment` puts it in the place of the model's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from anchorctx.attention.interface import together
+from anchorctx.errors import UserError
+from anchorctx.integrations.documents import Boundaries, Laid, lay_out_spans
+from anchorctx.layout import Pattern
+
+MARK = "_anchorctx_attachment"
+"""The attribute of a decoder that holds its `Attachment`."""
+GENERATING = "anchor_generating"
+"""`attn_implementation` of a forward pass with a KV cache."""
+OF_THE_BATCH = (
+    *("input_ids", "position_ids", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("seq_idx", "cache_position", "shift_labels", "loss_weights"),  # the last two are read by the loss alone
+)
+"""Arguments that say how the trainer's batch lies, and so not how ours does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """How a decoder is attached."""
+
+    anchor: int
+    """Token id of the anchor."""
+    pattern: Pattern | None
+    """What documents see; None where batches are laid out already."""
+    row_length: int
+    """Positions of a row, the anchor's among them."""
+    attention: str
+    """`attn_implementation` before."""
+    forward: Callable[..., Any] | None
+    """The decoder's own forward, where it had one that was not its class's."""
+    hook: RemovableHandle
+    """Of the check on labels."""
+
+
+def register_generation() -> None:
+    """Make `GENERATING` known to transformers; idempotent."""
+    AttentionInterface.register(GENERATING, _generating)
+    AttentionMaskInterface.register(GENERATING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+    """The attached decoder's forward: the class's own, over a row in which each document has its copy of the anchor."""
+    attachment: Attachment = getattr(decoder, MARK)
+    forward = attachment.forward or partial(type(decoder).forward, decoder)
+    inputs = dict(zip(_names(type(decoder)), args, strict=False)) | kwargs
+    if any(inputs.get(name) is not None for name in ("cache", "past_key_values")):
+        if torch.is_grad_enabled():
+            raise UserError(
+                f"{type(decoder).__name__} got a KV cache with gradients, which prefix tuning does: it cannot be "
+                "attached (to generate, run it under torch.no_grad())"
+            )
+        with _attention(decoder.config, GENERATING):
+            return forward(**inputs)
+    if inputs.get("layouts") is not None or attachment.pattern is None:
+        return forward(**inputs)
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise UserError(
+            f"{type(decoder).__name__} got inputs_embeds without input_ids, in which no anchor can be put in front of "
+            "documents: pass input_ids (prompt tuning and multimodal inputs cannot be attached)"
+        )
+    laid = _lay_out(type(decoder).__name__, inputs, attachment)
+    positions = laid.layout.position_array()
+    index, place, positions = (torch.from_numpy(x).to(ids.device) for x in (laid.gather, laid.place, positions))
+    row = torch.cat([ids.new_full((1,), attachment.anchor), ids.reshape(-1)])[index][None]
+    given = {name: value for name, value in inputs.items() if name not in OF_THE_BATCH}
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape:
+            raise UserError(
+                f"{type(decoder).__name__} got {name}, one a token, which attach cannot lay out: leave it out"
+            )
+    given |= {"input_ids": row, "position_ids": positions[None], "layouts": (laid.layout,), "use_cache": False}
+    output = forward(**given)
+    if len(ids) == 1 and np.array_equal(laid.place, np.arange(ids.numel())):
+        return output  # each document has its anchor already: nothing moved
+    return _handed_back(output, row.shape[1], place, ids.shape)
+
+
+@torch.compiler.disable  # integers on the CPU: torch.compile would trace numpy
+def _lay_out(name: str, inputs: dict[str, Any], attachment: Attachment) -> Laid:
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if inputs.get("output_router_logits") and mask is not None and bool((mask > 1).any()):
+        raise UserError(
+            f"{name} would weigh tokens in its router loss by attention_mask, which numbers documents here: say where "
+            "they begin by position_ids, or set output_router_logits=False"
+        )
+    spans = boundaries_of(inputs).spans(name, *ids.shape)
+    first = ids.reshape(-1)[torch.from_numpy(spans[:, 0]).to(ids.device)].tolist()
+    begins = [token == attachment.anchor for token in first]
+    assert attachment.pattern is not None
+    return lay_out_spans(spans, begins, tuple(ids.shape), attachment.pattern, attachment.row_length)
+
+
+def boundaries_of(inputs: Mapping[str, Any]) -> Boundaries:
+    """Those among the arguments of a forward."""
+    return Boundaries(*(inputs.get(name) for name in ("cu_seq_lens_q", "position_ids", "attention_mask")))
+
+
+def _names(decoder: type) -> list[str]:
+    """Of the arguments of its forward, in order."""
+    return list(inspect.signature(decoder.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _handed_back(value: Any, tokens: int, place: torch.Tensor, shape: torch.Size) -> Any:
+    """An output of the row, or whatever holds such outputs, for the trainer's tokens: (1, T', ...) -> (B, T, ...).
+
+    Router logits, (T', E), become (B * T, E).
+    """
+    if isinstance(value, dict):  # a ModelOutput, whose attributes follow its items
+        for name, item in list(value.items()):
+            value[name] = _handed_back(item, tokens, place, shape)
+        return value
+    if isinstance(value, tuple):
+        return tuple(_handed_back(item, tokens, place, shape) for item in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.shape[:2] == (1, tokens):
+        return value[0].index_select(0, place).unflatten(0, shape)
+    return value.index_select(0, place) if value.shape[:1] == (tokens,) else value
+
+
+@contextmanager
+def _attention(config: Any, name: str) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _generating(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+) -> Any:
+    """transformers' sdpa, of queries and keys that were rotated in float32; it knows neither sinks nor soft caps."""
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise UserError(f"{type(module).__name__} cannot generate while it is attached: call detach(model) first")
+    query, key, value = together(module, query, key, value)
+    sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa(module, query, key, value, mask, **kwargs)
