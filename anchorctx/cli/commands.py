@@ -112,6 +112,9 @@ def _plan_of_recipe(arguments: Arguments) -> PlanConfig | None:
 
 def train(config: TrainCommand) -> None:
     """Train in this process, which torchrun may have started beside others."""
+    from anchorctx.train.inputs import check_inputs
+
+    check_inputs(config)  # the loop imports DeepSpeed
     from anchorctx.evals.live import LiveEvals
     from anchorctx.train.loop import train
 

@@ -45,7 +45,7 @@ evaluate() { # folder, model, fields of its configuration
 
 pack packed "$CORPUS"
 pack packed_validation "$HELD_OUT"
-torchrun --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train \
+python -m anchorctx.cli.torchrun --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train \
     --recipe "$recipe" out_dir="$out/run" data.train="$out/packed" data.validation="$out/packed_validation" model.path="$model" "$@"
 newest=$(basename "$(ls -d "$out"/run/checkpoints/step_* | tail -n 1)")
 if [ "$(cat "$out/exported_step" 2>/dev/null)" != "$newest" ]; then # none yet, or training went on since

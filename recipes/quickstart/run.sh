@@ -29,7 +29,7 @@ packed packed train
 packed packed_validation validation
 
 step 3 "training with AnchorAttention: DeepSpeed ZeRO-2, two processes"
-OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m anchorctx train \
+OMP_NUM_THREADS=1 python -m anchorctx.cli.torchrun --standalone --nproc_per_node 2 -m anchorctx train \
     --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
     data.train="$out/packed" data.validation="$out/packed_validation" model.path="$out/base" "$@"
 

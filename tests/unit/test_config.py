@@ -55,7 +55,7 @@ def test_recipes_compose(recipe: Path, processes: int) -> None:
 @pytest.mark.parametrize("recipe", GPU_RECIPES, ids=lambda path: path.stem)
 def test_a_gpu_recipes_runner_packs_what_the_recipe_trains_on(recipe: Path, tmp_path: Path) -> None:
     """With stand-ins for the commands: what `run.sh NAME` hands to `prepare` composes and agrees with the recipe."""
-    for name, body in {"anchorctx": 'printf "%s\\n" "$@"', "torchrun": 'printf "%s\\n" "$@"; exit 7'}.items():
+    for name, body in {"anchorctx": 'printf "%s\\n" "$@"', "python": 'printf "%s\\n" "$@"; exit 7'}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     given = {"CORPUS": "it's a corpus, Ü=1.jsonl", "HELD_OUT": "held [out].jsonl", "OUT": "Läufe/it's lr=2e-5"}
@@ -65,7 +65,7 @@ def test_a_gpu_recipes_runner_packs_what_the_recipe_trains_on(recipe: Path, tmp_
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 7  # the training's
     words = done.stdout.splitlines()
-    second, training = words.index("prepare", 1), words.index("--standalone")
+    second, training = words.index("prepare", 1), words.index("-m")
     train_words = words[words.index("train") + 3 :]
     assert words[words.index("train") : words.index("train") + 3] == ["train", "--recipe", f"recipes/gpu/{recipe.name}"]
     train = resolve("train", train_words, str(recipe))
