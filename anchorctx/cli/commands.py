@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from anchorctx.cli import doctor
 from anchorctx.cli.help import configuration
 from anchorctx.cli.main import Arguments
-from anchorctx.config import resolve, schema
+from anchorctx.config import check_whole, quoted, resolve, schema
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 
@@ -113,6 +112,9 @@ def _plan_of_recipe(arguments: Arguments) -> PlanConfig | None:
 
 def train(config: TrainCommand) -> None:
     """Train in this process, which torchrun may have started beside others."""
+    from anchorctx.train.inputs import check_inputs
+
+    check_inputs(config)  # the loop imports DeepSpeed
     from anchorctx.evals.live import LiveEvals
     from anchorctx.train.loop import train
 
@@ -219,13 +221,14 @@ def report(config: ReportConfig) -> None:
 
 def _with_folders(arguments: Arguments) -> Arguments:
     """`report A B` as `report runs=[A,B]`: words without `=` are folders, and so is an existing folder `lr=1e-5`."""
+    check_whole(arguments.overrides)
     folders = [word for word in arguments.overrides if "=" not in word or Path(word).is_dir()]
     if not folders:
         return arguments
     rest = [word for word in arguments.overrides if word not in folders]
     if any(word.startswith("runs=") for word in rest):
         raise UserError(f"folders are given twice, as {folders[0]} and as runs=[...]: use one of the two")
-    return dataclasses.replace(arguments, overrides=[f"runs={json.dumps(folders, ensure_ascii=False)}", *rest])
+    return dataclasses.replace(arguments, overrides=[f"runs=[{','.join(map(quoted, folders))}]", *rest])
 
 
 def _layouts(config: ReportConfig, material: Material) -> dict[Path, PackedLayout]:

@@ -75,12 +75,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code; one that trained, without taking the interpreter apart.
+    """End this process with an exit code; one that trained, or met a mistake, without taking the interpreter apart.
 
     DeepSpeed's engine lives, and gloo's threads with it, to the very end. A thread that lets go of a collective's
-    tensor while the interpreter ends aborts the process, and torchrun calls a finished run failed.
+    tensor while the interpreter ends aborts the process, and torchrun calls a finished run failed. After a mistake
+    torchrun is to see the end, and to end the other processes, before they have waited for `PATIENCE_S`.
     """
-    if "deepspeed" not in sys.modules:
+    if "deepspeed" not in sys.modules and code != 2:
         sys.exit(code)
     atexit._run_exitfuncs()  # W&B uploads its last rows there
     sys.stdout.flush()

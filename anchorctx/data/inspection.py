@@ -102,16 +102,20 @@ def policy_table(expected: list[Expected], config: PrepareConfig) -> list[str]:
 
 
 def _sources(corpus: Corpus) -> list[str]:
-    rows: list[Sequence[object]] = [("source", "documents", "tokens", "longest")]
-    totals = np.zeros(2, np.int64)
+    rows: list[Sequence[object]] = [("source", "documents", "tokens", "masked", "longest")]
+    totals = np.zeros(3, np.int64)
     for index, name in enumerate(corpus.names):
-        lengths = [part.documents["length"] for part in corpus.parts_of(index)]
+        parts = corpus.parts_of(index)
+        lengths = [part.documents["length"] for part in parts]
         documents, tokens = sum(map(len, lengths)), sum(int(each.sum()) for each in lengths)
+        masked = sum(part.masked() for part in parts)
         longest = max((int(each.max()) for each in lengths if len(each)), default=0)
-        rows.append((f"  {name}", documents, tokens, longest))
-        totals += [documents, tokens]
+        rows.append((f"  {name}", documents, tokens, masked, longest))
+        totals += [documents, tokens, masked]
     if len(corpus.names) > 1:
-        rows.append(("  all", *totals))
+        rows.append(("  all", *totals, ""))
+    if not totals[2]:  # no labels, nothing to say about them
+        rows = [(*row[:3], row[4]) for row in rows]
     rows += [f"  skipped rows: {count:,} ({reason})" for reason, count in sorted(corpus.skipped().items())]
     return text_table(rows, "<>")
 

@@ -235,7 +235,7 @@ class Preparation:
         if not trained:
             raise UserError(
                 f"no token of the corpus would be trained (dropped: {dict(accounting.total_dropped)}): "
-                "relax pack.min_length, pack.long_documents or weights"
+                "relax pack.min_length, pack.long_documents or weights, or unmask labels"
             )
         if writer.trained != trained:
             raise RuntimeError(f"{trained} trained tokens were packed, {writer.trained} written")

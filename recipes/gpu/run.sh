@@ -31,21 +31,22 @@ length=$(of_model max_length)
 out=${OUT:-runs/$name}
 read -ra prepare <<<"${PREPARE:-}"
 
-pack() { # folder, documents
-    anchorctx prepare out_dir="$out/$1" tokenizer="$model" row_length="$length" "sources=[{path: '$2'}]" "${prepare[@]}"
+pack() { # folder, documents, whose name may hold quotes
+    anchorctx prepare out_dir="$out/$1" tokenizer="$model" row_length="$length" "sources=[{path: '${2//\'/\\\'}'}]" \
+        "${prepare[@]}"
 }
 evaluate() { # folder, model, fields of its configuration
     [ -s "$out/eval/$1/results.jsonl" ] && return
     rm -rf "$out/eval/$1.partial"
-    anchorctx eval model="$2" label="$1" config="$3" "corpus={path: '$HELD_OUT', format: auto}" out_dir="$out/eval/$1.partial" \
-        perplexity.max_length="$length"
+    anchorctx eval model="$2" label="$1" config="$3" corpus.path="$HELD_OUT" corpus.format=auto \
+        out_dir="$out/eval/$1.partial" perplexity.max_length="$length"
     mv "$out/eval/$1.partial" "$out/eval/$1"
 }
 
 pack packed "$CORPUS"
 pack packed_validation "$HELD_OUT"
-torchrun --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train --recipe "$recipe" out_dir="$out/run" \
-    data.train="$out/packed" data.validation="$out/packed_validation" model.path="$model" "$@"
+python -m anchorctx.cli.torchrun --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train \
+    --recipe "$recipe" out_dir="$out/run" data.train="$out/packed" data.validation="$out/packed_validation" model.path="$model" "$@"
 newest=$(basename "$(ls -d "$out"/run/checkpoints/step_* | tail -n 1)")
 if [ "$(cat "$out/exported_step" 2>/dev/null)" != "$newest" ]; then # none yet, or training went on since
     rm -rf "$out/exported" "$out/eval" "$out/precision"

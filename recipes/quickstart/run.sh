@@ -29,7 +29,7 @@ packed packed train
 packed packed_validation validation
 
 step 3 "training with AnchorAttention: DeepSpeed ZeRO-2, two processes"
-OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m anchorctx train \
+OMP_NUM_THREADS=1 python -m anchorctx.cli.torchrun --standalone --nproc_per_node 2 -m anchorctx train \
     --recipe "$recipe/recipe_train.yaml" out_dir="$out/run" \
     data.train="$out/packed" data.validation="$out/packed_validation" model.path="$out/base" "$@"
 
@@ -41,11 +41,12 @@ if [ "$(cat "$out/exported_step" 2>/dev/null)" != "$newest" ]; then # none yet, 
     echo "$newest" >"$out/exported_step"
 fi
 
+in_list=${out//\'/\\\'} # between quotes, as in a list
 step 5 "held-out perplexity and retrieval, before and after; needles by depth"
 anchorctx eval out_dir="$out/eval" 'evals=[perplexity,retrieval,needle]' "models=[\
-    {label: before, path: '$out/base', config: {max_position_embeddings: 4096}},\
-    {label: 'before, theta raised', path: '$out/base', rope: {theta: 1.0e5}, max_length: 4096},\
-    {label: after, path: '$out/exported'}]"
+    {label: before, path: '$in_list/base', config: {max_position_embeddings: 4096}},\
+    {label: 'before, theta raised', path: '$in_list/base', rope: {theta: 1.0e5}, max_length: 4096},\
+    {label: after, path: '$in_list/exported'}]"
 
 step 6 "does bfloat16 break RoPE on this model?"
 anchorctx precision model="$out/exported" label=after out_dir="$out/precision" 'lengths=[512,4096]' \
@@ -53,7 +54,7 @@ anchorctx precision model="$out/exported" label=after out_dir="$out/precision" '
 
 step 7 "pictures, and one page with everything"
 anchorctx plot out_dir="$out/plots" run="$out/run" packed="$out/packed" pretraining_length=512 \
-    "results=['$out/eval/results.jsonl']"
+    "results=['$in_list/eval/results.jsonl']"
 anchorctx report "$out" out="$out/report.html" pretraining_length=512
 
 python "$recipe/summary.py" "$out" $((SECONDS - began))

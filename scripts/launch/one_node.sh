@@ -5,8 +5,8 @@
 #
 #   GPUS=8        processes, one a GPU
 #   DRY_RUN=1     print the command and stop
-# What follows goes to `anchorctx train`. Exit code: that of the first process that failed, whose error is printed.
+# What follows goes to `anchorctx train`. Exit code: 2 after a mistake, 143 when told to end, 1 where a process failed.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 source "$here/environment.sh"
-launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train "$@"
+launch "$PYTHON" -m anchorctx.cli.torchrun --standalone --nproc_per_node "${GPUS:-8}" -m anchorctx train "$@"

@@ -18,5 +18,5 @@ source "$here/environment.sh"
 : "${NODES:?set NODES to the number of machines, such as NODES=4}"
 : "${HEAD:?set HEAD to host:port of one of the machines, such as HEAD=node0.example:29500}"
 read -ra more <<<"${TORCHRUN:-}"
-launch "$PYTHON" -m torch.distributed.run --nnodes "$NODES" --nproc_per_node "${GPUS:-8}" --max_restarts 0 "${more[@]}" \
+launch "$PYTHON" -m anchorctx.cli.torchrun --nnodes "$NODES" --nproc_per_node "${GPUS:-8}" --max_restarts 0 "${more[@]}" \
     --rdzv_backend c10d --rdzv_endpoint "$HEAD" --rdzv_id "${JOB:-anchorctx}" -m anchorctx train "$@"

@@ -42,6 +42,18 @@ def test_processes_that_do_not_notice_are_ended_after_the_grace(launcher: Launch
     assert 29 < seconds_until_the_end(launcher, "stuck", "--shutdown-timeout", "2") < 75
 
 
+def test_a_mistake_is_one_sentence_and_nothing_else(tmp_path: Path) -> None:
+    """Not torchrun's forty lines after it, and not a second time by the other process."""
+    options = ["--standalone", "--nproc_per_node", "2", "-m", "anchorctx", "train"]
+    command = [sys.executable, "-m", "anchorctx.cli.torchrun", *options, "out_dir=out", f"data.train={tmp_path}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"anchorctx train: {tmp_path} holds no packed set: make one with")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_process_does_not_abort_at_its_end() -> None:
     """With `sys.exit` in place of `leave`, gloo's thread ends this process with SIGABRT."""
     command = [sys.executable, str(Path(__file__).with_name("leaving.py"))]

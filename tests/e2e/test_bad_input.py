@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from anchorctx.cli.main import main
+from anchorctx.parallel import dist
 
 from ..distributed.runs import MODEL, make_packed
 
@@ -144,6 +145,23 @@ def test_settings_of_prepare(run: Run, tmp_path: Path, overrides: list[str], sen
 def test_settings_of_train(run: Run, tmp_path: Path, overrides: list[str], sentence: str) -> None:
     packed = make_packed(tmp_path / "packed", rows=4, seed=1)
     given = ["out_dir=out", f"data.train={packed}", "tokens_per_step=64", "steps=1", *overrides]
+    assert sentence in run("train", *given)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.train=nowhere", "nowhere holds no packed set: make one with `anchorctx prepare out_dir=nowhere"),
+        ("model.path=./nowhere", "model ./nowhere does not exist: name the folder of a Hugging Face model"),
+    ],
+)
+def test_data_and_model_are_looked_for_before_processes_meet(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, sentence: str
+) -> None:
+    """And before DeepSpeed is imported, which takes seconds, and may build an extension."""
+    monkeypatch.setattr(dist, "start", lambda *_: pytest.fail("processes have met"))
+    packed = make_packed(tmp_path / "packed", rows=4, seed=1)
+    given = ["out_dir=out", f"data.train={packed}", "model.path=x/y", "tokens_per_step=64", override]
     assert sentence in run("train", *given)
 
 

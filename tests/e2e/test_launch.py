@@ -38,8 +38,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-NODE = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "-m", "anchorctx", "train", *WORDS]
-NODES = ["-m", "torch.distributed.run", "--nnodes", "3", "--nproc_per_node", "4", "--max_restarts", "0"]
+NODE = ["-m", "anchorctx.cli.torchrun", "--standalone", "--nproc_per_node", "4", "-m", "anchorctx", "train", *WORDS]
+NODES = ["-m", "anchorctx.cli.torchrun", "--nnodes", "3", "--nproc_per_node", "4", "--max_restarts", "0"]
 RENDEZVOUS = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "head:29500", "--rdzv_id", "mine"]
 SEVERAL = [*NODES, *RENDEZVOUS, "-m", "anchorctx", "train", *WORDS]
 

@@ -55,25 +55,28 @@ def test_recipes_compose(recipe: Path, processes: int) -> None:
 @pytest.mark.parametrize("recipe", GPU_RECIPES, ids=lambda path: path.stem)
 def test_a_gpu_recipes_runner_packs_what_the_recipe_trains_on(recipe: Path, tmp_path: Path) -> None:
     """With stand-ins for the commands: what `run.sh NAME` hands to `prepare` composes and agrees with the recipe."""
-    for name, body in {"anchorctx": 'printf "%s\\n" "$@"', "torchrun": 'printf "%s\\n" "$@"; exit 7'}.items():
+    for name, body in {"anchorctx": 'printf "%s\\n" "$@"', "python": 'printf "%s\\n" "$@"; exit 7'}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    given = {"CORPUS": "a corpus.jsonl", "HELD_OUT": "held_out.jsonl", "PREPARE": "pack.min_length=8 seed=3"}
+    given = {"CORPUS": "it's a corpus, Ü=1.jsonl", "HELD_OUT": "held [out].jsonl", "OUT": "Läufe/it's lr=2e-5"}
+    given |= {"PREPARE": "pack.min_length=8 seed=3", "MODEL": "~/Läufe #1/lr=2e-5"}
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | given
     command = ["bash", str(recipe.with_name("run.sh")), recipe.stem, "pattern=full"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 7  # torchrun's
+    assert done.returncode == 7  # the training's
     words = done.stdout.splitlines()
-    second, training = words.index("prepare", 1), words.index("--standalone")
+    second, training = words.index("prepare", 1), words.index("-m")
     train_words = words[words.index("train") + 3 :]
     assert words[words.index("train") : words.index("train") + 3] == ["train", "--recipe", f"recipes/gpu/{recipe.name}"]
     train = resolve("train", train_words, str(recipe))
-    assert train.pattern is Pattern.full and train.data.validation.endswith("packed_validation")
+    assert train.pattern is Pattern.full and train.data.validation == "Läufe/it's lr=2e-5/packed_validation"
+    assert train.model.path == str(Path.home() / "Läufe #1/lr=2e-5")
     for prepare in (resolve("prepare", words[1:second]), resolve("prepare", words[second + 1 : training])):
         prepare.validate()
         assert prepare.tokenizer == train.model.path and prepare.row_length == train.model.max_length
         assert prepare.pack.min_length == 8 and prepare.seed == 3
-    assert resolve("prepare", words[1:second]).sources[0].path == "a corpus.jsonl"
+    assert resolve("prepare", words[1:second]).sources[0].path == given["CORPUS"]
+    assert resolve("prepare", words[second + 1 : training]).sources[0].path == given["HELD_OUT"]
 
 
 def test_a_gpu_recipe_that_is_none_is_named_with_those_that_are() -> None:
@@ -154,7 +157,6 @@ def holds(config: dict[str, Any], chosen: dict[Any, Any]) -> None:
         ("prepare", ["sources=[{pth: x}]"], "'pth': did you mean 'path'. valid keys beside it are path, format, name"),
         ("prepare", ["sources=x.jsonl"], r"sources is a list: write sources=\[...\] .anchorctx prepare --help"),
         ("export", ["run=x"], "out_dir must be given: add out_dir="),
-        ("plot", ["out_dir=x", "run=[1]"], "run"),
         (
             "train",
             ["parallel=zero4"],

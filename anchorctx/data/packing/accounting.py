@@ -19,10 +19,11 @@ CAME = {
 WENT = {
     "trained": "  trained",
     "first_tokens": "  first of a piece",
-    "zero_weight": "  loss weight 0",
+    "zero_weight": "  masked (loss weight 0)",
 }
 """What rows hold of each source: trained tokens, tokens that are not trained because another document's token (or the
-anchor) comes before them in the row, and tokens that are not trained because their loss weight is 0."""
+anchor) comes before them in the row, and tokens that are not trained because their loss weight is 0: their label is
+-100, or planted facts say so."""
 CELLS = {"anchor": "+ anchors", "tags": "+ BOS and domain tags", "padding": "+ padding"}
 """What rows hold that is of no source."""
 SHORT, TRUNCATED, TOO_LONG = "shorter than min_length", "truncated", "longer than a row"

@@ -127,7 +127,7 @@ class Text(Protocol):
         ...
 
     def read_weights(self, start: int, into: np.ndarray) -> None:
-        """Fill `into` (n,) float16 with the loss weights from `start` on."""
+        """Fill `into` (n,) float16 with the loss weights from `start` on; 1 where there are none."""
         ...
 
 
@@ -156,5 +156,4 @@ class ArrayText:
 
     def read_weights(self, start: int, into: np.ndarray) -> None:
         """Copy loss weights."""
-        assert self.weights is not None
-        into[:] = self.weights[start : start + len(into)]
+        into[:] = 1 if self.weights is None else self.weights[start : start + len(into)]

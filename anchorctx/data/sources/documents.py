@@ -43,6 +43,13 @@ class Tokens:
     """Where the document came from."""
     domain: str
     """Its domain; empty when unknown."""
+    trained: np.ndarray | None = None
+    """(n,) bool: tokens that are to be predicted, as labels of a pre-tokenised source say; None: all."""
+
+    def part(self, start: int, end: int, domain: str) -> Tokens:
+        """Tokens start..end, a document of their own."""
+        trained = None if self.trained is None else self.trained[start:end]
+        return Tokens(self.ids[start:end], self.source, domain, trained)
 
 
 class OnBadRow(StrEnum):

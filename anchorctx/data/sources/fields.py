@@ -1,4 +1,4 @@
-"""Which fields of a row make its documents: a text, or token ids and where documents end among them.
+"""Which fields of a row make its documents: a text, or token ids with their labels and where documents end among them.
 
 Rows of token ids come in two layouts, which are told apart by the boundaries of each row:
 
@@ -11,13 +11,15 @@ No token of a row is left out: those after the last boundary are a document too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from anchorctx.data.sources.documents import BadRow, Document, Reading, Tokens, check_text, shown, wrong_type
+from anchorctx.data.sources.labels import flat_array, trained_by_labels, trained_by_mask
 from anchorctx.errors import UserError
 
 
@@ -35,6 +37,21 @@ class Fields:
     """The token ids' field; None when rows are texts."""
     boundaries: str | None = None
     """The field that says where in `tokens` documents end; None when each row is one document."""
+    labels: str | None = None
+    """The field of labels, -100 or the token itself; None when all tokens are trained."""
+    mask: str | None = None
+    """Instead of `labels`, a field of 1 for tokens that are trained and 0 for others."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As JSON; `labels` and `mask` only where they are used, so that sets made before there were any are found."""
+        every = dataclasses.asdict(self)
+        return {name: value for name, value in every.items() if value is not None or name not in ("labels", "mask")}
+
+    @property
+    def arrays(self) -> list[str]:
+        """The fields with a number for each token."""
+        return [name for name in (self.tokens, self.labels, self.mask) if name is not None]
 
     def documents(self, row: Any, where: str) -> list[Document] | list[Tokens]:
         """The row's documents, in order; raises BadRow when the row has no usable text, ids or domain."""
@@ -48,10 +65,10 @@ class Fields:
             check_text(text, where, f"field {self.text}")
             return [Document(text, where, domain)]
         ids = token_ids(self._get(row, self.tokens, "tokens_field", where), where, self.tokens)
+        whole = Tokens(ids, where, domain, self._trained(row, ids, where))
         if self.boundaries is None:
-            return [Tokens(ids, where, domain)]
-        boundaries = self._get(row, self.boundaries, "boundaries_field", where)
-        return cut_ids(ids, boundaries, where, self.boundaries, domain)
+            return [whole]
+        return cut_ids(whole, self._get(row, self.boundaries, "boundaries_field", where), self.boundaries)
 
     def read(
         self, rows: Iterable[Any], where: str, reading: Reading, *, size: int, count: int, before: int = 0
@@ -79,6 +96,8 @@ class Fields:
             ("domain_field", self.domain),
             ("tokens_field", self.tokens),
             ("boundaries_field", self.boundaries),
+            ("labels_field", self.labels),
+            ("mask_field", self.mask),
         )
         found = []
         for option, name in wanted:
@@ -89,6 +108,14 @@ class Fields:
                     raise UserError(_missing(name, option, names, where).sentence)
                 found.append(column)
         return list(dict.fromkeys(found))
+
+    def _trained(self, row: Mapping[str, Any], ids: np.ndarray, where: str) -> np.ndarray | None:
+        """(n,) bool: which of the row's `ids` (n,) are trained; None: all."""
+        if self.labels is not None:
+            return trained_by_labels(self._get(row, self.labels, "labels_field", where), ids, where, self.labels)
+        if self.mask is not None:
+            return trained_by_mask(self._get(row, self.mask, "mask_field", where), ids, where, self.mask)
+        return None
 
     def _get(self, row: Mapping[str, Any], name: str, option: str, where: str) -> Any:
         """The value of field `name`, `a.b` being looked up step by step; `option` is what a user set it with."""
@@ -109,7 +136,7 @@ def _missing(name: str, option: str, names: Any, where: str) -> BadRow:
 
 def token_ids(value: Any, where: str, name: str) -> np.ndarray:
     """(n,) integers of a row's field; raises BadRow when it holds something else, or nothing."""
-    ids = _integers(value)
+    ids = flat_array(value, "iu")
     if ids is None:
         wrong_type("ids not integers", where, value, name, "a list of integers")
     if not len(ids):
@@ -117,16 +144,15 @@ def token_ids(value: Any, where: str, name: str) -> np.ndarray:
     return ids
 
 
-def cut_ids(ids: np.ndarray, boundaries: Any, where: str, name: str, domain: str) -> list[Tokens]:
+def cut_ids(whole: Tokens, boundaries: Any, name: str) -> list[Tokens]:
     """The documents of a row; raises BadRow unless the boundaries increase and stay inside the row.
 
     Args:
-        ids: (n,) the row's token ids.
+        whole: the whole row; its domain is the documents', unless their boundary says another.
         boundaries: ends as integers, a leading 0 allowed; or (start, end) pairs; or objects with `end`.
-        where: the row, for messages.
         name: the boundaries' field, for messages.
-        domain: the documents' domain, unless their boundary says another.
     """
+    ids, where, domain = whole.ids, whole.source, whole.domain
     # 10 ids, boundaries [0, 4, 7]: ends = [4, 7], then [4, 7, 10] with the rest: ids[0:4], ids[4:7], ids[7:10]
     ends, domains = _ends(boundaries, where, name, domain)
     before = 0
@@ -144,7 +170,7 @@ def cut_ids(ids: np.ndarray, boundaries: Any, where: str, name: str, domain: str
     if before < len(ids):
         ends, domains = [*ends, len(ids)], [*domains, domain]
     starts = [0, *ends[:-1]]
-    return [Tokens(ids[start:end], where, of) for start, end, of in zip(starts, ends, domains, strict=True)]
+    return [whole.part(start, end, of) for start, end, of in zip(starts, ends, domains, strict=True)]
 
 
 def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int], list[str]]:
@@ -175,30 +201,15 @@ def _ends(boundaries: Any, where: str, name: str, domain: str) -> tuple[list[int
     return (list(entries[1:]), domains[1:]) if entries and entries[0] == 0 else (list(entries), domains)
 
 
-def _integers(value: Any) -> np.ndarray | None:
-    """(n,) of an integer type; None when the value is anything but a flat list of integers."""
-    if not isinstance(value, list | tuple | np.ndarray):
-        return None
-    if not len(value):
-        return np.empty(0, np.int64)
-    try:
-        array = np.asarray(value)
-    except (ValueError, OverflowError):  # lists of different lengths
-        return None
-    return array if array.ndim == 1 and array.dtype.kind in "iu" else None
-
-
-def arrow_rows(batch: Any, tokens: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of a pyarrow RecordBatch or Table; the column `tokens` (None: there is none) as (n,) arrays."""
-    if tokens is None or tokens not in batch.schema.names:
-        yield from batch.to_pylist()
-        return
+def arrow_rows(batch: Any, arrays: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a pyarrow RecordBatch or Table; those of its columns that are named in `arrays` as (n,) arrays."""
     # to_pylist would make a Python integer of every id, at several times the memory and time
-    others = batch.drop_columns([tokens]).to_pylist()
+    names = [name for name in arrays if name in batch.schema.names]
+    others = batch.drop_columns(names).to_pylist() if names else batch.to_pylist()
     if not others:  # there is no other column
         others = [{} for _ in range(batch.num_rows)]
-    for row, ids in zip(others, _arrays(batch.column(tokens)), strict=True):
-        yield row | {tokens: ids}
+    for row, *values in zip(others, *(_arrays(batch.column(name)) for name in names), strict=True):
+        yield row | dict(zip(names, values, strict=True))
 
 
 def _arrays(column: Any) -> Iterator[Any]:

@@ -119,9 +119,9 @@ def read_dataset(
 
 
 def _rows(dataset: Any, name: DatasetName, fields: Fields) -> Iterator[Any]:
-    """The rows; of a stored dataset through Arrow, token ids as arrays."""
+    """The rows; of a stored dataset through Arrow, token ids and labels as arrays."""
     if name.streaming or fields.tokens is None:
         yield from dataset
         return
     for table in dataset.with_format("arrow").iter(ROWS_AT_ONCE):
-        yield from arrow_rows(table, fields.tokens)
+        yield from arrow_rows(table, fields.arrays)

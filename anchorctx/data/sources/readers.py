@@ -76,7 +76,7 @@ def _read_parquet(file: Path, fields: Fields, reading: Reading) -> Iterator[Docu
         with pyarrow.parquet.ParquetFile(file, **PARQUET_READING) as parquet:
             columns = fields.columns(parquet.schema_arrow.names, str(file))
             batches = parquet.iter_batches(PARQUET_ROWS, columns=columns)
-            rows = (row for batch in batches for row in arrow_rows(batch, fields.tokens))
+            rows = (row for batch in batches for row in arrow_rows(batch, fields.arrays))
             size, count = file.stat().st_size, parquet.metadata.num_rows
             yield from fields.read(rows, str(file), reading, size=size, count=count)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

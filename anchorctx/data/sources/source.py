@@ -53,6 +53,11 @@ class SourceConfig:
     boundaries_field: str | None = None
     """Field beside tokens_field that says where documents end: [{end: 812}, ...] (as Long-Context-Data-Engineering's
     `source`), [0, 812, ...] or [[0, 812], ...] (as ProLong's `indices`); null where each row is one document."""
+    labels_field: str | None = None
+    """Field beside tokens_field of labels that are as long: -100 where a token is not trained, as in the prompts of
+    instruction data, else the token itself (not the one after it); null trains all tokens."""
+    mask_field: str | None = None
+    """Instead of labels_field, a field of 1 for tokens that are trained and 0 for others, such as completion_mask."""
     domain_field: str | None = None
     """Field of a row that holds the document's domain, such as meta.redpajama_set_name; null where rows have none."""
     domain: str = ""
@@ -152,23 +157,34 @@ def _fields(config: SourceConfig) -> Fields:
         raise UserError(
             f"{config.path} has both domain_field={config.domain_field} and domain={config.domain}: set one"
         )
-    if config.boundaries_field is not None and config.tokens_field is None:
+    for option in ("boundaries_field", "labels_field", "mask_field"):
+        name = getattr(config, option)
+        if name is not None and config.tokens_field is None:
+            raise UserError(f"{config.path} has {option}={name} but no tokens_field: set tokens_field=input_ids")
+    if config.labels_field is not None and config.mask_field is not None:
         raise UserError(
-            f"{config.path} has boundaries_field={config.boundaries_field} but no tokens_field: "
-            "set tokens_field=input_ids"
+            f"{config.path} has both labels_field={config.labels_field} and mask_field={config.mask_field}: set one"
         )
     if config.tokens_field is not None and config.format is SourceFormat.text:
         raise UserError(
             f"{config.path} has tokens_field={config.tokens_field}, but format=text has no fields: set format"
         )
-    return Fields(config.text_field, config.domain_field, config.domain, config.tokens_field, config.boundaries_field)
+    return Fields(
+        text=config.text_field,
+        domain=config.domain_field,
+        constant_domain=config.domain,
+        tokens=config.tokens_field,
+        boundaries=config.boundaries_field,
+        labels=config.labels_field,
+        mask=config.mask_field,
+    )
 
 
 def _open_files(config: SourceConfig, fields: Fields) -> Source:
     kind = None if config.format is SourceFormat.auto else config.format.value
     files = find_files(config.path, kind)
     contents = content_identity(files)
-    facts = {"fields": dataclasses.asdict(fields)}
+    facts = {"fields": fields.identity}
     parts = file_parts(files, contents, kind, fields, facts)
     identity = {"format": kind, "files": contents, **facts, "on_bad_row": config.on_bad_row.value}
     total = sum(content["bytes"] for content in contents)
@@ -179,7 +195,7 @@ def _open_files(config: SourceConfig, fields: Fields) -> Source:
 def _open_dataset(config: SourceConfig, fields: Fields) -> Source:
     name = hub.DatasetName(config.path, config.subset, config.split, config.revision, config.streaming)
     dataset = hub.open_dataset(name)
-    facts = {"fields": dataclasses.asdict(fields)}
+    facts = {"fields": fields.identity}
     identity = {"dataset": hub.dataset_identity(dataset, name), **facts, "on_bad_row": config.on_bad_row.value}
     parts = hub.dataset_parts(dataset, name, fields, facts)
     described, size = f"the dataset {config.path}", hub.dataset_bytes(dataset)

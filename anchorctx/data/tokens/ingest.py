@@ -85,7 +85,7 @@ class Ingest:
         with closing(self._tokens(part, reading)) as documents:
             while not is_last:
                 counted, folder = Reading(on_bad_row), self.folder(part, len(folders))
-                with TokenWriter(folder, self.vocab_size, self.eos, self.facts is not None) as writer:
+                with TokenWriter(folder, self.vocab_size, self.eos) as writer:
                     for _ in self._fill(writer, documents, counted):
                         if progress is not None:
                             progress(reading, tokens + writer.tokens)
@@ -117,7 +117,7 @@ class Ingest:
         for document in documents:
             counted.documents += 1
             if self._is_usable(document, counted):
-                writer.add(document.ids, document.domain, self._weights(document.ids))
+                writer.add(document, self._weights(document))
             yield
             if writer.tokens >= STRETCH_TOKENS:
                 return
@@ -158,10 +158,16 @@ class Ingest:
             return False
         return True
 
-    def _weights(self, ids: np.ndarray) -> np.ndarray | None:
-        if self.facts is None:
+    def _weights(self, document: Tokens) -> np.ndarray | None:
+        """(n,) loss weights of a document's tokens, an EOS behind them included; None: all 1."""
+        ids, trained = document.ids, document.trained
+        if self.facts is None and trained is None:
             return None
-        return self.facts.loss_weights(ids if self.eos is None else np.append(ids, self.eos))
+        if self.eos is not None:  # after an answer EOS is trained like it, after a masked token it is masked
+            ids = np.append(ids, self.eos)
+            trained = None if trained is None else np.append(trained, trained[-1])
+        weights = np.ones(len(ids), np.float32) if self.facts is None else self.facts.loss_weights(ids)
+        return weights if trained is None else weights * trained
 
 
 @dataclass(frozen=True, slots=True)

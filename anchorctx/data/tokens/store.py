@@ -3,7 +3,7 @@
     FINGERPRINT/            of the part's content, the tokenizer, whatever else decides the tokens, and the stretch
       part.json             documents, skipped rows, domains, sizes; written last
       tokens.bin            all documents' token ids end to end, uint16, or uint32 for vocabularies above 65,536
-      weights.bin           their loss weights, float16; only where documents have some
+      weights.bin           their loss weights, float16; only where documents have some: labels, or planted facts
       documents.npy         (D,) DOCUMENT: where each lies, its domain and its hash
 
 Packing reads all lengths first, then each token once, so that the corpus need not fit into memory. A preparation that
@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from anchorctx.data.sources.documents import Reading
+from anchorctx.data.sources.documents import Reading, Tokens
 from anchorctx.errors import UserError
 from anchorctx.records.files import StagedFolder
 from anchorctx.records.manifest import read_json, write_json
@@ -35,7 +35,7 @@ DOCUMENT = np.dtype(
         ("length", "<i8"),  # tokens, an appended EOS included; at least 1
         ("eos", "<i8"),  # 1 where an EOS was appended
         ("domain", "<i4"),  # index into the part's domains
-        ("hash", "<u8", (2,)),  # of the token ids, 128 bits
+        ("hash", "<u8", (2,)),  # of the token ids, and of the labels where some are masked, 128 bits
     ]
 )
 FLOAT16_MAX = 65504
@@ -79,6 +79,13 @@ class TokenPart:
         """Rows left out, by reason."""
         return Counter(self.facts["skipped"])
 
+    def masked(self) -> int:
+        """Tokens of loss weight 0."""
+        if not self.facts["weights"]:
+            return 0
+        weights = np.fromfile(self.folder / "weights.bin", np.float16)
+        return len(weights) - int(np.count_nonzero(weights))
+
     @contextmanager
     def text(self) -> Iterator[FileText]:
         """The tokens and loss weights, open for reading."""
@@ -110,8 +117,10 @@ class FileText:
 
     def read_weights(self, start: int, into: np.ndarray) -> None:
         """Read loss weights."""
-        assert self.weights is not None
-        _read(self.weights, start, into)
+        if self.weights is None:
+            into.fill(1)
+        else:
+            _read(self.weights, start, into)
 
 
 def _read(file: int, start: int, into: np.ndarray) -> None:
@@ -128,12 +137,12 @@ def _read(file: int, start: int, into: np.ndarray) -> None:
 class TokenWriter:
     """Writes a part; a context manager: left without `close`, it removes what it has written."""
 
-    def __init__(self, folder: Path, vocab_size: int, eos: int | None, has_weights: bool) -> None:
+    def __init__(self, folder: Path, vocab_size: int, eos: int | None) -> None:
         self._staged = StagedFolder(folder, FILE)
         self._dtype = np.dtype(token_dtype(vocab_size))
         self._eos = None if eos is None else np.array([eos], self._dtype).tobytes()
         self._tokens = (self._staged.folder / "tokens.bin").open("wb")
-        self._weights = (self._staged.folder / "weights.bin").open("wb") if has_weights else None
+        self._weights: BinaryIO | None = None  # opened by the first document, if it has some: then all have
         self._documents: list[tuple[int, int, int, int, bytes]] = []
         self._domains: dict[str, int] = {}
         self.tokens = 0
@@ -145,26 +154,26 @@ class TokenWriter:
         self._close_files()
         self._staged.discard()
 
-    def add(self, ids: np.ndarray, domain: str, weights: np.ndarray | None) -> None:
+    def add(self, document: Tokens, weights: np.ndarray | None) -> None:
         """Append a document of at least one token, and EOS unless it ends in one already.
 
-        `weights` are those of `ids` and of the EOS after them.
+        `weights` are those of its ids and of the EOS after them; either all documents of a part have some, or none.
         """
         # ids [5, 6], EOS 2, at token 100 of the store: start 100, length 3, eos 1; ids [5, 2]: length 2, eos 0
-        content = ids.astype(self._dtype, copy=False).tobytes()
+        content = document.ids.astype(self._dtype, copy=False).tobytes()
         eos = int(self._eos is not None and not content.endswith(self._eos))
-        length = len(ids) + eos
+        length = len(document.ids) + eos
         self._tokens.write(content)
         if eos:
             assert self._eos is not None
             self._tokens.write(self._eos)
-        if self._weights is not None:
-            assert weights is not None
+        if weights is not None:
+            if self._weights is None:
+                assert not self._documents
+                self._weights = (self._staged.folder / "weights.bin").open("wb")
             self._weights.write(stored_weights(weights[:length]).tobytes())
-        number = self._domains.setdefault(domain, len(self._domains))
-        # without an appended EOS, so that append_eos does not decide which documents are duplicates
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        self._documents.append((self.tokens, length, eos, number, digest))
+        number = self._domains.setdefault(document.domain, len(self._domains))
+        self._documents.append((self.tokens, length, eos, number, _digest(content, document.trained)))
         self.tokens += length
 
     def close(self, reading: Reading, is_last: bool, is_clean: bool) -> Path:
@@ -200,6 +209,14 @@ class TokenWriter:
         self._tokens.close()
         if self._weights is not None:
             self._weights.close()
+
+
+def _digest(content: bytes, trained: np.ndarray | None) -> bytes:
+    """What is the same of duplicates: the ids, without an appended EOS, so that append_eos does not decide; and the
+    labels where some are masked: the same conversation with another answer trained is another document."""
+    if trained is None or trained.all():
+        return hashlib.blake2b(content, digest_size=16).digest()
+    return hashlib.blake2b(content + np.packbits(trained).tobytes(), digest_size=16, person=b"masked").digest()
 
 
 def stored_weights(weights: np.ndarray) -> np.ndarray:

@@ -51,6 +51,8 @@ class Case:
             buffer_tokens=int(rng.choice([1, 300, 2**20])),
         )
         weights = rng.choice([0.0, 0.1, 1.0], lengths.sum()).astype(np.float16) if rng.integers(2) else None
+        if weights is not None and seed % 2:  # the second part has none, which is 1 everywhere
+            weights[lengths[: len(lengths) // 2].sum() :] = 1
         tags = rng.integers(0, 3, len(lengths)) if rng.integers(2) else np.zeros(len(lengths), int)
         shape = RowShape(row_length, anchor_len, ANCHOR, PAD, config.interleave, seed)
         return cls(lengths, tags, rng.integers(0, 3, len(lengths)), weights, config, shape)
@@ -83,9 +85,9 @@ class Case:
         rng = np.random.default_rng(self.shape.seed)
         half = len(self.lengths) // 2
         cut = int(self.starts[half])
-        ids = np.arange(1, self.lengths.sum() + 1, dtype=np.uint32)
+        ids, weights = np.arange(1, self.lengths.sum() + 1, dtype=np.uint32), self.weights
         texts = {
-            part: ArrayText(ids[span], None if self.weights is None else self.weights[span])
+            part: ArrayText(ids[span], None if weights is None or (weights[span] == 1).all() else weights[span])
             for part, span in enumerate((slice(0, cut), slice(cut, None)))
         }
         part = (np.arange(len(self.lengths)) >= half).astype(int)

@@ -1,0 +1,26 @@
+"""What can be said of a run's inputs in a second, before DeepSpeed is imported and processes meet."""
+
+from __future__ import annotations
+
+from anchorctx.data.loader import check_trained
+from anchorctx.data.packed_set import PackedSet
+from anchorctx.models import build_config, check_length
+from anchorctx.models.load import local_folder
+from anchorctx.train.config import TrainConfig
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """UserError for packed sets and a model that are not there, or do not go together; reads neither rows nor weights.
+
+    A model of the hub is looked for when it is loaded. Checksums are compared later, by one process.
+    """
+    config.validate()
+    packed = PackedSet.open(config.data.train, verify=False)
+    check_trained(packed, "train")
+    if config.data.validation is not None:
+        check_trained(PackedSet.open(config.data.validation, verify=False), "validation", config.validation_rows)
+    config.rows_per_step(packed.row_length)
+    config.piece_tokens(packed.row_length, int(packed.manifest["anchor_len"]))
+    if config.model.path and local_folder(config.model.path) is None:
+        return
+    check_length(build_config(config.model), packed.row_length)
