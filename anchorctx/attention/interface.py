@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
+from anchorctx.attention.architecture import REASONS, REMEDY, check_architecture
 from anchorctx.attention.registry import BACKENDS, attend
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
@@ -45,14 +46,23 @@ def check_interface(model: Any) -> None:
     inner = getattr(model, "base_model", model)  # PEFT's wrapper
     inner = getattr(inner, "model", inner)
     if any(getattr(found, "_supports_attention_backend", None) is False for found in (model, inner)):
-        raise UserError(
-            f"{type(model).__name__} computes attention by itself, not through transformers' interface, so that "
-            "documents would see each other: use a model such as llama or qwen3"
-        )
+        raise UserError(f"{type(model).__name__} {REASONS['own_attention']}: {REMEDY}")
 
 
-def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """The layout is the mask; one that hides tokens beside it is refused, for it would vanish silently."""
+def _no_mask(
+    *args: Any,
+    q_length: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    config: PretrainedConfig | None = None,
+    **kwargs: Any,
+) -> None:
+    """The layout is the mask; one that hides tokens beside it is refused, for it would vanish silently.
+
+    transformers asks for a mask with every forward pass, so that a model that would mix documents is refused here
+    whichever way it was loaded.
+    """
+    if config is not None:
+        check_architecture(config, tokens=q_length)
     if attention_mask is not None and not bool(attention_mask.all()):
         hidden = int((attention_mask == 0).sum())
         raise UserError(

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from anchorctx.attention import BACKENDS
+from anchorctx.attention.architecture import check_architecture
 from anchorctx.attention.interface import check_interface, implementation
 from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
-
-SEPARATED = ("full_attention", "sliding_attention")
-"""Layer types that take the boundaries; a linear layer's state or a convolution runs on over them."""
 
 
 def check_model(model: Any) -> None:
@@ -34,6 +32,7 @@ def check_model(model: Any) -> None:
             f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "
             "model with 'flash_attention_2' on CUDA, or anywhere with 'anchor' after anchorctx.attention.register()"
         )
+    check_architecture(config)
     check_interface(getattr(model, "module", model))
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     # of each kind of layer, where they differ
@@ -43,6 +42,3 @@ def check_model(model: Any) -> None:
             f"rope_type={bound.pop()} takes its angles from the longest position of a batch, so that a document's "
             "would depend on the others: use linear, yarn or llama3, or anchorctx train, which takes the row's"
         )
-    other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATED))
-    if other:
-        raise UserError(f"model type {text.model_type} has {other[0]} layers, which would mix documents: use another")

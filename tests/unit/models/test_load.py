@@ -243,7 +243,9 @@ def test_a_hub_name_without_network_and_a_folder_without_config(
         ),
         (LLAMA | {"hidden_size": "wide"}, "not a valid llama configuration: .*hidden_size|wide"),
         ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "qwen3_next has linear_attention layers"),
-        ({"model_type": "gemma3"}, "gemma3 is multimodal"),
+        ({"model_type": "bart"}, "bart has an encoder"),
+        ({"model_type": "rwkv"}, "rwkv carries a state over the row"),
+        ({"model_type": "gpt_neox_japanese"}, "gpt_neox_japanese computes attention by itself"),
     ],
 )
 def test_configurations_that_cannot_be_used(fields: dict, message: str) -> None:
@@ -264,7 +266,7 @@ def test_a_checkpoint_without_rope_or_with_missing_weights(tmp_path: Path, folde
 
 def test_attention_sinks_are_refused() -> None:
     fields = {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8} | BASE
-    with pytest.raises(UserError, match="GptOssForCausalLM has attention sinks"):
+    with pytest.raises(UserError, match="gpt_oss has attention sinks"):
         load_model(ModelConfig(config=fields, rope=RopeConfig(type=RopeType.default)))
 
 
