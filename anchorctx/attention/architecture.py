@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
 from anchorctx.errors import UserError
-
-logger = logging.getLogger(__name__)
+from anchorctx.layout import PackedLayout
 
 DATA = Path(__file__).with_name("known_decoders.json")
 SEPARATED = ("full_attention", "sliding_attention")
@@ -47,30 +47,42 @@ REMEDY = "use a RoPE decoder such as llama or qwen3"
 def known() -> tuple[frozenset[str], dict[str, str], str]:
     """(model types that are exact, the others with a name in `REASONS`, the version of transformers) as measured."""
     data = json.loads(DATA.read_text())
-    refused = {name: reason for reason, names in data["refused"].items() for name in names}
-    return frozenset(data["exact"]), refused, data["transformers"]
+    others = {name: reason for reason, names in data["refused"].items() for name in names}
+    return frozenset(data["exact"]), others, data["transformers"]
 
 
-def check_architecture(config: PretrainedConfig, *, tokens: int | None = None) -> None:
+def check_architecture(config: PretrainedConfig) -> None:
     """UserError for a configuration whose model would mix the documents of a packed row, with the reason.
 
-    Some microseconds for a known decoder; one that is not known is tried, about a second once a process.
-
-    Args:
-        config: of the model, or of the text model in it.
-        tokens: of a forward pass, a row; None where it is not known yet.
+    `config` is the model's, or that of the text model in it. Some microseconds for a known decoder; one that is not
+    known is tried, about a second once a process.
     """
     reason = refusal(config)
     if reason is None and not is_known(config):
         reason = _tried(config)
     if reason is not None:
-        raise UserError(f"model type {config.model_type} {reason}: {REMEDY}")
-    limit = longest_pass(config)
-    if tokens is not None and limit is not None and tokens > limit:
+        raise refused(config, reason)
+
+
+def check_documents(config: PretrainedConfig, layouts: Sequence[PackedLayout]) -> None:
+    """UserError for documents that are longer than the chunks of a model's layers, which no layout's attention makes.
+
+    Up to there a document alone lies in one chunk, and is seen whole by every layer.
+    """
+    limit = longest_document(config)
+    if limit is None:
+        return
+    longest = max(int(np.diff(layout.cu_seqlens_array()).max()) + layout.anchor_len for layout in layouts)
+    if longest > limit:
         raise UserError(
-            f"model type {config.model_type} attends within chunks of the row, not of the document: hand over at most "
-            f"{limit} tokens a forward pass, got {tokens}"
+            f"model type {config.model_type} attends in chunks, so that documents may have {limit} tokens with their "
+            f"anchor, but one has {longest}: cut documents, or use a model without chunks"
         )
+
+
+def refused(config: PretrainedConfig, reason: str) -> UserError:
+    """The error of a decoder that is refused for a reason, which is the end of `model type x ...`."""
+    return UserError(f"model type {config.model_type} {reason}: {REMEDY}")
 
 
 def refusal(config: PretrainedConfig) -> str | None:
@@ -79,13 +91,17 @@ def refusal(config: PretrainedConfig) -> str | None:
     if text is None or config.is_encoder_decoder or getattr(config, "is_causal", True) is False:
         return REASONS["encoder"]
     other = sorted(set(_layer_types(text)) - set(SEPARATED))
-    if other and not (other == ["chunked_attention"] and longest_pass(config) is not None):
+    if other and not (other == ["chunked_attention"] and longest_document(config) is not None):
         return f"has {other[0]} layers, which would mix packed documents"
-    _, refused, _ = known()
-    for name in (config.model_type, text.model_type):
-        if name in refused:
-            return REASONS[refused[name]]
+    found = listed(config) or listed(text)
+    if found is not None:
+        return REASONS[found]
     return None if has_rope(text) else REASONS["no_rope"]
+
+
+def listed(config: PretrainedConfig) -> str | None:
+    """The name in `REASONS` for which this model type was measured not to be exact; None for others."""
+    return known()[1].get(config.model_type)
 
 
 def is_known(config: PretrainedConfig) -> bool:
@@ -98,15 +114,13 @@ def has_rope(config: PretrainedConfig) -> bool:
     return bool(getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None))
 
 
-def longest_pass(config: PretrainedConfig) -> int | None:
-    """Tokens that a forward pass may hold where layers count tokens of the row (Llama 4's chunks and its scale)."""
+def longest_document(config: PretrainedConfig) -> int | None:
+    """Tokens up to which a model with chunks attends to the whole document; None for one without."""
     text = text_config(config)
     chunk = getattr(text, "attention_chunk_size", None)
-    if chunk is None:
-        return None
-    # its scale of layers without RoPE is 1 up to the token with index floor_scale - 2
-    scaled = getattr(text, "attn_temperature_tuning", False)
-    return min(chunk, text.floor_scale - 1) if scaled else chunk
+    # Llama 4 scales queries without RoPE by their index in the row, by 1 up to the index floor_scale - 2
+    scaled = chunk is not None and getattr(text, "attn_temperature_tuning", False)
+    return min(chunk, text.floor_scale - 1) if scaled else chunk  # type: ignore[union-attr]
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig | None:

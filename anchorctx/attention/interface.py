@@ -15,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from anchorctx.attention.architecture import REASONS, REMEDY, check_architecture
+from anchorctx.attention.architecture import REASONS, REMEDY, check_architecture, check_documents
+from anchorctx.attention.construction import judge_new_models
 from anchorctx.attention.registry import BACKENDS, attend
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
@@ -26,6 +27,7 @@ def register() -> None:
 
     Idempotent. Load or configure a model with `attn_implementation="anchor"` afterwards.
     """
+    judge_new_models()
     # The mask function makes none: transformers would build (B, 1, T, T) where it finds no such function.
     for backend in ("auto", *BACKENDS):
         name = implementation(backend)
@@ -51,7 +53,6 @@ def check_interface(model: Any) -> None:
 
 def _no_mask(
     *args: Any,
-    q_length: int | None = None,
     attention_mask: torch.Tensor | None = None,
     config: PretrainedConfig | None = None,
     **kwargs: Any,
@@ -62,7 +63,7 @@ def _no_mask(
     whichever way it was loaded.
     """
     if config is not None:
-        check_architecture(config, tokens=q_length)
+        check_architecture(config)
     if attention_mask is not None and not bool(attention_mask.all()):
         hidden = int((attention_mask == 0).sum())
         raise UserError(
@@ -100,6 +101,8 @@ def _anchor_forward(
         raise UserError(f"{name} asks for attention dropout {dropout}, which no backend computes: set it to 0")
     if s_aux is not None:
         raise UserError(f"{name} uses attention sinks, which no backend computes: use a model without them")
+    if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+        check_documents(config, layouts)
     query, key, value = together(module, query, key, value)
     out = attend(query, key, value, layouts, scale=scaling, window=sliding_window, softcap=softcap, backend=backend)
     return out.transpose(1, 2), None

@@ -27,8 +27,14 @@ _beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def hand_on_keywords(model: torch.nn.Module) -> None:
-    """Hook the layers of `model` that drop keyword arguments; idempotent, and nothing for other models."""
+    """Hook the layers of `model` that drop keyword arguments; idempotent, and nothing for other models.
+
+    Llama 4 scales queries by their index in the row, which for documents that fit in its chunks is a factor of 1 when
+    they are alone (`architecture.check_documents`): it is switched off. The configuration, and an export, keep it.
+    """
     for layer in model.modules():
+        if getattr(layer, "attn_temperature_tuning", False) and hasattr(layer, "floor_scale"):
+            layer.attn_temperature_tuning = False  # type: ignore[assignment]
         for name in dropping(type(layer).forward) if isinstance(layer, GradientCheckpointingLayer) else ():
             attention = getattr(layer, name, None)
             if isinstance(attention, torch.nn.Module) and _keep not in layer._forward_pre_hooks.values():

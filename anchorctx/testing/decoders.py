@@ -56,6 +56,7 @@ def build(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
+    model.set_experts_implementation("eager")
     return randomize(model)
 
 
