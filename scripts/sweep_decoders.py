@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from anchorctx.attention import architecture, interface
 from anchorctx.testing import decoders
@@ -59,7 +59,7 @@ def types_of(name: str) -> set[str]:
     """The model type and that of its text model."""
     if name.startswith("musicgen"):
         return {name}
-    return {name, AutoConfig.for_model(name, **decoders.BEFORE.get(name, {})).get_text_config().model_type}
+    return {name, decoders.default(name).get_text_config().model_type}
 
 
 def judge(name: str) -> tuple[str | None, str]:
@@ -71,7 +71,7 @@ def judge(name: str) -> tuple[str | None, str]:
     told = "not run"
     for dtype, tolerance in TOLERANCE.items():
         try:
-            logits, gradients = measure(config, dtype)
+            logits, gradients, model_type = measure(config, dtype)
         except Exception as error:
             told = said(error)
             continue
@@ -79,7 +79,8 @@ def judge(name: str) -> tuple[str | None, str]:
         if max(logits, gradients) < tolerance:
             text = architecture.text_config(config)
             rotates = text is not None and architecture.has_rope(text) and not config.is_encoder_decoder
-            return None if rotates else why(config), told
+            alone = model_type in decoders.TYPES
+            return (None if alone else "part") if rotates else why(config), told
     return why(config, told), told
 
 
@@ -94,8 +95,8 @@ def unjudged() -> mock._patch:
     return mock.patch.multiple(architecture, **nothing)
 
 
-def measure(config: PretrainedConfig, dtype: torch.dtype) -> tuple[float, float]:
-    """Largest differences of logits and gradients."""
+def measure(config: PretrainedConfig, dtype: torch.dtype) -> tuple[float, float, str]:
+    """Largest differences of logits and of gradients, and the model's own type (a wrapper's may be its text model)."""
     row = decoders.row()
     with true_float64(), unjudged():
         plain, model = (decoders.build(config, name).to(dtype) for name in ("eager", "anchor"))
@@ -104,7 +105,7 @@ def measure(config: PretrainedConfig, dtype: torch.dtype) -> tuple[float, float]
         cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
         for logits in (found, expected):
             (logits * cotangent).sum().backward()
-    return decoders.difference(found, expected), decoders.gradient_difference(model, plain)
+    return decoders.difference(found, expected), decoders.gradient_difference(model, plain), model.config.model_type
 
 
 def why(config: PretrainedConfig | None, told: str = "") -> str:

@@ -36,7 +36,7 @@ REASONS = {
     "bias": "adds a bias of its own to attention scores, which the layout's attention does not compute",
     "sinks": "has attention sinks, which no backend computes",
     "values": "has values of another head dimension than its keys, which no backend takes",
-    "images": "takes no text without images or sound",
+    "part": "is a text model inside another, which transformers would not load again from a folder of its own",
     "assistant": "drafts for another model and cannot be trained alone",
 }
 """Why a decoder is refused, by the name that `known_decoders.json` uses, as the end of `model type x ...`."""

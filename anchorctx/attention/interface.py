@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from anchorctx.attention.architecture import REASONS, REMEDY, check_architecture, check_documents
+from anchorctx.attention.architecture import REASONS, REMEDY, check_architecture, check_documents, is_known
 from anchorctx.attention.construction import judge_new_models
 from anchorctx.attention.registry import BACKENDS, attend
 from anchorctx.errors import UserError
@@ -45,6 +45,8 @@ def implementation(backend: str = "auto") -> str:
 
 def check_interface(model: Any) -> None:
     """UserError for a model whose attention never asks transformers' interface, and so would never hear of a layout."""
+    if is_known(model.config):
+        return
     inner = getattr(model, "base_model", model)  # PEFT's wrapper
     inner = getattr(inner, "model", inner)
     if any(getattr(found, "_supports_attention_backend", None) is False for found in (model, inner)):

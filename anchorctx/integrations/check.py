@@ -24,6 +24,7 @@ def check_model(model: Any) -> None:
     config = getattr(getattr(model, "module", model), "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UserError(f"model={model!r:.60} has no configuration to check: pass the transformers model itself")
+    check_architecture(config)
     text = config.get_text_config()
     name = text._attn_implementation or "eager"
     anchors = {implementation(backend) for backend in ("auto", *BACKENDS)}
@@ -32,7 +33,6 @@ def check_model(model: Any) -> None:
             f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "
             "model with 'flash_attention_2' on CUDA, or anywhere with 'anchor' after anchorctx.attention.register()"
         )
-    check_architecture(config)
     check_interface(getattr(model, "module", model))
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     # of each kind of layer, where they differ

@@ -43,10 +43,10 @@ def reach(config: PretrainedConfig) -> int:
 def full_parameters(config: PretrainedConfig) -> dict[str, Any]:
     """transformers' `rope_parameters` of the layers that see the whole row; the dictionary itself, not a copy.
 
-    Empty for models with fixed angles (GPT-J, CodeGen).
+    Empty where these have fixed angles (GPT-J, CodeGen) or do not rotate (BEAM).
     """
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return parameters[FULL] if isinstance(parameters.get(FULL), dict) else parameters
+    return (parameters[FULL] or {}) if FULL in parameters else parameters
 
 
 def apply_rope(config: PretrainedConfig, rope: RopeConfig, max_length: int | None, *, trained: bool) -> None:
@@ -59,11 +59,11 @@ def apply_rope(config: PretrainedConfig, rope: RopeConfig, max_length: int | Non
     config = config.get_text_config()
     length: int = config.max_position_embeddings
     changed = rope.type is not None or rope.theta is not None or rope.factor is not None or bool(rope.extra)
-    fixed = not getattr(config, "rope_parameters", None)
+    fixed = not full_parameters(config)
     if fixed and (changed or (trained and max_length is not None and max_length > length)):
         raise UserError(
-            f"model type {config.model_type} has fixed rotation angles that reach {length} positions: leave model.rope "
-            "and model.max_length as they are, or use another model"
+            f"model type {config.model_type} has no RoPE settings that could be changed: leave model.rope as it is and "
+            f"model.max_length at {length}, or use another model"
         )
     if trained and max_length is not None and max_length > reach(config) and not changed:
         raise UserError(

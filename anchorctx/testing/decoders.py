@@ -35,11 +35,22 @@ BEFORE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 """Fields without which a configuration's own defaults build no model."""
+AFTER: dict[str, dict[str, Any]] = {
+    "dory": {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+}
+"""Fields of a tiny configuration that the general rule does not find."""
+
+
+def default(model_type: str) -> PretrainedConfig:
+    """The configuration of that type, of full size."""
+    return AutoConfig.for_model(model_type, **copy.deepcopy(BEFORE.get(model_type, {})))
 
 
 def tiny(model_type: str) -> PretrainedConfig:
     """The configuration of a model of some ten thousand weights, without dropout."""
-    config = shrink(AutoConfig.for_model(model_type, **copy.deepcopy(BEFORE.get(model_type, {}))))
+    config = shrink(default(model_type))
+    for name, value in AFTER.get(model_type, {}).items():
+        setattr(config, name, value)
     text = config if model_type.startswith("musicgen") else config.get_text_config()
     for part in {id(part): part for part in (config, text)}.values():
         for name, value in list(vars(part).items()):

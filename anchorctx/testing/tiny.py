@@ -174,7 +174,8 @@ def true_float64() -> Iterator[None]:
     (A TorchFunctionMode would not reach what activation checkpointing recomputes.)
     """
     functional = torch.nn.functional
-    owners = ((torch.Tensor, "to"), (torch.Tensor, "float"), (torch.Tensor, "softmax"), (functional, "softmax"))
+    tensor = torch.Tensor
+    owners = ((tensor, "to"), (tensor, "type"), (tensor, "float"), (tensor, "softmax"), (functional, "softmax"))
     with contextlib.ExitStack() as stack:
         for owner, name in owners:
             stack.enter_context(mock.patch.object(owner, name, _keep_float64(getattr(owner, name))))

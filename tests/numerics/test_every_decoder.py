@@ -86,9 +86,9 @@ def test_theta_reaches_the_model_or_is_refused(name: str, tmp_path: Path) -> Non
     decoders.build(decoders.tiny(name), "eager").save_pretrained(tmp_path)
     row = decoders.row()
     try:
-        changed = load_model(ModelConfig(path=str(tmp_path), rope=RopeConfig(theta=5e6)))
+        changed = load_model(ModelConfig(path=str(tmp_path), rope=RopeConfig(theta=1.7e6)))
     except UserError as error:
-        assert "fixed rotation angles" in str(error) or "do not rotate" in str(error)
+        assert "has no RoPE settings that could be changed" in str(error)
         return
     before, after = (packed(m.eval(), row, layouts=(row.layout,)) for m in (loaded(tmp_path, "anchor"), changed))
     assert decoders.difference(after, before) > 1e-3
@@ -97,7 +97,7 @@ def test_theta_reaches_the_model_or_is_refused(name: str, tmp_path: Path) -> Non
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sampled(exact=False))
 def test_others_are_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
-    config = decoders.tiny(name)
+    config = decoders.default(name)  # whole: some types hold sizes together that shrink apart
     config.save_pretrained(tmp_path)
     config._attn_implementation = "anchor"
     ways: list[Callable[[], Any]] = [
@@ -105,7 +105,7 @@ def test_others_are_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
         lambda: check_model(SimpleNamespace(config=config)),
     ]
     if name not in UNBUILT:
-        ways.append(lambda: decoders.build(config, "anchor"))
+        ways.append(lambda: decoders.build(decoders.tiny(name), "anchor"))
     for way in ways:
         with pytest.raises(UserError, match="^model type .*: use a RoPE decoder such as llama or qwen3$"):
             way()
