@@ -2,7 +2,8 @@
 
 This is the path of training. Under AnchorAttention each document carries its own copy of the anchor, as its first token
 (`PackedLayout.with_copies`), so that nothing is left to do around the kernel. Where one call serves the batch, its
-outputs are handed on as they are; where it takes several, each is written once, into its place.
+outputs are handed on as they are; where it takes several, each is written once, into its place. Attention sinks
+follow it (`attention.sinks`).
 
 With a shared anchor, on a card with Triton, one fused kernel follows each way (`attention.fused.merge`): see
 `attention.merge`, which decides.
@@ -17,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile, empty_heads_last
+from anchorctx.attention.sinks import merge_sinks, sinks_gradient
 from anchorctx.layout import PackedLayout
 
 
@@ -28,13 +30,14 @@ def document_attention(
     score: Score,
     kernel: Kernel,
     anchor: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
 
-    `anchor` is how many tokens the layouts share, to be merged in by fused kernels. The output lies in memory as
-    (B, T, Hq, D) if the query does.
+    `anchor` is how many tokens the layouts share, to be merged in by fused kernels; `sinks` (Hq,). The output lies in
+    memory as (B, T, Hq, D) if the query does.
     """
-    return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel, anchor)
+    return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel, anchor, sinks)
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -48,6 +51,7 @@ class _DocumentAttention(torch.autograd.Function):
         score: Score,
         kernel: Kernel,
         anchor: int = 0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         tiles = kernel.tiles(layouts, q.device)
         attended = Attended(q, k, v, *_forward_over(tiles, q, k, v, score, kernel))
@@ -55,20 +59,26 @@ class _DocumentAttention(torch.autograd.Function):
             from anchorctx.attention.fused.merge import merge_forward
 
             merge_forward(attended, score, anchor)
-        ctx.save_for_backward(*attended)
+        if sinks is not None:
+            merge_sinks(attended.o, attended.lse, sinks)
+        ctx.save_for_backward(*attended, sinks)
         ctx.tiles, ctx.score, ctx.kernel, ctx.anchor = tiles, score, kernel, anchor
         return attended.o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        attended = Attended(*ctx.saved_tensors)
+        *tensors, sinks = ctx.saved_tensors
+        attended = Attended(*tensors)
         grads = _backward_over(ctx.tiles, do, attended, ctx.score, ctx.kernel)
         if ctx.anchor:
             from anchorctx.attention.fused.merge import merge_backward
 
             merge_backward(do, attended, grads, ctx.score, ctx.anchor)
-        return *grads, None, None, None, None
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[7]:
+            dsinks = sinks_gradient(do, attended.o, attended.lse, sinks)
+        return *grads, None, None, None, None, dsinks
 
 
 def _forward_over(

@@ -3,6 +3,7 @@
 A second implementation that shares nothing with the merge of `attention.merge`: the anchor is part of the mask. It
 takes float32 on CUDA, soft-capping and any head dimension. The block mask, which tells the kernel which blocks of keys
 a block of queries must read, is computed from the layout's boundaries in numpy; no T x T mask exists at any time.
+Attention sinks scale the output within the compiled function, and autograd takes their gradient by the log-sum-exp.
 
 Where torch would give up compiling, after `COMPILATIONS` kinds of call or because its compiler is switched off, it
 would go on with dense scores, without a word: that is an error here.
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
 from anchorctx.attention.kernels.base import Score
@@ -41,9 +42,16 @@ NO_CPU_BACKWARD = "FlexAttention computes no gradients on a CPU: use attention=c
 
 
 def flex_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layouts: Sequence[PackedLayout], score: Score
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layouts: Sequence[PackedLayout],
+    score: Score,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable on CUDA.
+
+    `sinks`: (Hq,), or None.
 
     Raises:
         BackendUnavailableError: a tensor on a CPU requires gradients (torch refuses it even under `no_grad`), or
@@ -55,6 +63,7 @@ def flex_attention(
         query,
         key,
         value,
+        sinks,
         score_mod=None if score.softcap is None else _softcap(score.softcap),
         block_mask=block_mask(layouts, query.device, score.window),
         scale=score.scale,
@@ -150,7 +159,7 @@ def _as_lists(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(counts), np.ascontiguousarray(indices)
 
 
-def _call(*tensors: torch.Tensor, **arguments: Any) -> torch.Tensor:
+def _call(*tensors: Any, **arguments: Any) -> torch.Tensor:
     """The compiled kernel, or an error: never torch's dense scores."""
     from torch._dynamo import config, exc  # seconds, for those who compile
 
@@ -170,11 +179,23 @@ def _compiled() -> Callable[..., torch.Tensor]:
     return torch.compile(_attend, fullgraph=True)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: Any) -> Any:
+def _attend(*tensors: Any, **arguments: Any) -> torch.Tensor:
     """torch's FlexAttention, in a function of its own: torch counts compilations by function, for all who call it."""
     if not torch.compiler.is_dynamo_compiling():
         raise BackendUnavailableError(
             "FlexAttention runs dense and slow where torch.compile does not compile it (TORCHDYNAMO_DISABLE, or "
             "torch.compiler.set_stance): switch the compiler on, or use attention=auto"
         )
-    return torch_flex_attention(query, key, value, **arguments)
+    return _with_sinks(*tensors, **arguments)
+
+
+def _with_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, **arguments: Any
+) -> torch.Tensor:
+    if sinks is None:
+        return torch_flex_attention(query, key, value, **arguments)  # type: ignore[return-value]
+    out, (lse, _) = torch_flex_attention(query, key, value, return_aux=AuxRequest(lse=True), **arguments)
+    assert lse is not None
+    # what a sink leaves to the keys: exp(lse) / (exp(lse) + exp(sink))
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
+    return (out * share[..., None]).to(out.dtype)

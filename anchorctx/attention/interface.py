@@ -21,6 +21,10 @@ from anchorctx.attention.registry import BACKENDS, attend
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 
+NOT_COMPUTED = ("sinks", "position_bias", "indices", "block_indices")
+"""Arguments by which models of transformers change the scores: sinks of each token, biases, chosen keys. None of them
+may vanish silently. Sinks of each head come as `s_aux`, which is computed."""
+
 
 def register() -> None:
     """Add `anchor` (the best backend here) and one name a backend to transformers' attention implementations.
@@ -101,12 +105,14 @@ def _anchor_forward(
         raise UserError(f"{name} got an attention mask beside layouts: the layout is the mask, pass only layouts")
     if dropout and module.training:
         raise UserError(f"{name} asks for attention dropout {dropout}, which no backend computes: set it to 0")
-    if s_aux is not None:
-        raise UserError(f"{name} uses attention sinks, which no backend computes: use a model without them")
+    for word in NOT_COMPUTED:
+        if kwargs.get(word) is not None:
+            raise UserError(f"{name} hands {word} to its attention, which no backend computes: use another model")
     if isinstance(config := getattr(module, "config", None), PretrainedConfig):
         check_documents(config, layouts)
     query, key, value = together(module, query, key, value)
-    out = attend(query, key, value, layouts, scale=scaling, window=sliding_window, softcap=softcap, backend=backend)
+    options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+    out = attend(query, key, value, layouts, **options, backend=backend)
     return out.transpose(1, 2), None
 
 

@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from anchorctx.attention.documents import document_attention
 from anchorctx.attention.fused import launch
 from anchorctx.attention.kernels.base import Attended, Kernel, Score, Tile, empty_heads_last
+from anchorctx.attention.sinks import merge_sinks, sinks_gradient
 from anchorctx.layout import PackedLayout
 
 FUSED_ANCHOR = 8
@@ -52,15 +53,17 @@ def anchor_attention(
     layouts: Sequence[PackedLayout],
     score: Score,
     kernel: Kernel,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
 
-    The layouts share one anchor length, at least 1. The output lies in memory as (B, T, Hq, D) if the query does.
+    The layouts share one anchor length, at least 1; `sinks` (Hq,) are one more column, for the anchor's tokens too. The
+    output lies in memory as (B, T, Hq, D) if the query does.
     """
     anchor = layouts[0].anchor_len
     if _fuses(query, key, value, anchor):
-        return document_attention(query, key, value, layouts, score, kernel, anchor)
-    return _AnchorAttention.apply(query, key, value, tuple(layouts), score, kernel)
+        return document_attention(query, key, value, layouts, score, kernel, anchor, sinks)
+    return _AnchorAttention.apply(query, key, value, tuple(layouts), score, kernel, sinks)
 
 
 def _fuses(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, anchor: int) -> bool:
@@ -82,6 +85,7 @@ class _AnchorAttention(torch.autograd.Function):
         layouts: tuple[PackedLayout, ...],
         score: Score,
         kernel: Kernel,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         anchor = layouts[0].anchor_len
         tiles = kernel.tiles(layouts, q.device)
@@ -96,14 +100,16 @@ class _AnchorAttention(torch.autograd.Function):
                 tile.view(o).copy_(o_tile)
             for block in _blocks(span, anchor):
                 _merge_forward(block, q, heads, o, lse, a, score)
-        ctx.save_for_backward(q, k, v, o, lse, a)
+        if sinks is not None:
+            merge_sinks(o, lse, sinks)
+        ctx.save_for_backward(q, k, v, o, lse, a, sinks)
         ctx.tiles, ctx.score, ctx.kernel, ctx.anchor = tiles, score, kernel, anchor
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, o, lse, a = ctx.saved_tensors
+        q, k, v, o, lse, a, sinks = ctx.saved_tensors
         score, kernel, anchor = ctx.score, ctx.kernel, ctx.anchor
         dq, dk, dv = (empty_heads_last(x) for x in (q, k, v))
         sums = [lse.new_zeros(q.shape[0], q.shape[1], anchor, q.shape[3]) for _ in range(2)]  # dk, dv of the anchor
@@ -118,7 +124,10 @@ class _AnchorAttention(torch.autograd.Function):
                 _merge_backward(block, do, q, heads, o, lse, a, dq, sums, score)
         for grad, total in zip((dk, dv), sums, strict=True):
             grad[:, :, :anchor] += total.unflatten(1, (grad.shape[1], -1)).sum(2)
-        return dq, dk, dv, None, None, None
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[6]:
+            dsinks = sinks_gradient(do, o, lse, sinks)
+        return dq, dk, dv, None, None, None, dsinks
 
 
 def _merge_forward(

@@ -10,6 +10,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -25,9 +26,25 @@ from anchorctx.layout import PackedLayout
 
 logger = logging.getLogger(__name__)
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[PackedLayout], Score], torch.Tensor]
 ANY_FLOAT = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
+
+
+class Attend(Protocol):
+    """What a backend does."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layouts: Sequence[PackedLayout],
+        score: Score,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `attend`, of documents that lie together."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +84,14 @@ def kernel_attention(
     layouts: Sequence[PackedLayout],
     score: Score,
     kernel: Kernel,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
 
-    By the kernel alone, or merged with the anchor where the layouts share one.
+    By the kernel alone, or merged with the anchor where the layouts share one; then the sinks (Hq,), if there are any.
     """
     path = anchor_attention if layouts[0].anchor_len else document_attention
-    return path(query, key, value, layouts, score, kernel)
+    return path(query, key, value, layouts, score, kernel, sinks=sinks)
 
 
 def _by(kernel: Kernel) -> Attend:
@@ -161,6 +179,7 @@ def attend(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention under packed layouts: each token sees the anchor and the earlier tokens of its own document.
@@ -177,6 +196,8 @@ def attend(
         window: sliding window in tokens of the document; None is no window. A shared anchor stays always visible; a
             copy is the document's first token, which later tokens no longer see.
         softcap: `softcap * tanh(score / softcap)` in place of the score (Gemma 2). None is off.
+        sinks: (Hq,), of any float dtype: a logit a head that takes its share of each softmax and has no value, as in
+            gpt-oss; its gradient comes in its dtype. None is none.
         backend: `auto` or a name in `BACKENDS`.
 
     Returns:
@@ -188,6 +209,8 @@ def attend(
     """
     layouts = tuple(layouts)
     _check(query, key, value, layouts)
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks {tuple(sinks.shape)} must hold one logit for each of {query.shape[1]} query heads")
     anchor = max(max(layout.anchor_len, layout.copies) for layout in layouts)
     if window is not None and window < max(anchor, 1):
         raise ValueError(f"a window of {window} tokens must hold the anchor, which is {anchor} tokens long")
@@ -195,12 +218,12 @@ def attend(
     chosen = choose(backend, query, score)
     grouped = tuple(layout.by_document() for layout in layouts)
     if all(layout.together for layout in layouts):
-        return chosen.attend(query, key, value, grouped, score)
+        return chosen.attend(query, key, value, grouped, score, sinks=sinks)
     orders = _orders if type(query) is torch.Tensor else _orders.__wrapped__  # no FakeTensor is kept for later calls
     order, back = orders(layouts, query.device)
     # Kernels take documents that lie together: gather them, attend, and put every token back.
     query, key, value = (_reorder(x, order) for x in (query, key, value))
-    out = chosen.attend(query, key, value, grouped, score)
+    out = chosen.attend(query, key, value, grouped, score, sinks=sinks)
     return _reorder(out, back)
 
 

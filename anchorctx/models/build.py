@@ -46,8 +46,6 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     }
     model = load_weights(config.path, hf_config, **options) if config.path else _new(config, hf_config, options)
     check_interface(model)
-    if any(name.endswith("sinks") for name, _ in model.named_parameters()):
-        raise UserError(f"{type(model).__name__} has attention sinks, which no backend computes: use another model")
     hand_on_keywords(model)
     freeze_other_modalities(model)
     set_rope_dtype(model, config.rope_dtype)

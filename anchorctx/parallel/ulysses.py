@@ -13,7 +13,8 @@ then *sum* gradients over the group, while ZeRO 3 goes on averaging over all pro
 as if the weights were split over it. Without it every stage averages over all processes, and one rule (the loss is
 scaled by the number of processes) gives the gradient of one process at every stage; tests compare the norm itself.
 
-Queries and keys that were rotated in float32 are cast before the exchange, not after it: half the bytes.
+Queries and keys that were rotated in float32 are cast before the exchange, not after it: half the bytes. Of attention
+sinks a process takes those of its heads; their gradients add up over processes like those of weights.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def enable(model: PreTrainedModel, mesh: Mesh) -> None:
         micro_batch_size=1,
         seq_length_is_variable=True,
     )
-    ALL_ATTENTION_FUNCTIONS[core] = _where_shared(ALL_ATTENTION_FUNCTIONS[core], alone)
+    ALL_ATTENTION_FUNCTIONS[core] = _where_shared(ALL_ATTENTION_FUNCTIONS[core], alone, mesh)
 
 
 def release() -> None:
@@ -139,7 +140,7 @@ def _facts(config: PretrainedConfig, core: str) -> Any:
     return SimpleNamespace(config=facts)
 
 
-def _where_shared(exchange: Callable[..., Any], alone: Callable[..., Any]) -> Callable[..., Any]:
+def _where_shared(exchange: Callable[..., Any], alone: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """`exchange` where this process holds a slice of the tokens that the layouts describe, `alone` where all."""
 
     def attention(
@@ -154,6 +155,8 @@ def _where_shared(exchange: Callable[..., Any], alone: Callable[..., Any]) -> Ca
             return alone(module, query, key, value, attention_mask, **kwargs)
         if kwargs.get("position_ids") is None:
             raise UserError(f"{type(module).__name__} does not hand position_ids to its attention: use another model")
+        if kwargs.get("s_aux") is not None:  # 8 heads over 2 processes: the second attends with heads 4 to 7
+            kwargs["s_aux"] = kwargs["s_aux"].chunk(mesh.sequence)[mesh.sequence_rank]
         return exchange(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)
 
     attention.exchanges = True  # type: ignore[attr-defined]

@@ -19,8 +19,9 @@ from anchorctx.attention.reference import reference_attention
 from anchorctx.attention.rope import rotary_modules
 from anchorctx.layout import PackedLayout
 
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-NAMES = ("output", "dquery", "dkey", "dvalue")
+Attention = Callable[..., torch.Tensor]
+"""Of query, key and value, and of sinks where a test has them."""
+NAMES = ("output", "dquery", "dkey", "dvalue", "dsinks")
 EAGER_FACTOR = 2.0
 """How much worse than eager code of the same dtype a backend may be."""
 FLOOR_ULPS = {torch.float64: 16.0, torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
@@ -53,11 +54,10 @@ class Deviation:
         return self.error <= self.bound
 
 
-def output_and_gradients(
-    attention: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, d_output: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """(output, dquery, dkey, dvalue) of `attention(query, key, value)` for the output gradient `d_output`."""
-    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+def output_and_gradients(attention: Attention, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(output, dquery, dkey, dvalue, ...) of `attention(query, key, value, ...)`; the output's gradient comes last."""
+    *inputs, d_output = tensors
+    leaves = [x.detach().requires_grad_() for x in inputs]
     output = attention(*leaves)
     return output.detach(), *torch.autograd.grad(output, leaves, d_output.to(output.dtype))
 
@@ -71,23 +71,25 @@ def deviations(
     """Output and gradients of `attention` against the reference, in float64 and in the tensors' own dtype.
 
     Args:
-        attention: the backend under test, called as `attention(query, key, value)`.
-        tensors: query (B, Hq, T, D), key and value (B, Hkv, T, D), the output's gradient (B, Hq, T, D); one dtype.
+        attention: the backend under test, called as `attention(query, key, value)`, or with sinks behind them.
+        tensors: query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), all of one dtype; sinks (Hq,), or none;
+            the output's gradient (B, Hq, T, Dv).
         layouts, score: what `attention` is expected to compute.
     """
 
-    def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return reference_attention(query, key, value, layouts, score)
+    def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        return reference_attention(q, k, v, layouts, score, sinks)
 
-    q, k, v, d_output = tensors
-    exact = output_and_gradients(reference, *(x.double() for x in (q, k, v, d_output)))
-    eager = output_and_gradients(reference, q, k, v, d_output)
-    actual = output_and_gradients(attention, q, k, v, d_output)
+    q, k, v, *_, d_output = tensors
+    exact = output_and_gradients(reference, *(x.double() for x in tensors))
+    eager = output_and_gradients(reference, *tensors)
+    actual = output_and_gradients(attention, *tensors)
     unit = FLOOR_ULPS[q.dtype] * torch.finfo(q.dtype).eps
-    terms = _largest_terms(q, k, v, d_output, score)
+    names = NAMES[: len(exact)]
+    terms = _largest_terms(q, k, v, d_output, score)[: len(exact)]
     return [
         Deviation(name, max_error(a, x), max_error(e, x), unit * max(x.abs().max().item(), term))
-        for name, a, e, x, term in zip(NAMES, actual, eager, exact, terms, strict=True)
+        for name, a, e, x, term in zip(names, actual, eager, exact, terms, strict=True)
     ]
 
 
@@ -116,6 +118,7 @@ def observed_rope_dtype(model: torch.nn.Module) -> RopeDtype:
 
 
 def _largest_terms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, score: Score) -> list[float]:
-    """For each of `NAMES`, the size of a term that may cancel: `scale * (do.v) * k` in dquery, and so for dkey."""
-    product = score.scale * (do.double().norm(dim=-1).max() * v.double().norm(dim=-1).max())
-    return [0.0, (product * k.abs().max()).item(), (product * q.abs().max()).item(), 0.0]
+    """For each of `NAMES`, the size of a term that may cancel: `scale * (do.v) * k` in dquery, and so on."""
+    product = do.double().norm(dim=-1).max() * v.double().norm(dim=-1).max()
+    scaled = score.scale * product
+    return [0.0, (scaled * k.abs().max()).item(), (scaled * q.abs().max()).item(), 0.0, product.item()]

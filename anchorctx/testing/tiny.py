@@ -37,6 +37,8 @@ BASE: dict[str, Any] = {
 }
 WINDOW = {"sliding_window": 5}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]} | WINDOW
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+"""Instead of the YaRN that an architecture has by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture(
         "granite",
         {"logits_scaling": 4.0, "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7},
+    ),
+    "gpt_oss": Architecture(  # attention sinks
+        "gpt_oss",
+        MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": PLAIN_ROPE},
+        window=True,
+        experts=True,
+        layered_masks=True,
     ),
     "cohere2": Architecture("cohere2", MIXED | {"logit_scale": 0.25}, window=True, layered_masks=True),
 }

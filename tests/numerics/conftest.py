@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from anchorctx.attention.kernels import flash_attn, torch_varlen
+
+from .flash_attn_contract import Recorder, aten_stand_in, install
+
 
 @pytest.fixture
 def cuda_guard() -> Iterator[None]:
@@ -39,3 +43,23 @@ def rounded_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         return rounded.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Recorder]:
+    """The stand-in of the package that the test is parametrised with, importable under the package's name."""
+    recorder = Recorder()
+    install(monkeypatch, request.param, recorder)
+    for cached in (flash_attn._module, flash_attn._select):
+        cached.cache_clear()
+    yield recorder
+    for cached in (flash_attn._module, flash_attn._select):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def aten(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Plain-torch stand-ins for torch's CUDA operators, on this machine's CPU."""
+    recorder = Recorder()
+    monkeypatch.setattr(torch_varlen, "aten", aten_stand_in(recorder))
+    return recorder

@@ -46,12 +46,20 @@ def _doc_ids(draw: st.DrawFn, segments: int, anchor: int) -> tuple[int, ...]:
 
 
 def tensors(
-    batch: int, heads: int, kv_heads: int, tokens: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    value_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Seeded query (B, Hq, T, D), key and value (B, Hkv, T, D) and output gradient (B, Hq, T, D)."""
+    """Seeded query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv) and output gradient (B, Hq, T, Dv)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(h: int) -> torch.Tensor:
+    def draw(h: int, dim: int) -> torch.Tensor:
         return torch.randn(batch, h, tokens, dim, generator=generator, dtype=torch.float64).to(dtype)
 
-    return draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+    value_dim = value_dim or dim
+    return draw(heads, dim), draw(kv_heads, dim), draw(kv_heads, value_dim), draw(heads, value_dim)

@@ -108,7 +108,7 @@ def test_long_rows_get_larger_blocks_not_larger_masks() -> None:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """FlexAttention without compiling: it computes dense scores, by the mask function alone."""
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.torch_flex_attention)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex._with_sinks)
     yield
 
 
@@ -123,6 +123,22 @@ def test_numbers_in_eager_mode(score: Score, heads: tuple[int, int]) -> None:
     q, k, v, _ = tensors(2, *heads, 333, 16)
     out = flex.flex_attention(q, k, v, ROWS, score)
     assert max_error(out, reference_attention(q, k, v, ROWS, score)) < 1e-13
+
+
+@pytest.mark.filterwarnings(EAGER_WARNING)
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("score", SCORES, ids=str)
+def test_sinks_in_eager_mode(score: Score) -> None:
+    """Output, and the sinks' own gradient, which goes by the log-sum-exp."""
+    q, k, v, do = tensors(2, 4, 2, 333, 16)
+    sinks = torch.tensor([0.5, -2.0, 3.0, 0.0], dtype=torch.float64)
+    results = []
+    for attention in (flex.flex_attention, reference_attention):
+        leaf = sinks.clone().requires_grad_()
+        out = attention(q, k, v, ROWS, score, leaf)
+        out.backward(do)
+        results.append((out, leaf.grad))
+    assert all(max_error(a, b) < 1e-12 for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def noting(ran: list[str], name: str) -> Any:
 
 def attention(rows: tuple[PackedLayout, ...], score: Score, kernel: Kernel | None = None) -> Any:
     chosen = kernel or FlashAttnKernel()
-    return lambda q, k, v: anchor_attention(q, k, v, rows, score, chosen)
+    return lambda q, k, v, *sinks: anchor_attention(q, k, v, rows, score, chosen, *sinks)
 
 
 def inputs(rows: str, heads: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -90,6 +90,14 @@ def test_float32(rows: str, score: str, launches: list[str]) -> None:
 @pytest.mark.parametrize("rows", ["two rows", "several programs"])
 def test_16_bits(rows: str, dtype: torch.dtype) -> None:
     check(rows, "plain", dtype)
+
+
+def test_sinks_behind_the_anchor(launches: list[str]) -> None:
+    rows, score = ROWS["three anchor tokens"], SCORES["window"]
+    q, k, v, do = inputs("three anchor tokens", "grouped", torch.float32)
+    sinks = torch.linspace(-2, 3, 4, device=DEVICE)
+    assert_within_eager(deviations(attention(rows, score), [q, k, v, sinks, do], rows, score))
+    assert launches == ["merge_forward", "merge_backward"]
 
 
 @pytest.mark.parametrize("heads", HEADS)

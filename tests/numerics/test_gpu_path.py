@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +28,7 @@ from anchorctx.layout import PackedLayout
 from anchorctx.testing.numerics import assert_within_eager, deviations
 
 from .dispatch_modes import Launched, NoHostCopies
-from .flash_attn_contract import MODULES, RECORDED, USED, VERSIONS, Recorder, aten_stand_in, install, stand_in
+from .flash_attn_contract import MODULES, RECORDED, USED, VERSIONS, Recorder, stand_in
 from .strategies import tensors
 
 ROOT = Path(__file__).parents[2]
@@ -47,26 +46,6 @@ SCORES = {"plain": Score(0.3), "window": Score(0.3, window=7), "softcap": Score(
 SCORES["window and softcap"] = Score(0.3, window=7, softcap=1.5)
 
 
-@pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Recorder]:
-    """The stand-in of the package that the test is parametrised with, importable under the package's name."""
-    recorder = Recorder()
-    install(monkeypatch, request.param, recorder)
-    for cached in (flash_attn._module, flash_attn._select):
-        cached.cache_clear()
-    yield recorder
-    for cached in (flash_attn._module, flash_attn._select):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def aten(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Plain-torch stand-ins for torch's CUDA operators, on this machine's CPU."""
-    recorder = Recorder()
-    monkeypatch.setattr(torch_varlen, "aten", aten_stand_in(recorder))
-    return recorder
-
-
 def heads_last(x: torch.Tensor) -> torch.Tensor:
     """The same values, in memory as (B, T, H, D): what a projection leaves."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -79,10 +58,14 @@ def check(
     dtype: torch.dtype,
     heads: tuple[int, int] = (4, 2),
     dim: int = 16,
+    value_dim: int | None = None,
+    sinks: bool = False,
 ) -> None:
     """Output and gradients of a kernel in its path, against the dense reference."""
-    args = [heads_last(x) for x in tensors(len(rows), *heads, rows[0].length, dim, dtype)]
-    found = deviations(lambda q, k, v: kernel_attention(q, k, v, rows, score, kernel), args, rows, score)
+    args = [heads_last(x) for x in tensors(len(rows), *heads, rows[0].length, dim, dtype, value_dim=value_dim)]
+    if sinks:
+        args.insert(3, torch.linspace(-2, 3, heads[0], dtype=dtype))
+    found = deviations(lambda q, k, v, *s: kernel_attention(q, k, v, rows, score, kernel, *s), args, rows, score)
     if dtype is torch.float64:
         assert max(d.error for d in found) < FLOAT64_BOUND, found
     else:
@@ -155,8 +138,13 @@ def test_torch_varlen_refuses_softcap() -> None:
 # -- fake CUDA tensors ----------------------------------------------------------------------------------------------
 
 
-def _fake_step(
-    rows: tuple[PackedLayout, ...], score: Score, kernel: Kernel, dim: int = 64
+def fake_step(
+    rows: tuple[PackedLayout, ...],
+    score: Score,
+    kernel: Kernel,
+    dim: int = 64,
+    value_dim: int | None = None,
+    sinks: bool = False,
 ) -> tuple[Any, Any, list[str]]:
     """Forward and backward on fake CUDA tensors in bfloat16, 8 query and 2 key heads, and what they launch.
 
@@ -165,17 +153,19 @@ def _fake_step(
     shape = len(rows), rows[0].length
     function = _AnchorAttention if rows[0].anchor_len else _DocumentAttention
 
-    def empty(heads: int) -> torch.Tensor:
+    def empty(heads: int, dim: int = dim) -> torch.Tensor:
         return torch.empty(*shape, heads, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
 
     ctx = SimpleNamespace(save_for_backward=lambda *saved: setattr(ctx, "saved_tensors", saved))
+    ctx.needs_input_grad = (True,) * 8
     with FakeTensorMode(), NoHostCopies():
-        q, k, v = empty(8), empty(2), empty(2)
+        q, k, v = empty(8), empty(2), empty(2, value_dim or dim)
+        logits = {"sinks": torch.empty(8, dtype=torch.bfloat16, device="cuda")} if sinks else {}
         tiles = kernel.tiles(rows, q.device)  # kept from one call to the next, but not while tensors are fake
         with Launched() as launched, mock.patch.object(kernel, "tiles", return_value=tiles):
-            o = function.forward(ctx, q, k, v, rows, score, kernel)
-            grads = function.backward(ctx, torch.empty_like(o))[:3]
-        return (q, k, v, o), grads, launched.names
+            o = function.forward(ctx, q, k, v, rows, score, kernel, **logits)
+            grads = function.backward(ctx, torch.empty_like(o))
+        return (q, k, v, o), [*grads[:3], *(grads[-1:] if sinks else ())], launched.names
 
 
 @pytest.mark.usefixtures("cuda_guard")
@@ -184,7 +174,7 @@ def _fake_step(
 @pytest.mark.parametrize("rows", ROWS)
 def test_fake_cuda_shapes(rows: str, score: str, dim: int) -> None:
     """Runs the CUDA operators' own shape functions; reading a value back to the host would raise."""
-    (q, k, v, o), grads, _ = _fake_step(ROWS[rows], SCORES[score], TorchVarlenKernel(), dim)
+    (q, k, v, o), grads, _ = fake_step(ROWS[rows], SCORES[score], TorchVarlenKernel(), dim)
     assert o.device.type == "cuda" and o.dtype is torch.bfloat16
     for like, x in zip((q, q, k, v), (o, *grads), strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (like.shape, like.stride(), like.dtype, like.device)
@@ -194,9 +184,9 @@ def test_fake_cuda_shapes(rows: str, score: str, dim: int) -> None:
 @pytest.mark.parametrize("rows", ["no anchor", "copies"])
 def test_without_a_shared_anchor_the_kernel_is_all_there_is(rows: str) -> None:
     """One launch forward and one backward; the merge of a shared anchor has some sixty."""
-    *_, launched = _fake_step(ROWS[rows], SCORES["plain"], TorchVarlenKernel())
+    *_, launched = fake_step(ROWS[rows], SCORES["plain"], TorchVarlenKernel())
     assert launched == ["_flash_attention_forward", "_flash_attention_backward"]
-    *_, merged = _fake_step(ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel())
+    *_, merged = fake_step(ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel())
     assert len(merged) > 50
 
 
@@ -208,7 +198,7 @@ def test_fake_cuda_notices_host_copies() -> None:
 
 @pytest.mark.usefixtures("cuda_guard")
 def test_fake_cuda_with_several_calls_a_row() -> None:
-    (q, *_), grads, _ = _fake_step(ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel(max_sequences=2))
+    (q, *_), grads, _ = fake_step(ROWS["anchor 1"], SCORES["plain"], TorchVarlenKernel(max_sequences=2))
     assert grads[0].shape == q.shape
 
 

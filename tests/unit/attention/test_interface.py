@@ -71,7 +71,8 @@ def test_queries_and_keys_are_cast_to_the_values_dtype() -> None:
     [
         ({}, "Identity with attn_implementation='anchor' needs the forward argument layouts="),
         ({"layouts": LAYOUTS, "dropout": 0.1}, "asks for attention dropout 0.1"),
-        ({"layouts": LAYOUTS, "s_aux": torch.zeros(4)}, "uses attention sinks"),
+        ({"layouts": LAYOUTS, "sinks": torch.zeros(2, 4, T, 1)}, "Identity hands sinks to its attention, which no"),
+        ({"layouts": LAYOUTS, "position_bias": torch.zeros(1)}, "Identity hands position_bias to its attention"),
     ],
 )
 def test_what_cannot_be_served_is_refused(kwargs: dict, message: str) -> None:

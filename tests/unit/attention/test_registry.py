@@ -45,7 +45,7 @@ def test_cuda_backends_refuse_cpu_tensors_and_never_fall_back(name: str, monkeyp
 
 
 def replace_attend(backend: registry.Backend) -> registry.Backend:
-    def called(*args: object) -> torch.Tensor:
+    def called(*args: object, **options: object) -> torch.Tensor:
         raise AssertionError(f"{backend.name} was called")
 
     return replace(backend, attend=called)
@@ -162,6 +162,6 @@ def test_only_a_shared_anchor_is_merged(row: PackedLayout, merged: bool, monkeyp
     called = []
     for name in ("anchor_attention", "document_attention"):
         function = getattr(registry, name)
-        monkeypatch.setattr(registry, name, lambda *x, n=name, f=function: called.append(n) or f(*x))
+        monkeypatch.setattr(registry, name, lambda *x, n=name, f=function, **y: called.append(n) or f(*x, **y))
     attend(*(torch.randn(1, 2, row.length, 16) for _ in range(3)), (row,), backend="cpu")
     assert called == ["anchor_attention" if merged else "document_attention"]

@@ -264,12 +264,6 @@ def test_a_checkpoint_without_rope_or_with_missing_weights(tmp_path: Path, folde
         load_model(ModelConfig(path=str(tmp_path / "part")))
 
 
-def test_attention_sinks_are_refused() -> None:
-    fields = {"model_type": "gpt_oss", "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8} | BASE
-    with pytest.raises(UserError, match="gpt_oss has attention sinks"):
-        load_model(ModelConfig(config=fields, rope=RopeConfig(type=RopeType.default)))
-
-
 def tokenizer(size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
