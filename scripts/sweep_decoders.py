@@ -118,12 +118,12 @@ def why(config: PretrainedConfig | None, told: str = "") -> str:
         return UNTRIED
     if "assistant" in config.model_type:
         return "assistant"
-    if "sinks" in told:
-        return "sinks"
     if any(STATE.search(name) for name in fields) or {"hybrid"} & set(fields.get("layer_types") or ()):
         return "state"
     if any("index_" in name for name in fields):
         return "index"
+    if "sinks" in told:
+        return "sinks"
     if not architecture.has_rope(text) and not any("rotary" in name for name in fields):
         return "no_rope"
     if "must be (B, H, T, D)" in told:

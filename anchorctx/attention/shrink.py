@@ -42,7 +42,10 @@ _TABLE: dict[int, str] = {
     1: """n_group topk_group num_expert_group first_k_dense_replace num_dense_layers moe_layer_start_index
         num_nextn_predict_layers n_input_layers n_recurrent_layers n_output_layers num_layers_per_stack""",
 }
-_SIZES = {name: size for size, names in _TABLE.items() for name in names.split()} | {"attention_chunk_size": CHUNK, "floor_scale": 12}
+_SIZES = {name: size for size, names in _TABLE.items() for name in names.split()} | {
+    "attention_chunk_size": CHUNK,
+    "floor_scale": 12,
+}
 """A field to what it becomes, where it is larger than that."""
 _WINDOWS = ("sliding_window", "sliding_window_size", "local_attention", "window_size", "attention_window_size")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks")
