@@ -3,7 +3,7 @@
 Only the attention that the layout allows is counted.
 
 Model FLOPs as in PaLM (2204.02311, appendix B): 2 per weight and token forward, twice that backward, nothing for
-recomputation. Attention: 2 * 2 * D * Hq per allowed (query, key) pair and layer for q.k and p.v. MFU divides by the
+recomputation. Attention: 2 * (D + Dv) * Hq per allowed (query, key) pair and layer for q.k and p.v. MFU divides by the
 device's dense peak, so that a masked row does not look faster than it is.
 """
 
@@ -13,7 +13,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
@@ -101,11 +101,10 @@ class ModelFlops:
     def of(cls, model: PreTrainedModel) -> ModelFlops:
         """Count a model's weights, which may be spread over processes (ZeRO 3) or have no values (meta device)."""
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         # a weight is multiplied and added (2) in the forward pass, and twice in the backward pass: for the gradients of
-        # its input and of itself. Likewise 2 x 2 x D for q.k and p.v of a pair in each head, three times.
-        return cls(6.0 * _active_weights(model), 12.0 * head_dim * heads, layer_windows(config))
+        # its input and of itself. Likewise 2 x D for q.k and 2 x Dv for p.v of a pair in each head, three times.
+        per_pair = 6.0 * sum(head_dims(config)) * config.num_attention_heads
+        return cls(6.0 * _active_weights(model), per_pair, layer_windows(config))
 
     @property
     def token_cost(self) -> float:
@@ -129,6 +128,27 @@ class ModelFlops:
         done = sum(self.attention(layout) for layout in layouts)
         full = sum(self.attention(PackedLayout((0, layout.length))) for layout in layouts)
         return 1 - done / full
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The configurations of a model's layers where these differ (Gemma 4's head dimensions), else the model's alone.
+
+    transformers refuses to read a value that differs off the model's configuration.
+    """
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def head_dims(config: Any) -> tuple[int, int]:
+    """Head dimensions of a text configuration: of queries and keys, and of values; of the widest layers.
+
+    They differ in multi-head latent attention, whose queries and keys have a part that is rotated and one that is not.
+    """
+    if len(layers := layer_configs(config)) > 1:
+        return max(head_dims(layer) for layer in layers)
+    parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    own = sum(parts) if all(parts) else getattr(config, "head_dim", None)
+    dim = own or config.hidden_size // config.num_attention_heads
+    return dim, getattr(config, "v_head_dim", None) or dim
 
 
 def layer_windows(config: object) -> tuple[int | None, ...]:

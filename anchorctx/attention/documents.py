@@ -32,10 +32,10 @@ def document_attention(
     anchor: int = 0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
+    """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    `anchor` is how many tokens the layouts share, to be merged in by fused kernels; `sinks` (Hq,). The output lies in
-    memory as (B, T, Hq, D) if the query does.
+    Differentiable once. `anchor` is how many tokens the layouts share, to be merged in by fused kernels; `sinks` are
+    (Hq,). The output lies in memory as (B, T, Hq, Dv) if the query does.
     """
     return _DocumentAttention.apply(query, key, value, tuple(layouts), score, kernel, anchor, sinks)
 
@@ -84,10 +84,10 @@ class _DocumentAttention(torch.autograd.Function):
 def _forward_over(
     tiles: Sequence[Tile], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score, kernel: Kernel
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """o (B, Hq, T, D) and lse (B, Hq, T) of documents, by as many calls as there are tiles; both are the caller's."""
+    """o (B, Hq, T, Dv) and lse (B, Hq, T) of documents, by as many calls as there are tiles; both are the caller's."""
     if len(tiles) == 1:
         return kernel.forward(q, k, v, tiles[0], score)
-    o = empty_heads_last(q)
+    o = empty_heads_last(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     for tile in tiles:
         parts = kernel.forward(tile.view(q), tile.view(k), tile.view(v), tile, score)
@@ -99,7 +99,7 @@ def _forward_over(
 def _backward_over(
     tiles: Sequence[Tile], do: torch.Tensor, attended: Attended, score: Score, kernel: Kernel
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq (B, Hq, T, D), dk and dv (B, Hkv, T, D) of the documents' scores, the caller's."""
+    """dq (B, Hq, T, D), dk (B, Hkv, T, D) and dv (B, Hkv, T, Dv) of the documents' scores, the caller's."""
     if len(tiles) == 1:
         return kernel.backward(do, attended, tiles[0], score)
     dq, dk, dv = (empty_heads_last(x) for x in attended[:3])

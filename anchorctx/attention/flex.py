@@ -49,9 +49,9 @@ def flex_attention(
     score: Score,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable on CUDA.
+    """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    `sinks`: (Hq,), or None.
+    Differentiable on CUDA. `sinks`: (Hq,), or None.
 
     Raises:
         BackendUnavailableError: a tensor on a CPU requires gradients (torch refuses it even under `no_grad`), or

@@ -55,10 +55,10 @@ def anchor_attention(
     kernel: Kernel,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
+    """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    The layouts share one anchor length, at least 1; `sinks` (Hq,) are one more column, for the anchor's tokens too. The
-    output lies in memory as (B, T, Hq, D) if the query does.
+    Differentiable once. The layouts share one anchor length, at least 1; `sinks` (Hq,) are one more column, for the
+    anchor's tokens too. The output lies in memory as (B, T, Hq, Dv) if the query does.
     """
     anchor = layouts[0].anchor_len
     if _fuses(query, key, value, anchor):
@@ -69,6 +69,7 @@ def anchor_attention(
 def _fuses(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, anchor: int) -> bool:
     return (
         anchor <= FUSED_ANCHOR
+        and key.shape == value.shape
         and query.dtype.itemsize <= 4
         and all(x.stride(-1) == 1 for x in (query, key, value))
         and launch.serves(query, key, value)
@@ -89,7 +90,7 @@ class _AnchorAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         anchor = layouts[0].anchor_len
         tiles = kernel.tiles(layouts, q.device)
-        o = empty_heads_last(q)
+        o = empty_heads_last(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
         a = lse.new_empty(*q.shape[:3], anchor)
         heads = _anchor_heads(k, v, anchor, q.shape[1], lse.dtype)
@@ -112,7 +113,7 @@ class _AnchorAttention(torch.autograd.Function):
         q, k, v, o, lse, a, sinks = ctx.saved_tensors
         score, kernel, anchor = ctx.score, ctx.kernel, ctx.anchor
         dq, dk, dv = (empty_heads_last(x) for x in (q, k, v))
-        sums = [lse.new_zeros(q.shape[0], q.shape[1], anchor, q.shape[3]) for _ in range(2)]  # dk, dv of the anchor
+        sums = [lse.new_zeros(*q.shape[:2], anchor, x.shape[3]) for x in (k, v)]  # dk, dv of the anchor
         heads = _anchor_heads(k, v, anchor, q.shape[1], lse.dtype)
         for group, span in _groups(ctx.tiles):
             for tile in group:
@@ -183,7 +184,7 @@ def _merge_backward(
 def _anchor_heads(
     k: torch.Tensor, v: torch.Tensor, anchor: int, heads: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' anchor keys and values, one per query head: (B, Hq, A, D)."""
+    """The rows' anchor keys (B, Hq, A, D) and values (B, Hq, A, Dv), one per query head."""
     k_anchor, v_anchor = (x[:, :, :anchor].to(dtype).repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     return k_anchor, v_anchor
 

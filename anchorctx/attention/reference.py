@@ -21,9 +21,9 @@ def reference_attention(
     score: Score,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query (B, Hq, T, D), key and value (B, Hkv, T, D), one layout a row -> (B, Hq, T, D); differentiable.
+    """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), one layout a row -> (B, Hq, T, Dv).
 
-    `sinks` (Hq,) are the logits of one more column, which has no value.
+    Differentiable. `sinks` (Hq,) are the logits of one more column, which has no value.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -86,9 +86,10 @@ def kernel_attention(
     kernel: Kernel,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """query (B, Hq, T, D), key and value (B, Hkv, T, D), documents together -> (B, Hq, T, D); differentiable once.
+    """query (B, Hq, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), documents together -> (B, Hq, T, Dv).
 
-    By the kernel alone, or merged with the anchor where the layouts share one; then the sinks (Hq,), if there are any.
+    Differentiable once. By the kernel alone, or merged with the anchor where the layouts share one; then the sinks
+    (Hq,), if there are any.
     """
     path = anchor_attention if layouts[0].anchor_len else document_attention
     return path(query, key, value, layouts, score, kernel, sinks=sinks)
@@ -190,7 +191,9 @@ def attend(
 
     Args:
         query: (B, Hq, T, D), rotated already.
-        key, value: (B, Hkv, T, D) with Hq a multiple of Hkv; the dtype of `query`.
+        key: (B, Hkv, T, D) with Hq a multiple of Hkv; the dtype of `query`.
+        value: (B, Hkv, T, Dv), where Dv may differ from D, as in multi-head latent attention; the dtype of `query`.
+            `reference` and `flex` take such values as they are, the others fill up with zeros to the larger dimension.
         layouts: one a row; all must share one `anchor_len`. Interleaved documents (`doc_ids`) are allowed.
         scale: factor on the scores; None is `D ** -0.5`.
         window: sliding window in tokens of the document; None is no window. A shared anchor stays always visible; a
@@ -201,7 +204,7 @@ def attend(
         backend: `auto` or a name in `BACKENDS`.
 
     Returns:
-        (B, Hq, T, D), laid out in memory as (B, T, Hq, D) if `query` is, as behind a projection. Differentiable (once).
+        (B, Hq, T, Dv), laid out in memory as (B, T, Hq, Dv) if `query` is, as behind a projection. Differentiable once.
 
     Raises:
         ValueError: shapes or layouts that do not agree.
@@ -215,7 +218,7 @@ def attend(
     if window is not None and window < max(anchor, 1):
         raise ValueError(f"a window of {window} tokens must hold the anchor, which is {anchor} tokens long")
     score = Score(query.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
-    chosen = choose(backend, query, score)
+    chosen = choose(backend, max(query, value, key=lambda x: x.shape[-1]), score)
     grouped = tuple(layout.by_document() for layout in layouts)
     if all(layout.together for layout in layouts):
         return chosen.attend(query, key, value, grouped, score, sinks=sinks)
@@ -242,10 +245,10 @@ def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layouts: tuple[PackedLayout, ...]) -> None:
     batch, heads, tokens, dim = query.shape
-    if key.shape != value.shape or (key.shape[0], key.shape[2], key.shape[3]) != (batch, tokens, dim):
+    if key.shape[:3] != value.shape[:3] or (key.shape[0], *key.shape[2:]) != (batch, tokens, dim):
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} must be (B, H, T, D) "
-            "and agree in B, T and D"
+            "and agree in B and T, and query and key in D"
         )
     if heads % key.shape[1]:
         raise ValueError(f"{heads} query heads must be a multiple of {key.shape[1]} key heads")

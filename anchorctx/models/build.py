@@ -19,6 +19,7 @@ from anchorctx.attention.keywords import hand_on_keywords
 from anchorctx.attention.registry import BACKENDS, choose
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
+from anchorctx.flops import head_dims
 from anchorctx.models.config import ModelConfig
 from anchorctx.models.load import load_weights, read_config, reason
 from anchorctx.models.rope import apply_rope
@@ -95,8 +96,7 @@ def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
 def check_attention(model: PreTrainedModel, attention: str, device: torch.device) -> None:
     """BackendUnavailableError when the backend cannot serve this model's calls on `device`; before anything is run."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, dim = config.num_attention_heads, max(head_dims(config))  # a kernel that takes one takes the larger
     softcap = getattr(config, "attn_logit_softcapping", None)
     # An empty call of the model's shape: the choice depends on dtype, device, head dimension and soft-capping alone.
     choose(attention, torch.empty(1, heads, 1, dim, dtype=model.dtype, device=device), Score(dim**-0.5, None, softcap))

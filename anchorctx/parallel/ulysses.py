@@ -14,7 +14,8 @@ as if the weights were split over it. Without it every stage averages over all p
 scaled by the number of processes) gives the gradient of one process at every stage; tests compare the norm itself.
 
 Queries and keys that were rotated in float32 are cast before the exchange, not after it: half the bytes. Of attention
-sinks a process takes those of its heads; their gradients add up over processes like those of weights.
+sinks a process takes those of its heads; their gradients add up over processes like those of weights. DeepSpeed knows
+one head dimension: narrower values (multi-head latent attention) travel with zeros behind them, and so does the output.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from anchorctx.attention.kernels.base import widened
 from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
+from anchorctx.flops import head_dims
 from anchorctx.parallel.mesh import Mesh, check_heads
 
 WRONG_CORES = {
@@ -117,8 +120,7 @@ def exchanged_bytes(config: PretrainedConfig, tokens: int, element: int, sequenc
     `element` is the bytes of a number, `recomputed` the share of layers whose forward pass runs twice.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads, (dim, _) = text.num_attention_heads, head_dims(text)
     sizes = {"heads": heads, "kv_heads": key_heads(text), "head_dim": dim, "element": element}
     layer = bytes_sent(tokens=-(-tokens // sequence) * sequence, sequence=sequence, **sizes)
     return round(layer * text.num_hidden_layers * (2 + recomputed))
@@ -127,12 +129,11 @@ def exchanged_bytes(config: PretrainedConfig, tokens: int, element: int, sequenc
 def _facts(config: PretrainedConfig, core: str) -> Any:
     """What the registration reads of a model, where some architectures leave fields out or at None."""
     text = config.get_text_config()
-    heads = text.num_attention_heads
     facts = SimpleNamespace(
         _attn_implementation=core,
-        num_attention_heads=heads,
+        num_attention_heads=text.num_attention_heads,
         num_key_value_heads=key_heads(text),
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=head_dims(text)[0],
         hidden_size=text.hidden_size,
         num_hidden_layers=text.num_hidden_layers,
     )
@@ -157,7 +158,11 @@ def _where_shared(exchange: Callable[..., Any], alone: Callable[..., Any], mesh:
             raise UserError(f"{type(module).__name__} does not hand position_ids to its attention: use another model")
         if kwargs.get("s_aux") is not None:  # 8 heads over 2 processes: the second attends with heads 4 to 7
             kwargs["s_aux"] = kwargs["s_aux"].chunk(mesh.sequence)[mesh.sequence_rank]
-        return exchange(module, query.to(value.dtype), key.to(value.dtype), value, attention_mask, **kwargs)
+        dim, value_dim = query.shape[-1], value.shape[-1]
+        query, key, value = query.to(value.dtype), key.to(value.dtype), widened(value, dim)
+        out, weights = exchange(module, query, key, value, attention_mask, **kwargs)
+        # (B, T/SP, Hq * D), of which the values' share is the model's
+        return out if dim == value_dim else out.unflatten(-1, (-1, dim))[..., :value_dim].flatten(-2), weights
 
     attention.exchanges = True  # type: ignore[attr-defined]
     return attention

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
-from anchorctx.flops import Machine, ModelFlops
+from anchorctx.flops import Machine, ModelFlops, head_dims
 from anchorctx.layout import PackedLayout
 from anchorctx.parallel import ulysses
 from anchorctx.parallel.config import ParallelConfig
@@ -52,12 +52,14 @@ class Shape:
     kv_heads: int
     """Key and value heads of a layer."""
     head_dim: int
+    """Of queries and keys."""
+    value_dim: int
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Shape:
         """Read it off a whole model, which may be on the meta device."""
         config, flops = model.config.get_text_config(), ModelFlops.of(model)
-        heads = config.num_attention_heads
+        head_dim, value_dim = head_dims(config)
         mlp = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name and p.ndim > 1)
         return cls(
             flops=flops,
@@ -67,9 +69,10 @@ class Shape:
             hidden=config.hidden_size,
             vocabulary=config.vocab_size,
             layers=config.num_hidden_layers,
-            heads=heads,
+            heads=config.num_attention_heads,
             kv_heads=ulysses.key_heads(config),
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
         )
 
 

@@ -126,7 +126,7 @@ def _kv(planner: Planner, plan: Plan) -> float:
     # between the exchanges a process has all tokens of H / N heads; where there are fewer heads than processes, of one
     shape, sequence = planner.shape, plan.held.processes
     heads = max(shape.kv_heads, sequence) / sequence
-    return 2 * plan.held.tokens * heads * shape.head_dim * shape.element
+    return plan.held.tokens * heads * (shape.head_dim + shape.value_dim) * shape.element
 
 
 def _step(planner: Planner, plan: Plan) -> list[str]:

@@ -113,6 +113,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=True,
         layered_masks=True,
     ),
+    "deepseek_v3": Architecture(  # multi-head latent attention: queries and keys of 12 dimensions, values of 8
+        "deepseek_v3",
+        {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        | {"first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+        | {"moe_intermediate_size": 16, "num_key_value_heads": 4},
+        grouped=False,
+        experts=True,
+    ),
     "cohere2": Architecture("cohere2", MIXED | {"logit_scale": 0.25}, window=True, layered_masks=True),
 }
 """Every architecture that is proven, by name."""
@@ -183,8 +191,7 @@ def true_float64() -> Iterator[None]:
     (A TorchFunctionMode would not reach what activation checkpointing recomputes.)
     """
     functional = torch.nn.functional
-    tensor = torch.Tensor
-    owners = ((tensor, "to"), (tensor, "type"), (tensor, "float"), (tensor, "softmax"), (functional, "softmax"))
+    owners = (*((torch.Tensor, name) for name in ("to", "type", "float", "softmax")), (functional, "softmax"))
     with contextlib.ExitStack() as stack:
         for owner, name in owners:
             stack.enter_context(mock.patch.object(owner, name, _keep_float64(getattr(owner, name))))

@@ -12,6 +12,7 @@ import sys
 import torch
 import torch.distributed
 
+from anchorctx.flops import head_dims
 from anchorctx.layout import PackedLayout
 from anchorctx.models.loss import CausalLMLoss
 from anchorctx.parallel import dist, ulysses
@@ -77,7 +78,7 @@ def compare(name, ranks, sequence):
             tokens=-(-LENGTH // sequence) * sequence,
             heads=config.num_attention_heads,
             kv_heads=ulysses.key_heads(config),
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            head_dim=head_dims(config)[0],
             element=8,
             sequence=sequence,
             rows=2,

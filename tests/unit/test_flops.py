@@ -1,8 +1,9 @@
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from anchorctx.flops import ModelFlops, layer_windows, peak_flops
+from anchorctx.flops import ModelFlops, head_dims, layer_windows, peak_flops
 from anchorctx.layout import PackedLayout
+from anchorctx.testing.tiny import ARCHITECTURES
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 
@@ -37,6 +38,16 @@ def test_attention_counts_allowed_pairs_in_every_layer():
     assert flops.attention(layout) == 3 * 12 * 8 * 4 * int(layout.allowed_array().sum())
     saved = flops.attention_saved([layout])
     assert saved == pytest.approx(1 - layout.allowed_array().sum() / 36)
+
+
+def test_head_dimensions_are_those_of_the_tensors():
+    for name, dims in {"llama": (8, 8), "qwen3": (16, 16), "gpt_neox": (8, 8), "deepseek_v3": (12, 8)}.items():
+        model = ARCHITECTURES[name].build()
+        assert head_dims(model.config) == dims
+        if name == "deepseek_v3":  # q.k in 12 dimensions, p.v in 8
+            attention = model.model.layers[0].self_attn
+            assert attention.q_b_proj.out_features == 4 * 12 and attention.o_proj.in_features == 4 * 8
+            assert ModelFlops.of(model).per_pair == 3 * 2 * (12 + 8) * 4
 
 
 def test_windows_follow_the_layer_types():

@@ -1,6 +1,7 @@
 """What a flash kernel must offer to carry AnchorAttention: intra-document causal attention that hands out its lse.
 
-Shapes: B rows, T tokens, Hq query heads, Hkv key heads (Hq a multiple of Hkv), D head dimension, L tokens of a tile.
+Shapes: B rows, T tokens, Hq query heads, Hkv key heads (Hq a multiple of Hkv), D head dimension of queries and keys, Dv
+of values and outputs (another in multi-head latent attention), L tokens of a tile.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class Attended(NamedTuple):
     k: torch.Tensor
     """(b, Hkv, L, D)."""
     v: torch.Tensor
-    """(b, Hkv, L, D)."""
+    """(b, Hkv, L, Dv)."""
     o: torch.Tensor
-    """(b, Hq, L, D), of the total softmax: documents and anchor."""
+    """(b, Hq, L, Dv), of the total softmax: documents and anchor."""
     lse: torch.Tensor
     """(b, Hq, L), natural log, of the total softmax."""
 
@@ -65,9 +66,9 @@ class Kernel(Protocol):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q (b, Hq, L, D), k, v (b, Hkv, L, D) -> o (b, Hq, L, D), lse (b, Hq, L), natural log, at least float32.
+        """q (b, Hq, L, D), k (b, Hkv, L, D), v (b, Hkv, L, Dv) -> o (b, Hq, L, Dv), lse (b, Hq, L).
 
-        o lies in memory as (b, L, Hq, D) if q does, and is the caller's.
+        lse is a natural logarithm, at least float32. o lies in memory as (b, L, Hq, D) if q does, and is the caller's.
         """
         ...
 
@@ -81,7 +82,18 @@ class Kernel(Protocol):
         ...
 
 
-def empty_heads_last(like: torch.Tensor) -> torch.Tensor:
-    """(b, H, L, D) laid out in memory as (b, L, H, D): what projections and flash kernels use."""
-    b, heads, tokens, dim = like.shape
-    return like.new_empty(b, tokens, heads, dim).transpose(1, 2)
+def empty_heads_last(like: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """(b, H, L, D) laid out in memory as (b, L, H, D), as projections and flash kernels use; D is `dim` or `like`'s."""
+    b, heads, tokens, own = like.shape
+    return like.new_empty(b, tokens, heads, own if dim is None else dim).transpose(1, 2)
+
+
+def widened(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`x` with zeros behind its last dimension, up to `dim`; itself where none is missing.
+
+    A kernel that takes one head dimension gets queries, keys and values so: zeros add nothing to a score, and the
+    output's are cut off again.
+    """
+    missing = dim - x.shape[-1]
+    assert missing >= 0, "would cut numbers off"
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x

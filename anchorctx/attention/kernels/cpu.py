@@ -2,7 +2,8 @@
 
 The operators are those behind `scaled_dot_product_attention` on a CPU; called directly they hand out the log-sum-exp.
 They take float64, float32, bfloat16 and float16, grouped-query heads without copies, and any strides: n neighbours of
-one length are a batch of n, seen through a view. Pieces are sorted by length, so that such runs are long.
+one length are a batch of n, seen through a view. Pieces are sorted by length, so that such runs are long. Values of
+another head dimension than queries and keys are widened with zeros, or they are.
 
 Of documents of a few tokens the calls, not the arithmetic, are the cost: neighbours of other lengths that fit into
 `RUN` tokens go through one call under a small block-diagonal mask. The operators know no sliding window: documents
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from anchorctx.attention.kernels.base import Attended, Score, Tile, empty_heads_last
+from anchorctx.attention.kernels.base import Attended, Score, Tile, empty_heads_last, widened
 from anchorctx.layout import PackedLayout
 
 RUN = 128
@@ -26,8 +27,8 @@ documents of 8 tokens (8 heads of 64, float32) took 0.27 s under such masks, 0.8
 CALL = 4096
 """Tokens of equally long documents in one call, at most: what it returns stays small beside a long row's."""
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_aten_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_aten_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class CpuKernel:
@@ -47,7 +48,7 @@ class CpuKernel:
         """See `Kernel.forward`."""
         if tile.cu_seqlens is not None:
             mask = _document_mask(tile.cu_seqlens, score.window, q.dtype)
-            return _forward(q, k, v, 0.0, False, attn_mask=mask, scale=score.scale)
+            return _forward(q, k, v, False, score, mask)
         o, lse = _causal_forward(_apart(q, tile), _apart(k, tile), _apart(v, tile), score)
         return _joined(o), _joined(lse)
 
@@ -57,7 +58,7 @@ class CpuKernel:
         """See `Kernel.backward`."""
         if tile.cu_seqlens is not None:
             mask = _document_mask(tile.cu_seqlens, score.window, do.dtype)
-            return _backward(do, *attended, 0.0, False, attn_mask=mask, scale=score.scale)
+            return _backward(do, attended, False, score, mask)
         dq, dk, dv = _causal_backward(_apart(do, tile), Attended(*(_apart(x, tile) for x in attended)), score)
         return _joined(dq), _joined(dk), _joined(dv)
 
@@ -68,12 +69,12 @@ def _causal_forward(
     """Each batch entry is a document: q (n, Hq, L, D) -> o (n, Hq, L, D), lse (n, Hq, L), both heads last in memory."""
     length, window = q.shape[2], score.window
     if window is None or length <= window:
-        return _forward(q, k, v, 0.0, True, scale=score.scale)
-    o = empty_heads_last(q)
+        return _forward(q, k, v, True, score)
+    o = empty_heads_last(q, v.shape[-1])
     lse = o.new_empty(o.shape[0], length, o.shape[1], dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
     for rows, keys, mask in _bands(length, window, q.dtype):
         tensors = q[:, :, rows], k[:, :, keys], v[:, :, keys]
-        o[:, :, rows], lse[:, :, rows] = _forward(*tensors, 0.0, False, attn_mask=mask, scale=score.scale)
+        o[:, :, rows], lse[:, :, rows] = _forward(*tensors, False, score, mask)
     return o, lse
 
 
@@ -83,16 +84,40 @@ def _causal_backward(
     q, k, v, o, lse = attended
     length, window = q.shape[2], score.window
     if window is None or length <= window:
-        return _backward(do, *attended, 0.0, True, scale=score.scale)
+        return _backward(do, attended, True, score)
     dq, dk, dv = empty_heads_last(q), empty_heads_last(k).zero_(), empty_heads_last(v).zero_()
     for rows, keys, mask in _bands(length, window, q.dtype):
-        tensors = do[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[:, :, rows]
-        gq, gk, gv = _backward(*tensors, 0.0, False, attn_mask=mask, scale=score.scale)
+        part = Attended(q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], lse[:, :, rows])
+        gq, gk, gv = _backward(do[:, :, rows], part, False, score, mask)
         dq[:, :, rows] = gq
         # neighbouring blocks share the keys of a window
         dk[:, :, keys] += gk
         dv[:, :, keys] += gv
     return dq, dk, dv
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, score: Score, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(q.shape[-1], v.shape[-1])
+    wide = (widened(x, width) for x in (q, k, v))
+    o, lse = _aten_forward(*wide, 0.0, causal, attn_mask=mask, scale=score.scale)
+    return _narrowed(o, v.shape[-1]), lse
+
+
+def _backward(
+    do: torch.Tensor, attended: Attended, causal: bool, score: Score, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *tensors, lse = attended
+    dim, value_dim = attended.q.shape[-1], attended.v.shape[-1]
+    wide = (widened(x, max(dim, value_dim)) for x in (do, *tensors))
+    dq, dk, dv = _aten_backward(*wide, lse, 0.0, causal, attn_mask=mask, scale=score.scale)
+    return _narrowed(dq, dim), _narrowed(dk, dim), _narrowed(dv, value_dim)
+
+
+def _narrowed(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The first `dim` of each head, without the memory of the others, in memory as (n, L, H, dim)."""
+    return x if x.shape[-1] == dim else x.transpose(1, 2)[..., :dim].contiguous().transpose(1, 2)
 
 
 def _apart(x: torch.Tensor, tile: Tile) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Such a kernel takes q (N, Hq, D) and k, v (N, Hkv, D), N tokens of all documents one after the other, `cu_seqlens`, and
 returns o (N, Hq, D) and the log-sum-exp (Hq, N) in float32. Projections leave q, k and v in memory as (B, T, H, D), so
-that a whole batch is such a sequence of tokens without a copy. Grouped-query heads are the kernels' own.
+that a whole batch is such a sequence of tokens without a copy. Grouped-query heads are the kernels' own. Where values
+have another head dimension than queries and keys, the narrower ones are copied with zeros behind them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch._guards import detect_fake_mode
 
-from anchorctx.attention.kernels.base import Attended, Score, Tile
+from anchorctx.attention.kernels.base import Attended, Score, Tile, widened
 from anchorctx.layout import PackedLayout
 
 MAX_SEQUENCES = 1024
@@ -64,33 +65,35 @@ class VarlenKernel(abc.ABC):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernel.forward`."""
-        o, lse = self.varlen_forward(Packed(pack(q), pack(k), pack(v)), tile, score)
-        return unpack(o, q), lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
+        width = max(q.shape[-1], v.shape[-1])
+        o, lse = self.varlen_forward(Packed(*(pack(x, width) for x in (q, k, v))), tile, score)
+        return unpack(o, q, v.shape[-1]), lse.unflatten(1, (q.shape[0], -1)).transpose(0, 1)
 
     def backward(
         self, do: torch.Tensor, attended: Attended, tile: Tile, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Kernel.backward`."""
-        q, k, v, o, lse = attended
+        *tensors, lse = attended
+        q, k, v, _ = tensors
         heads_first = lse.transpose(0, 1).flatten(1).contiguous()  # (b, Hq, L) -> (Hq, b*L)
-        packed = Attended(pack(q), pack(k), pack(v), pack(o), heads_first)
-        dq, dk, dv = self.varlen_backward(pack(do), packed, tile, score)
+        width = max(q.shape[-1], v.shape[-1])
+        packed = Attended(*(pack(x, width) for x in tensors), heads_first)
+        dq, dk, dv = self.varlen_backward(pack(do, width), packed, tile, score)
         return unpack(dq, q), unpack(dk, k), unpack(dv, v)
 
 
-def pack(x: torch.Tensor) -> torch.Tensor:
-    """(b, H, L, D) -> (b*L, H, D'), D' the next multiple of 8; a view where memory is (b, L, H, D)."""
+def pack(x: torch.Tensor, width: int = 0) -> torch.Tensor:
+    """(b, H, L, D) -> (b*L, H, D'), D' the next multiple of 8 from `width` on; a view where memory is (b, L, H, D')."""
     packed = x.transpose(1, 2).flatten(0, 1)
-    padding = -packed.shape[-1] % ALIGNMENT
-    if padding:
-        return torch.nn.functional.pad(packed, (0, padding))
+    packed = widened(packed, -(-max(width, x.shape[-1]) // ALIGNMENT) * ALIGNMENT)
     # Gradients that come from a sum are expanded: a stride of 0, which no kernel takes.
     return packed if packed.stride(-1) == 1 else packed.contiguous()
 
 
-def unpack(packed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(b*L, H, D') -> (b, H, L, D), the shape of `like`, in memory as (b, L, H, D); a view where D' is D."""
-    return packed[..., : like.shape[-1]].contiguous().unflatten(0, (like.shape[0], -1)).transpose(1, 2)
+def unpack(packed: torch.Tensor, like: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """(b*L, H, D') -> (b, H, L, D), in memory as (b, L, H, D); a view where D' is D: `dim`, or that of `like`."""
+    dim = like.shape[-1] if dim is None else dim
+    return packed[..., :dim].contiguous().unflatten(0, (like.shape[0], -1)).transpose(1, 2)
 
 
 def uncached_under_fake(cached: _Cached) -> _Cached:
