@@ -20,6 +20,12 @@ NOTES = {
     "beam": "layers that see the whole row do not rotate: `model.rope` is refused",
     "llama4": "documents of at most 8,191 tokens with their anchor: the chunk, and the scale of its queries",
     "llama4_text": "as `llama4`",
+    "gpt_oss": "attention sinks, trained too",
+    "flint": "attention sinks, trained too",
+    "granite_swa": "attention sinks, trained too; a theta for each layer",
+    "granitemoe_swa": "attention sinks, trained too; a theta for each layer",
+    "deepseek_v2": "latent attention: values of another head dimension",
+    "deepseek_v3": "latent attention: values of another head dimension",
     "nemotron": "its layers drop the forward's keywords: hooks hand them on",
     "stablelm": "its layers drop the forward's keywords: hooks hand them on",
     "lfm2": "without convolutions, as its default configuration is; checkpoints have them and are refused",
@@ -54,17 +60,19 @@ TEXT = """# Which decoders
 Of the {total} model types that `AutoModelForCausalLM` loads in transformers {version}, **{exact} are exact**: a row of
 packed documents equals every document alone behind its anchor, in logits and gradients, to 1e-12 in float64. The others
 are refused in one sentence, whichever way they enter: `anchorctx train`, `plan` and `precision` when they read the
-configuration, `check_model`, `attach`, and plain
-`from_pretrained(..., attn_implementation="anchor")`.
+configuration, `check_model`, and plain `from_pretrained(..., attn_implementation="anchor")`.
+
+A model whose attention is set afterwards, by `set_attn_implementation`, is judged in its first forward pass; a few old
+ones never ask for a mask there (`mamba`, `rwkv`, `xlnet`, ...), so call `check_model` then.
 
 Each was run as a tiny random model, a layer of every kind, through transformers' own eager attention and through ours
 (`scripts/sweep_decoders.py`, two minutes; `tests/numerics/test_every_decoder.py --slow` runs every way in). The outcome
 is `anchorctx/attention/known_decoders.json`, of which `docs/write_models.py` makes this page. Settings of an exact type
 are looked at too: kinds of layers other than full and sliding attention are refused.
 
-**A decoder that is not in these lists** is tried where it is loaded, in about a second: two documents in a row on a tiny
-copy of its configuration against each alone. It is refused with the deviation if they differ, and with the reason if
-that cannot be tried.
+**A decoder that is not in these lists** is tried where it is loaded, in about a second: two documents in a row on a
+tiny copy of its configuration against each alone. It is refused with the deviation if they differ, and with the reason
+if that cannot be tried.
 
 **Images and sound.** A model that also reads these is trained on text as it is: the rest keeps its weights, is
 exported with it, and takes no part.

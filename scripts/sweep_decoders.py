@@ -114,6 +114,8 @@ def why(config: PretrainedConfig | None, told: str = "") -> str:
     if config is None or text is None or config.is_encoder_decoder:
         return "encoder"
     fields = vars(text)
+    if "encoder_config" in fields:
+        return "encoder"
     if "ImportError" in told:
         return UNTRIED
     if "assistant" in config.model_type:
@@ -122,12 +124,8 @@ def why(config: PretrainedConfig | None, told: str = "") -> str:
         return "state"
     if any("index_" in name for name in fields):
         return "index"
-    if "sinks" in told:
-        return "sinks"
     if not architecture.has_rope(text) and not any("rotary" in name for name in fields):
         return "no_rope"
-    if "must be (B, H, T, D)" in told:
-        return "values"
     return "bias" if "attention mask beside" in told else "own_attention"
 
 

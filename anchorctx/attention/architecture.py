@@ -31,11 +31,7 @@ REASONS = {
     "index": "chooses by an index over the row which tokens are seen, which would mix packed documents",
     "no_rope": "has no rotary position embeddings",
     "encoder": "has an encoder, or lets tokens see those behind them",
-    "positions": "counts positions over the row and not from position_ids, so that documents would depend on their "
-    "place in it",
     "bias": "adds a bias of its own to attention scores, which the layout's attention does not compute",
-    "sinks": "has attention sinks, which no backend computes",
-    "values": "has values of another head dimension than its keys, which no backend takes",
     "part": "is a text model inside another, which transformers would not load again from a folder of its own",
     "assistant": "drafts for another model and cannot be trained alone",
 }

@@ -12,12 +12,14 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from anchorctx.errors import UserError
 
 KEYWORDS = ("layouts", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What says where documents lie."""
@@ -32,14 +34,29 @@ def hand_on_keywords(model: torch.nn.Module) -> None:
     Llama 4 scales queries by their index in the row, which for documents that fit in its chunks is a factor of 1 when
     they are alone (`architecture.check_documents`): it is switched off. The configuration, and an export, keep it.
     """
-    for layer in model.modules():
-        if getattr(layer, "attn_temperature_tuning", False) and hasattr(layer, "floor_scale"):
-            layer.attn_temperature_tuning = False  # type: ignore[assignment]
-        for name in dropping(type(layer).forward) if isinstance(layer, GradientCheckpointingLayer) else ():
-            attention = getattr(layer, name, None)
-            if isinstance(attention, torch.nn.Module) and _keep not in layer._forward_pre_hooks.values():
-                layer.register_forward_pre_hook(_keep, with_kwargs=True)
-                attention.register_forward_pre_hook(_hand_on, with_kwargs=True)
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale"):
+            module.attn_temperature_tuning = False  # type: ignore[assignment]
+    for layer, attention in _unhooked(model):
+        layer.register_forward_pre_hook(_keep, with_kwargs=True)
+        attention.register_forward_pre_hook(_hand_on, with_kwargs=True)
+
+
+def check_keywords(model: torch.nn.Module) -> None:
+    """UserError for a model whose layers drop keyword arguments, unless they are hooked."""
+    if any(_unhooked(model)):
+        raise UserError(
+            f"{type(model).__name__}'s layers drop the arguments that say where documents lie: call "
+            "anchorctx.attention.hand_on_keywords(model) first"
+        )
+
+
+def _unhooked(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Each layer that drops keyword arguments, with its attention."""
+    for layer in list(model.modules()):
+        if isinstance(layer, GradientCheckpointingLayer) and _keep not in layer._forward_pre_hooks.values():
+            found = (getattr(layer, name, None) for name in dropping(type(layer).forward))
+            yield from ((layer, attention) for attention in found if isinstance(attention, torch.nn.Module))
 
 
 @functools.lru_cache(maxsize=1024)

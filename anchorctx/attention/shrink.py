@@ -17,7 +17,7 @@ CHUNK = 16
 MOST_LAYERS = 8
 
 _TABLE: dict[int, str] = {
-    VOCABULARY: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
+    VOCABULARY: "vocab_size unpadded_vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab",
     64: """hidden_size d_model n_embd emb_dim embedding_size embedding_dim word_embed_proj_dim input_embedding_size
         output_embedding_size attention_hidden_size lru_width mamba_d_ssm linear_attn_hidden_size hidden_dim""",
     48: """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff d_inner dim_ff feed_forward_size

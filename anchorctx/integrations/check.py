@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from anchorctx.attention import BACKENDS
 from anchorctx.attention.architecture import check_architecture
 from anchorctx.attention.interface import check_interface, implementation
+from anchorctx.attention.keywords import check_keywords
 from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
 
@@ -33,7 +36,10 @@ def check_model(model: Any) -> None:
             f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "
             "model with 'flash_attention_2' on CUDA, or anywhere with 'anchor' after anchorctx.attention.register()"
         )
-    check_interface(getattr(model, "module", model))
+    inner = getattr(model, "module", model)
+    check_interface(inner)
+    if isinstance(inner, torch.nn.Module):
+        check_keywords(inner)
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     # of each kind of layer, where they differ
     kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}

@@ -19,7 +19,7 @@ from anchorctx.attention.keywords import hand_on_keywords
 from anchorctx.attention.registry import BACKENDS, choose
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
-from anchorctx.flops import head_dims
+from anchorctx.flops import head_dims, layer_configs
 from anchorctx.models.config import ModelConfig
 from anchorctx.models.load import load_weights, read_config, reason
 from anchorctx.models.rope import apply_rope
@@ -59,8 +59,7 @@ def build_config(config: ModelConfig) -> PretrainedConfig:
         raise UserError("the model needs exactly one of model.path (a checkpoint) and model.config (a new model)")
     hf_config = read_config(config.path) if config.path else _new_config(config.config)
     check_architecture(hf_config)
-    text = hf_config.get_text_config()
-    for layer in text.per_layer_config if getattr(text, "is_heterogeneous", False) else (text,):
+    for layer in layer_configs(hf_config.get_text_config()):
         _check_heads({name: getattr(layer, name, None) for name in HEAD_FIELDS})
     apply_rope(hf_config, config.rope, config.max_length, trained=bool(config.path))
     return hf_config
@@ -140,7 +139,7 @@ def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else "see its transformers configuration class for the valid ones"
             raise UserError(f"model.config.{name} is not a field of {model_type}: {hint}")
-    _check_heads({"head_dim": _own_head_dim(default)} | fields)
+    _check_heads({"head_dim": _own_head_dim(layer_configs(default.get_text_config())[0])} | fields)
     try:
         return AutoConfig.for_model(model_type, **fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -171,5 +170,5 @@ def _new(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, An
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
             return AutoModelForCausalLM.from_config(hf_config, **options)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(f"model.config cannot be built: {reason(error, first=True)}") from error
