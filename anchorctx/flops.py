@@ -130,11 +130,21 @@ class ModelFlops:
         return 1 - done / full
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The configurations of a model's layers where these differ (Gemma 4's head dimensions), else the model's alone.
+
+    transformers refuses to read a value that differs off the model's configuration.
+    """
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def head_dims(config: Any) -> tuple[int, int]:
-    """Head dimensions of a text configuration: of queries and keys, and of values.
+    """Head dimensions of a text configuration: of queries and keys, and of values; of the widest layers.
 
     They differ in multi-head latent attention, whose queries and keys have a part that is rotated and one that is not.
     """
+    if len(layers := layer_configs(config)) > 1:
+        return max(head_dims(layer) for layer in layers)
     parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
     own = sum(parts) if all(parts) else getattr(config, "head_dim", None)
     dim = own or config.hidden_size // config.num_attention_heads

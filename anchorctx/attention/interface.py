@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
+from anchorctx.attention.architecture import REASONS, REMEDY, check_architecture, check_documents, is_known
 from anchorctx.attention.boundaries import layouts_of
+from anchorctx.attention.construction import judge_new_models
 from anchorctx.attention.registry import BACKENDS, attend
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
@@ -29,6 +31,7 @@ def register() -> None:
 
     Idempotent. Load or configure a model with `attn_implementation="anchor"` afterwards.
     """
+    judge_new_models()
     # The mask function makes none: transformers would build (B, 1, T, T) where it finds no such function.
     for backend in ("auto", *BACKENDS):
         name = implementation(backend)
@@ -46,17 +49,27 @@ def implementation(backend: str = "auto") -> str:
 
 def check_interface(model: Any) -> None:
     """UserError for a model whose attention never asks transformers' interface, and so would never hear of a layout."""
+    if is_known(model.config):
+        return
     inner = getattr(model, "base_model", model)  # PEFT's wrapper
     inner = getattr(inner, "model", inner)
     if any(getattr(found, "_supports_attention_backend", None) is False for found in (model, inner)):
-        raise UserError(
-            f"{type(model).__name__} computes attention by itself, not through transformers' interface, so that "
-            "documents would see each other: use a model such as llama or qwen3"
-        )
+        raise UserError(f"{type(model).__name__} {REASONS['own_attention']}: {REMEDY}")
 
 
-def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """The layout is the mask; one that hides tokens beside it is refused, for it would vanish silently."""
+def _no_mask(
+    *args: Any,
+    attention_mask: torch.Tensor | None = None,
+    config: PretrainedConfig | None = None,
+    **kwargs: Any,
+) -> None:
+    """The layout is the mask; one that hides tokens beside it is refused, for it would vanish silently.
+
+    transformers asks for a mask with every forward pass, so that a model that would mix documents is refused here
+    whichever way it was loaded.
+    """
+    if config is not None:
+        check_architecture(config)
     if attention_mask is not None and not bool(attention_mask.all()):
         hidden = int((attention_mask == 0).sum())
         raise UserError(
@@ -95,6 +108,8 @@ def _anchor_forward(
     for word in NOT_COMPUTED:
         if kwargs.get(word) is not None:
             raise UserError(f"{name} hands {word} to its attention, which no backend computes: use another model")
+    if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+        check_documents(config, layouts)
     query, key, value = together(module, query, key, value)
     options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
     out = attend(query, key, value, layouts, **options, backend=backend)

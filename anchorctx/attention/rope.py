@@ -77,7 +77,7 @@ def _makers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def rotary_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules that turn position ids into cosines and sines: those that hold inverse frequencies."""
+    """The modules that turn position ids into cosines and sines: they hold inverse frequencies, or a table (GPT-J)."""
     return [module for module in model.modules() if _frequencies(module)]
 
 
@@ -123,13 +123,14 @@ def restore_frequencies(model: torch.nn.Module) -> None:
     for module in rotary_modules(model):
         if all(frequencies.dtype in EXACT for frequencies in _frequencies(module).values()):
             continue
-        fresh = type(module)(module.config)  # type: ignore[call-arg, arg-type]
+        fresh = type(module)(getattr(module, "config", model.config))  # type: ignore[call-arg, arg-type]
         for name, rounded in _frequencies(module).items():
             module._buffers[name] = getattr(fresh, name).to(rounded.device)
 
 
 def _frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: x for name, x in module._buffers.items() if name.endswith("inv_freq") and x is not None}
+    table = "embed_positions" if "Rotary" in type(module).__name__ else None
+    return {n: x for n, x in module._buffers.items() if (n.endswith("inv_freq") or n == table) and x is not None}
 
 
 def _rounded_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from anchorctx.attention import BACKENDS
+from anchorctx.attention.architecture import check_architecture
 from anchorctx.attention.interface import check_interface, implementation
+from anchorctx.attention.keywords import check_keywords
 from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-SEPARATED = ("full_attention", "sliding_attention")
-"""Layer types that take the boundaries; a linear layer's state or a convolution runs on over them."""
 
 
 def check_model(model: Any) -> None:
@@ -32,6 +31,7 @@ def check_model(model: Any) -> None:
     config = getattr(getattr(model, "module", model), "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UserError(f"model={model!r:.60} has no configuration to check: pass the transformers model itself")
+    check_architecture(config)
     text = config.get_text_config()
     name = text._attn_implementation or "eager"
     anchors = {implementation(backend) for backend in ("auto", *BACKENDS)}
@@ -40,7 +40,10 @@ def check_model(model: Any) -> None:
             f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "
             "model with 'flash_attention_2' on CUDA, or anywhere with 'anchor' after anchorctx.attention.register()"
         )
-    check_interface(getattr(model, "module", model))
+    inner = getattr(model, "module", model)
+    check_interface(inner)
+    if isinstance(inner, torch.nn.Module):
+        check_keywords(inner)
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     # of each kind of layer, where they differ
     kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
@@ -49,9 +52,6 @@ def check_model(model: Any) -> None:
             f"rope_type={bound.pop()} takes its angles from the longest position of a batch, so that a document's "
             "would depend on the others: use linear, yarn or llama3, or anchorctx train, which takes the row's"
         )
-    other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATED))
-    if other:
-        raise UserError(f"model type {text.model_type} has {other[0]} layers, which would mix documents: use another")
 
 
 def warn_of_data_parallel() -> None:

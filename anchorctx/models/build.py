@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from anchorctx.attention.architecture import check_architecture
 from anchorctx.attention.interface import check_interface, implementation, register
 from anchorctx.attention.kernels.base import Score
+from anchorctx.attention.keywords import hand_on_keywords
 from anchorctx.attention.registry import BACKENDS, choose
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.errors import UserError
-from anchorctx.flops import head_dims
+from anchorctx.flops import head_dims, layer_configs
 from anchorctx.models.config import ModelConfig
 from anchorctx.models.load import load_weights, read_config, reason
 from anchorctx.models.rope import apply_rope
 
+logger = logging.getLogger(__name__)
+
 HEAD_FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-LAYER_TYPES = ("full_attention", "sliding_attention")
-"""Layers that a layout can separate; linear attention, convolutions and chunks would mix documents."""
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -44,6 +47,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     }
     model = load_weights(config.path, hf_config, **options) if config.path else _new(config, hf_config, options)
     check_interface(model)
+    hand_on_keywords(model)
+    freeze_other_modalities(model)
     set_rope_dtype(model, config.rope_dtype)
     return model.train()
 
@@ -53,9 +58,28 @@ def build_config(config: ModelConfig) -> PretrainedConfig:
     if bool(config.path) == bool(config.config):
         raise UserError("the model needs exactly one of model.path (a checkpoint) and model.config (a new model)")
     hf_config = read_config(config.path) if config.path else _new_config(config.config)
-    _check_architecture(hf_config)
+    check_architecture(hf_config)
+    for layer in layer_configs(hf_config.get_text_config()):
+        _check_heads({name: getattr(layer, name, None) for name in HEAD_FIELDS})
     apply_rope(hf_config, config.rope, config.max_length, trained=bool(config.path))
     return hf_config
+
+
+def freeze_other_modalities(model: PreTrainedModel) -> None:
+    """Keep what reads images or sound as it is: text alone gives it no gradient, but weight decay would shrink it.
+
+    Nothing for a model of text alone. An export holds the whole model.
+    """
+    if model.config.get_text_config() is model.config:
+        return
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    trained = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in trained]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    if others:
+        count = sum(parameter.numel() for parameter in others)
+        logger.info("%s: %d weights of images or sound are kept as they are", type(model).__name__, count)
 
 
 def check_vocabulary(model: PreTrainedModel, tokens: int) -> None:
@@ -115,24 +139,11 @@ def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else "see its transformers configuration class for the valid ones"
             raise UserError(f"model.config.{name} is not a field of {model_type}: {hint}")
-    _check_heads({"head_dim": _own_head_dim(default)} | fields)
+    _check_heads({"head_dim": _own_head_dim(layer_configs(default.get_text_config())[0])} | fields)
     try:
         return AutoConfig.for_model(model_type, **fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config is not a valid {model_type} configuration: {reason(error)}") from error
-
-
-def _check_architecture(config: PretrainedConfig) -> None:
-    name = config.model_type
-    # a text model's text configuration is itself
-    if config.get_text_config() is not config:
-        raise UserError(f"model type {name} is multimodal: use the checkpoint of its text model")
-    if not getattr(config, "rope_parameters", None):
-        raise UserError(f"model type {name} has no rotary position embeddings: use a RoPE decoder such as llama")
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
-    if other:
-        raise UserError(f"model type {name} has {other[0]} layers, which would mix packed documents: use another model")
-    _check_heads({n: getattr(config, n, None) for n in HEAD_FIELDS})
 
 
 def _own_head_dim(config: PretrainedConfig) -> int | None:
@@ -159,5 +170,5 @@ def _new(config: ModelConfig, hf_config: PretrainedConfig, options: dict[str, An
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
             return AutoModelForCausalLM.from_config(hf_config, **options)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(f"model.config cannot be built: {reason(error, first=True)}") from error

@@ -31,7 +31,7 @@ def check_length(config: PretrainedConfig, tokens: int) -> None:
 def reach(config: PretrainedConfig) -> int:
     """Tokens that the RoPE settings reach: `max_position_embeddings`, or what a stretched original length allows."""
     # Llama of 4,096 tokens with yarn and factor 4: min(max_position_embeddings, 4096 * 4) = 16,384
-    limit: int = config.max_position_embeddings
+    limit: int = config.get_text_config().max_position_embeddings
     rope = full_parameters(config)
     if rope.get("rope_type") == "dynamic":  # transformers keeps the original length in max_position_embeddings here
         return int(limit * rope["factor"])
@@ -41,19 +41,30 @@ def reach(config: PretrainedConfig) -> int:
 
 
 def full_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """transformers' `rope_parameters` of the layers that see the whole row; the dictionary itself, not a copy."""
-    parameters = config.rope_parameters
-    return parameters[FULL] if isinstance(parameters.get(FULL), dict) else parameters
+    """transformers' `rope_parameters` of the layers that see the whole row; the dictionary itself, not a copy.
+
+    Empty where these have fixed angles (GPT-J, CodeGen) or do not rotate (BEAM).
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return (parameters[FULL] or {}) if FULL in parameters else parameters
 
 
 def apply_rope(config: PretrainedConfig, rope: RopeConfig, max_length: int | None, *, trained: bool) -> None:
     """Write `rope` and `max_length` into `config`, in place, so that model and export use them.
 
-    `trained` says that weights come with the configuration: raising their length then needs a change of RoPE.
+    `trained` says that weights come with the configuration: raising their length then needs a change of RoPE. Where
+    text is one part of a model, the settings are the text model's.
     """
     _check(rope, max_length)
+    config = config.get_text_config()
     length: int = config.max_position_embeddings
     changed = rope.type is not None or rope.theta is not None or rope.factor is not None or bool(rope.extra)
+    fixed = not full_parameters(config)
+    if fixed and (changed or (trained and max_length is not None and max_length > length)):
+        raise UserError(
+            f"model type {config.model_type} has no RoPE settings that could be changed: leave model.rope as it is and "
+            f"model.max_length at {length}, or use another model"
+        )
     if trained and max_length is not None and max_length > reach(config) and not changed:
         raise UserError(
             f"model.max_length={max_length} exceeds the {reach(config)} positions that the checkpoint's RoPE settings "
@@ -62,6 +73,8 @@ def apply_rope(config: PretrainedConfig, rope: RopeConfig, max_length: int | Non
     if changed:
         _write(config, rope, length)
     _write_length(config, rope, max_length)
+    if fixed:
+        return
     # fills in what transformers derives itself, so that model and export read one complete dictionary
     config.standardize_rope_params()
     try:
@@ -96,8 +109,16 @@ def _write(config: PretrainedConfig, rope: RopeConfig, length: int) -> None:
             raise UserError(f"model.rope.factor={rope.factor} needs model.rope.type: linear, dynamic, yarn or llama3")
         parameters["factor"] = rope.factor
     if rope.theta is not None:
+        _write_layer_thetas(config, parameters.get("rope_theta"), rope.theta)
         parameters["rope_theta"] = rope.theta
     _write_extra(config, parameters, rope.extra)
+
+
+def _write_layer_thetas(config: PretrainedConfig, old: float | None, new: float) -> None:
+    """Granite's SWA models name each layer's theta beside the model's (0 is no rotation), and that one wins."""
+    # [1e4, 0, 1e6] with a model's theta of 1e6 becomes [1e4, 0, new]
+    if thetas := getattr(config, "layer_rope_theta", None):
+        config.layer_rope_theta = [new if theta == old else theta for theta in thetas]
 
 
 def _scaling(rope: RopeConfig, original: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from anchorctx.attention.kernels.base import widened
 from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
-from anchorctx.flops import head_dims
+from anchorctx.flops import head_dims, layer_configs
 from anchorctx.parallel.mesh import Mesh, check_heads
 
 WRONG_CORES = {
@@ -43,8 +43,8 @@ WRONG_CORES = {
 
 
 def key_heads(config: PretrainedConfig) -> int:
-    """Key and value heads; as many as query heads where the architecture does not group them."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """Key and value heads; as many as query heads where the architecture does not group them; the fewest of a layer."""
+    return min(getattr(x, "num_key_value_heads", None) or x.num_attention_heads for x in layer_configs(config))
 
 
 def check_sizes(config: PretrainedConfig, sequence: int, world: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from anchorctx.attention import register
+from anchorctx.attention.interface import check_interface
 from anchorctx.errors import UserError
 from anchorctx.integrations import AnchorCollator, Excess, check_model
 
@@ -32,7 +34,7 @@ def test_others_are_refused_with_the_remedy(name: str) -> None:
 
 
 def test_layers_that_carry_a_state_are_refused() -> None:
-    with pytest.raises(UserError, match="model type llama has linear_attention layers, which would mix documents"):
+    with pytest.raises(UserError, match="model type llama has linear_attention layers, which would mix packed"):
         check_model(configured("flash_attention_2", layer_types=["linear_attention"] * 2))
 
 
@@ -90,11 +92,12 @@ def test_attention_that_never_asks_the_interface_is_refused() -> None:
 
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 96}
     register()
-    for kind, extra in (("gpt_neox_japanese", {}), ("bloom", {"n_head": 2, "n_layer": 1})):
-        config = AutoConfig.for_model(kind, **(sizes | extra))
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="anchor")
-        with pytest.raises(UserError, match="computes attention by itself"):
-            check_model(model)
+    config = AutoConfig.for_model("gpt_neox_japanese", **sizes)
+    with pytest.raises(UserError, match="model type gpt_neox_japanese computes attention by itself"):
+        AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="anchor")
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="GPTNeoXJapaneseForCausalLM computes attention by itself"):
+        check_interface(model)  # of a model that nobody knows, too
 
 
 def test_tokenizers_and_sizes_of_numpy() -> None:

@@ -243,7 +243,9 @@ def test_a_hub_name_without_network_and_a_folder_without_config(
         ),
         (LLAMA | {"hidden_size": "wide"}, "not a valid llama configuration: .*hidden_size|wide"),
         ({"model_type": "qwen3_next", "num_hidden_layers": 4}, "qwen3_next has linear_attention layers"),
-        ({"model_type": "gemma3"}, "gemma3 is multimodal"),
+        ({"model_type": "bart"}, "bart has an encoder"),
+        ({"model_type": "rwkv"}, "rwkv carries a state over the row"),
+        ({"model_type": "gpt_neox_japanese"}, "gpt_neox_japanese computes attention by itself"),
     ],
 )
 def test_configurations_that_cannot_be_used(fields: dict, message: str) -> None:

@@ -1,0 +1,96 @@
+"""Decoder layers that drop the forward's keyword arguments: two hooks hand them on to their attention.
+
+Nemotron's and StableLM's layers call `self.self_attn(...)` with arguments by name and without `**kwargs`, so that a
+layout never gets there. A hook on the layer keeps what came in beside the layer's `position_ids`, and one on its
+attention finds it by the `position_ids` that the layer does hand on. The tensor stands for this one call of the layer:
+a layer that is computed again for the backward pass finds the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from anchorctx.errors import UserError
+
+KEYWORDS = ("layouts", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What says where documents lie."""
+
+_beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""A layer call's position_ids, by identity, to what the layer was given of `KEYWORDS`."""
+
+
+def hand_on_keywords(model: torch.nn.Module) -> None:
+    """Hook the layers of `model` that drop keyword arguments; idempotent, and nothing for other models.
+
+    Llama 4 scales queries by their index in the row, which for documents that fit in its chunks is a factor of 1 when
+    they are alone (`architecture.check_documents`): it is switched off. The configuration, and an export, keep it.
+    """
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale"):
+            module.attn_temperature_tuning = False  # type: ignore[assignment]
+    for layer, attention in _unhooked(model):
+        layer.register_forward_pre_hook(_keep, with_kwargs=True)
+        attention.register_forward_pre_hook(_hand_on, with_kwargs=True)
+
+
+def check_keywords(model: torch.nn.Module) -> None:
+    """UserError for a model whose layers drop keyword arguments, unless they are hooked."""
+    if any(_unhooked(model)):
+        raise UserError(
+            f"{type(model).__name__}'s layers drop the arguments that say where documents lie: call "
+            "anchorctx.attention.hand_on_keywords(model) first"
+        )
+
+
+def _unhooked(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Each layer that drops keyword arguments, with its attention."""
+    for layer in list(model.modules()):
+        if isinstance(layer, GradientCheckpointingLayer) and _keep not in layer._forward_pre_hooks.values():
+            found = (getattr(layer, name, None) for name in dropping(type(layer).forward))
+            yield from ((layer, attention) for attention in found if isinstance(attention, torch.nn.Module))
+
+
+@functools.lru_cache(maxsize=1024)
+def dropping(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The attributes that a layer's forward calls with `position_ids` and without `**kwargs`, though it has them."""
+    forward = inspect.unwrap(forward)
+    if "kwargs" not in getattr(getattr(forward, "__code__", None), "co_varnames", ()):
+        return ()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, SyntaxError):  # no source, or none that stands alone
+        return ()
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    return tuple(
+        call.func.attr
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and ast.unparse(call.func.value) == "self"
+        and {word.arg for word in call.keywords} >= {"position_ids"}
+        and None not in {word.arg for word in call.keywords}
+    )
+
+
+def _keep(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = {name: kwargs[name] for name in KEYWORDS if kwargs.get(name) is not None}
+    positions = kwargs.get("position_ids")
+    if not given or positions is None:
+        return None
+    positions = positions.view_as(positions)
+    _beside[positions] = given
+    return args, kwargs | {"position_ids": positions}
+
+
+def _hand_on(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    positions = kwargs.get("position_ids")
+    given = None if positions is None else _beside.get(positions)
+    return None if given is None else (args, kwargs | given)
