@@ -23,7 +23,7 @@ from anchorctx.data.loader import Batch, RowLoader, Step, check_trained, validat
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.pieces import AnchorVisible, Cutting
 from anchorctx.errors import InterruptedRun, UserError
-from anchorctx.flops import ModelFlops
+from anchorctx.flops import ModelFlops, whole_shape
 from anchorctx.models import check_attention, check_length, check_vocabulary
 from anchorctx.models.loss import check_loss
 from anchorctx.models.router import Routed
@@ -35,8 +35,9 @@ from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train import checkpoint
 from anchorctx.train.balance import Balance
 from anchorctx.train.build import build_model, build_module
-from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb
-from anchorctx.train.config import TrainConfig, WandbMode
+from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar
+from anchorctx.train.config import TrainConfig
+from anchorctx.train.dashboards import check_dashboards, dashboards
 from anchorctx.train.determinism import deterministic
 from anchorctx.train.engine import build_engine, set_lr
 from anchorctx.train.meter import Meter
@@ -70,6 +71,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: dist.Ranks, probes: Sequence[Probe] = ()) -> None:
         self.probes = [probe for probe in probes if probe.every]
         self.config, self.ranks, self.out_dir = config, ranks, Path(config.out_dir)
+        if ranks.is_main:
+            check_dashboards(config.logging)
         self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
         self.validation = self._open_validation()
         check_trained(self.packed, "train")
@@ -280,9 +283,11 @@ class Trainer:
         if not self.ranks.is_main:
             return []
         callbacks: list[Callback] = [JsonlMetrics(self.out_dir, self.step), ProgressBar(self.config.steps, self.step)]
-        if self.config.logging.wandb is not WandbMode.disabled:
-            callbacks.append(Wandb(self.out_dir, self.config.logging, dataclasses.asdict(self.config)))
-        return callbacks
+        parameters = sum(math.prod(whole_shape(parameter)) for parameter in self.engine.module.parameters())
+        known = ("fingerprint", "rows", "row_length", "documents", "trained_tokens", "accounting")
+        packed = {name: self.packed.manifest[name] for name in known if name in self.packed.manifest}
+        facts = {"parameters": parameters, "processes": self.ranks.world, "packed": packed}
+        return callbacks + dashboards(self.out_dir, self.config.logging, dataclasses.asdict(self.config), facts)
 
     def _open_validation(self) -> PackedSet | None:
         if self.config.data.validation is None:

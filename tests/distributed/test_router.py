@@ -1,4 +1,4 @@
-"""A mixture of experts with its load-balancing loss: the same run whatever the pieces and processes, and on resuming."""
+"""A mixture of experts with its load-balancing loss: one run, whatever the pieces and processes, and when resumed."""
 
 import json
 
