@@ -14,7 +14,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,9 +67,9 @@ def linear_transform(model: PreTrainedModel) -> LogitTransform | None:
     No weight of the model is used: they may be elsewhere (ZeRO 3), or not there at all (a plan).
 
     Raises:
-        UserError: as `base_of`.
+        UserError: as `Parts.of`.
     """
-    head = model.get_output_embeddings()
+    head = Parts.of(model).head
     if type(head) is not nn.Linear:
         return None
     tail = Tail(model, stand_in := LowRankHead(head))
@@ -83,25 +83,31 @@ def linear_transform(model: PreTrainedModel) -> LogitTransform | None:
     return next((reading for reading in readings if close(reading(stand_in(hidden)), own)), None)
 
 
-def base_of(model: PreTrainedModel) -> nn.Module:
-    """The model without its head.
+class Parts(NamedTuple):
+    """What a causal language model is made of."""
 
-    Raises:
-        UserError: there is none.
-    """
-    # Llama 4's text model names as its base model a module that only the multimodal wrapper has
-    base = model.base_model if model.base_model is not model else getattr(model, "model", None)
-    if base is None or model.get_output_embeddings() is None:
-        raise UserError(f"{type(model).__name__} is not made of a base model and a head: use another model")
-    return base
+    base: nn.Module
+    """From ids to the last hidden states."""
+    head: nn.Module
+    """Its output embeddings: the last module before the logits."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Parts:
+        """Those of `model`; UserError where it has not both."""
+        # Llama 4's text model names as its base model a module that only the multimodal wrapper has
+        base = model.base_model if model.base_model is not model else getattr(model, "model", None)
+        head = model.get_output_embeddings()
+        if base is None or head is None:
+            raise UserError(f"{type(model).__name__} is not made of a base model and a head: use another model")
+        return cls(base, head)
 
 
 class Tail:
     """A model's own forward from its last hidden states on: its base model is left out."""
 
     def __init__(self, model: PreTrainedModel, head: nn.Module | None = None) -> None:
-        """`head` takes the place of the model's output embeddings; None keeps them. UserError: as `base_of`."""
-        base, own = base_of(model), model.get_output_embeddings()
+        """`head` takes the place of the model's output embeddings; None keeps them. UserError: as `Parts.of`."""
+        base, own = Parts.of(model)
         # The copy shares every module but these two; the model itself stays as it is.
         self.head, self._base, self._model = head or own, _Given(), copy.copy(model)
         instead = {id(own): self.head, id(base): self._base}

@@ -29,7 +29,7 @@ from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind
 from anchorctx.models.cross_entropy import check_liger, default_tile, liger_loss, own_loss, tiled_loss, whole_loss
-from anchorctx.models.head import Tail, base_of, linear_transform
+from anchorctx.models.head import Parts, Tail, linear_transform
 from anchorctx.models.router import Routed, added_loss
 
 IGNORE = -100
@@ -94,10 +94,15 @@ class CausalLMLoss(nn.Module):
             trained = trained_tokens(targets)
         routing = {"output_router_logits": True} if self.router and self.training else {}
         with self.saving(), row_in_sight(self.model, self.row_length):
-            body = base_of(self.model)(
+            body = Parts.of(self.model).base(
                 input_ids=input_ids, position_ids=position_ids, layouts=layouts, use_cache=False, **routing
             )
         if routing and self.router:
+            if not body.router_logits:
+                raise UserError(
+                    f"{type(self.model).__name__} has no router whose loss could be computed: set "
+                    "output_router_logits=false in its configuration"
+                )
             counted = torch.ones_like(input_ids, dtype=torch.bool) if counted is None else counted
             self.routed = self.router.sums(body.router_logits, counted.flatten())
         hidden = body.last_hidden_state.flatten(0, 1).index_select(0, trained)  # (N, D)
@@ -112,7 +117,7 @@ class CausalLMLoss(nn.Module):
         if self.transform is None:
             tile = self.tile_tokens if self.kind is LossKind.tiled else max(len(targets), 1)
             return own_loss(Tail(self.model), hidden, targets, weights, tile)
-        return call_as(self.model.get_output_embeddings(), self._head_loss, hidden, targets, weights)
+        return call_as(Parts.of(self.model).head, self._head_loss, hidden, targets, weights)
 
     def _head_loss(
         self, head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor

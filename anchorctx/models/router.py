@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from anchorctx.errors import UserError
-from anchorctx.models.head import PROBED, LowRankHead, Tail, base_of, close, generator, linear_transform
+from anchorctx.models.head import PROBED, LowRankHead, Parts, Tail, close, generator, linear_transform
 from anchorctx.models.load import reason
 
 logger = logging.getLogger(__name__)
@@ -78,9 +78,8 @@ def added_loss(model: PreTrainedModel) -> RouterLoss | None:
     Raises:
         UserError: it adds anything else, or does not run without its base model.
     """
-    base_of(model)  # or UserError
     name, plain = type(model).__name__, linear_transform(model) is not None
-    if not plain and any(parameter.is_meta for parameter in model.get_output_embeddings().parameters()):
+    if not plain and any(parameter.is_meta for parameter in Parts.of(model).head.parameters()):
         return None  # a plan has no weights to measure with
     routed = getattr(model.config, "output_router_logits", False)
     experts = getattr(model, "num_experts", None) or 8
@@ -115,7 +114,7 @@ def _balance(model: PreTrainedModel, layers: Sequence[torch.Tensor], own: torch.
 @torch.no_grad()
 def _losses(model: PreTrainedModel, routed: Sequence[torch.Tensor], plain: bool) -> tuple[torch.Tensor, Any]:
     """The next token's mean loss from the model's own logits, and what its forward returned with it."""
-    head: Any = model.get_output_embeddings()
+    head: Any = Parts.of(model).head
     tail = Tail(model, LowRankHead(head) if plain else None)
     try:
         logits = tail(hidden := tail.probe())

@@ -89,7 +89,7 @@ class Cutting(LlamaForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         labels = kwargs.pop("labels", None)
-        out = super().forward(*args, **kwargs)
+        out: Any = super().forward(*args, **kwargs)
         out.logits = out.logits[..., :90].float() + torch.arange(90)
         if labels is not None:
             out.loss = self.loss_function(out.logits, labels, vocab_size=90)
@@ -99,9 +99,9 @@ class Cutting(LlamaForCausalLM):
 class Penalised(LlamaForCausalLM):
     """Adds a loss on the size of its logits, as Bamba can."""
 
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        out = super().forward(*args, labels=labels, **kwargs)
-        if labels is not None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        out: Any = super().forward(*args, **kwargs)
+        if out.loss is not None:
             out.loss = out.loss + 1e-3 * out.logits.logsumexp(-1).square().mean()
         return out
 

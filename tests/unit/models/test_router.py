@@ -136,9 +136,9 @@ def test_gradients_of_bfloat16_routers_are_finite_and_close() -> None:
 class Squared(MixtralForCausalLM):
     """Adds its routers' loss by another rule."""
 
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        out = super().forward(*args, labels=labels, **kwargs)
-        if labels is not None and out.aux_loss is not None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        out: Any = super().forward(*args, **kwargs)
+        if out.loss is not None and out.aux_loss is not None:
             out.loss = out.loss + 0.3 * out.aux_loss
         return out
 
@@ -154,7 +154,6 @@ def test_another_rule_is_refused_with_the_remedy() -> None:
 
 def test_routers_whose_loss_the_forward_leaves_out() -> None:
     model = build("mixtral", torch.float32)
-    model.config.model_type = "mixtral"
 
     class Silent(MixtralForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -162,3 +161,9 @@ def test_routers_whose_loss_the_forward_leaves_out() -> None:
 
     model.__class__ = Silent
     assert added_loss(model) is None
+
+
+def test_a_model_all_of_whose_layers_are_dense() -> None:
+    module = CausalLMLoss(build("qwen3_moe", torch.float32, mlp_only_layers=[0, 1]))
+    with pytest.raises(UserError, match="has no router whose loss could be computed: set output_router_logits=false"):
+        module(**batch(ROW))

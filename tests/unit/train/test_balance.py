@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from anchorctx.attention import register
 from anchorctx.layout import PackedLayout
@@ -82,9 +83,7 @@ def test_pieces_add_up_to_the_models_own_loss_of_the_step() -> None:
         body = module.model.base_model(
             **{k: whole[k] for k in ("input_ids", "position_ids", "layouts")}, output_router_logits=True
         )
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-        own = 0.3 * load_balancing_loss_func(body.router_logits, 4, 2, whole["counted"])
+        own = 0.3 * torch.as_tensor(load_balancing_loss_func(body.router_logits, 4, 2, whole["counted"]))
         own.backward()
     expected = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
     assert own.item() > 0.5  # 0.3 * 2 where all experts are used alike
