@@ -232,6 +232,14 @@ class PackedLayout:
             parts += [np.arange(copies), np.arange(start, start + length - copies)]
         return np.concatenate(parts)
 
+    def text_array(self) -> np.ndarray:
+        """(T,) bool: which tokens are documents' own: neither the anchor, nor a copy of it, nor padding."""
+        # offsets (0, 4, 6) with one copy each: [no, yes, yes, yes, no, yes]
+        text = np.arange(self.length) >= self.anchor_len
+        if self.copies:
+            text &= self.token_ranks() >= self.copies
+        return text & (np.arange(self.length) < self.length - self.padding_tokens)
+
     def attention_pairs(self, window: int | None = None) -> int:
         """Number of allowed (query, key) pairs, padding's left out: the row's attention cost, in score elements."""
         pairs = 0

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from anchorctx.data.sources.facts import FactTokens
 from anchorctx.evals.base import Subject
 from anchorctx.layout import PackedLayout
-from anchorctx.models.loss import LogitTransform, call_as, default_tile
+from anchorctx.models.cross_entropy import default_tile
+from anchorctx.models.head import LogitTransform, Parts, Tail, linear_transform
+from anchorctx.models.loss import call_as
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +102,17 @@ def _score(
     model: PreTrainedModel, ids: torch.Tensor, chosen: torch.Tensor, *, live: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(N,) losses in float32 (float64 for a float64 model), and (N,) hits."""
-    body = model.base_model(input_ids=ids, use_cache=False, **_layouts(model, ids))
+    base, head = Parts.of(model)
+    body = base(input_ids=ids, use_cache=False, **_layouts(model, ids))
     hidden = body.last_hidden_state[:, :-1]  # (B, T-1, D), of several devices' last where the model is spread
     # Token t is predicted from the hidden state at t - 1.
     chosen = chosen[:, 1:].to(hidden.device)
     hidden, targets = hidden[chosen], ids[:, 1:].to(hidden.device)[chosen]  # (N, D), (N,)
-    head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear)
-    transform = LogitTransform.of(model.config)
+    transform = linear_transform(model)
     # Tokens of a tile, so that its logits take a bounded part of the memory.
     tile = default_tile(model.config.get_text_config().vocab_size, hidden.shape[1])
+    if transform is None:  # more than a linear head: the model's own code
+        return _tiles(Tail(model), hidden, targets, LogitTransform(), tile)
     if not live:
         return _tiles(head, hidden, targets, transform, tile)
     # One call of the head, whatever the number of tiles: processes that gather it together must call it alike.

@@ -35,6 +35,8 @@ class Shard:
     """(B, S) float32: the weight of that prediction."""
     trained: torch.Tensor
     """(N,) int64: which of the B * S tokens are trained; found here, since a device would be waited for."""
+    counted: torch.Tensor
+    """(B, S) bool: which tokens are documents' own, so that a router's loss counts them."""
 
     def arguments(self, device: torch.device) -> dict[str, object]:
         """Keyword arguments for the model, tensors on `device`."""
@@ -50,6 +52,8 @@ def shard_batch(
     mesh: Mesh,
 ) -> Shard:
     """This process's slice of rows (B, T) that its group shares; the whole of them where it has no group."""
+    # an empty piece is a single token, and no document's
+    text = torch.stack([torch.from_numpy(layout.text_array()) & (layout.length > 1) for layout in layouts])
     layouts = tuple(padded(layout, mesh.sequence) for layout in layouts)
     positions = torch.stack([layout.position_ids() for layout in layouts])
     missing = (0, layouts[0].length - input_ids.shape[1])
@@ -61,6 +65,7 @@ def shard_batch(
         mine,
         _slice(F.pad(loss_weights, missing), mesh),
         trained_tokens(mine),
+        _slice(F.pad(text, missing), mesh),
     )
 
 

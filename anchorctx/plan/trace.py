@@ -26,6 +26,7 @@ from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.layout import PackedLayout
 from anchorctx.models import checkpoint_activations
 from anchorctx.models.config import ActivationStore, LossKind, MemoryConfig
+from anchorctx.models.head import Parts
 from anchorctx.models.loss import CausalLMLoss
 from anchorctx.models.offload import Offload
 from anchorctx.models.tiled_mlp import tile_mlps
@@ -194,15 +195,16 @@ def _passes(
     ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
     ready = torch.empty(1, 1, 1, 1, device="meta")  # transformers looks at the values of positions unless it has a mask
     with module.saving():
-        hidden = module.model.base_model(
-            input_ids=ids, position_ids=ids, attention_mask=ready, layouts=layouts, use_cache=False
-        ).last_hidden_state
+        hidden = (
+            Parts.of(module.model)
+            .base(input_ids=ids, position_ids=ids, attention_mask=ready, layouts=layouts, use_cache=False)
+            .last_hidden_state
+        )
     kept, forward = live.now, live.peak
     live.restart()
     hidden = hidden.flatten(0, 1).clone()  # what picking the trained tokens copies: at most all
     weights = torch.empty(rows * tokens, dtype=torch.float32, device="meta")
-    head: Any = module.model.get_output_embeddings()
-    loss = module.head_loss(head, hidden, ids.flatten(), weights)
+    loss = module.token_loss(hidden, ids.flatten(), weights)
     peak_loss = live.peak
     live.restart()
     del hidden  # as in a real step, only the graph holds it by now

@@ -1,13 +1,11 @@
-"""Where a run's numbers go: `metrics.jsonl` always, a progress bar, and Weights & Biases when asked.
+"""Where a run's numbers go: `metrics.jsonl` and a progress bar; dashboards, when asked, are in `train.dashboards`.
 
-Names are grouped the way W&B draws them (train/, val/, eval/, perf/, memory/, data/), with `tokens`, the tokens trained
-so far, as the x axis of all.
+Names are grouped the way dashboards draw them: train/, val/, eval/, perf/, memory/, data/.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchorctx.errors import UserError
 from anchorctx.records.files import write_bytes
-from anchorctx.train.config import LoggingConfig
 
 METRICS = "metrics.jsonl"
 
@@ -58,7 +54,7 @@ class JsonlMetrics:
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         path = out_dir / METRICS
         # A run killed after step 7, whose checkpoint is of step 5, computes 6 and 7 again: their rows go.
-        kept = [line for line in _lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
+        kept = [line for line in _whole_lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
         write_bytes(path, "".join(kept).encode())
         self._file = path.open("a")
 
@@ -92,54 +88,7 @@ class ProgressBar:
         self._bar.close()
 
 
-class Wandb:
-    """Sends rows to Weights & Biases; a resumed run continues the same W&B run."""
-
-    def __init__(self, out_dir: Path, config: LoggingConfig, settings: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"logging.wandb={config.wandb.value} needs wandb: pip install 'anchorctx[wandb]'"
-            ) from error
-        try:
-            self._run = wandb.init(
-                project=config.project,
-                name=config.name or out_dir.name,
-                id=_run_id(out_dir, lambda: secrets.token_hex(4)),
-                resume="allow",
-                mode=config.wandb.value,
-                dir=str(out_dir),
-                config=settings,
-            )
-        except wandb.Error as error:
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            raise UserError(
-                f"logging.wandb={config.wandb.value} cannot start ({reason}): run `wandb login`, or set "
-                "logging.wandb=offline and upload later with `wandb sync`"
-            ) from error
-        self._run.define_metric("tokens")
-        for group in ("train", "val", "eval", "perf", "memory", "data"):
-            self._run.define_metric(f"{group}/*", step_metric="tokens")
-
-    def log(self, row: dict[str, float]) -> None:
-        """Send one row. W&B's own step is left alone: it would drop the rows that a resumed run computes again."""
-        self._run.log(row)
-
-    def close(self) -> None:
-        """Flush and mark the W&B run finished."""
-        self._run.finish()
-
-
-def _run_id(out_dir: Path, generate: Any) -> str:
-    """The W&B run's id, kept in the run's folder for the next start."""
-    path = out_dir / "wandb_run_id"
-    if not path.exists():
-        write_bytes(path, generate().encode())
-    return path.read_text().strip()
-
-
-def _lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> list[str]:
     """Whole lines of a file that may be missing or end in half a line."""
     if not path.exists():
         return []

@@ -38,8 +38,8 @@ class WandbMode(StrEnum):
 
     disabled = "disabled"
     offline = "offline"
-    """Into `out_dir/wandb`, without an account; `wandb sync` uploads it later. A resumed run writes a second folder
-    with the same id: sync them in the order of their dates."""
+    """Into `out_dir/wandb`, without an account; `wandb sync` uploads it later. Each start of a resumed run writes a
+    folder there, the newest of which holds the whole run."""
     online = "online"
 
 
@@ -53,8 +53,18 @@ class LoggingConfig:
     """Weights & Biases: disabled, offline or online."""
     project: str = "anchorctx"
     """W&B project."""
+    entity: str | None = None
+    """W&B user or team; None is the account's own."""
     name: str | None = None
     """W&B run name; None is the name of `out_dir`."""
+    group: str | None = None
+    """W&B group, which draws runs together, such as the seeds of one experiment."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    notes: str | None = None
+    """A text beside the W&B run."""
+    tensorboard: bool = False
+    """Write TensorBoard's files to `out_dir/tensorboard`."""
 
 
 class Schedule(StrEnum):

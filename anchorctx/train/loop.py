@@ -23,17 +23,21 @@ from anchorctx.data.loader import Batch, RowLoader, Step, check_trained, validat
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.pieces import AnchorVisible, Cutting
 from anchorctx.errors import InterruptedRun, UserError
-from anchorctx.flops import ModelFlops
+from anchorctx.flops import ModelFlops, whole_shape
 from anchorctx.models import check_attention, check_length, check_vocabulary
+from anchorctx.models.loss import check_loss
+from anchorctx.models.router import Routed
 from anchorctx.parallel import dist, ulysses
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Shard, shard_batch
 from anchorctx.parallel.ulysses import exchanged_bytes
 from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train import checkpoint
+from anchorctx.train.balance import Balance
 from anchorctx.train.build import build_model, build_module
-from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar, Wandb
-from anchorctx.train.config import TrainConfig, WandbMode
+from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar
+from anchorctx.train.config import TrainConfig
+from anchorctx.train.dashboards import check_dashboards, dashboards
 from anchorctx.train.determinism import deterministic
 from anchorctx.train.engine import build_engine, set_lr
 from anchorctx.train.meter import Meter
@@ -67,6 +71,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: dist.Ranks, probes: Sequence[Probe] = ()) -> None:
         self.probes = [probe for probe in probes if probe.every]
         self.config, self.ranks, self.out_dir = config, ranks, Path(config.out_dir)
+        if ranks.is_main:
+            check_dashboards(config.logging)
         self.packed = PackedSet.open(config.data.train, verify=config.data.verify and ranks.is_main)
         self.validation = self._open_validation()
         check_trained(self.packed, "train")
@@ -82,6 +88,7 @@ class Trainer:
         check_length(model.config, self.packed.row_length)
         check_vocabulary(model, self.packed.manifest["vocab_size"])
         check_attention(model, config.model.attention, ranks.device)
+        check_loss(model, sharded=config.parallel.zero_stage == 3)
         for probe in self.probes:
             probe.check(model, self.packed.tokenizer())
         if self.probes and self.mesh.sequence > 1:
@@ -120,6 +127,8 @@ class Trainer:
         )
         if self.resume_from is not None:
             checkpoint.load(self.engine, self.resume_from, ranks, int(state["processes"]))
+        router = self.engine.module.router
+        self.balance = Balance(router, ranks.device, state.get("router_fractions")) if router else None
         self.callbacks = self._callbacks()
         self.interrupted = False  # this process was asked to end
         self.stopping = False  # all processes agreed to
@@ -155,7 +164,7 @@ class Trainer:
         step = self.loader.step(self.step)
         self.loading = time.perf_counter() - waited
         set_lr(self.engine, lr := self.config.optim.lr_at(self.step, self.config.steps))
-        loss = self._forward_backward(step)
+        losses = self._forward_backward(step)
         self.engine.step()
         self.step += 1
         self.tokens += step.trained_tokens
@@ -165,7 +174,7 @@ class Trainer:
                 f"the gradient norm of step {self.step} is {norm}: lower optim.lr, or see rows {list(step.rows)} of "
                 f"{self.packed.fingerprint}; the last checkpoint is intact"
             )
-        row = {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
+        row = losses | {"train/lr": lr, "train/grad_norm": norm}
         row |= self.meter.row(step, self.loading)
         return row | {"perf/waiting_seconds": self.waiting, "perf/exchanged_bytes": self.exchanged}
 
@@ -177,8 +186,12 @@ class Trainer:
         again = 1 / every if every else 0.0
         return exchanged_bytes(model.config, batch.layouts[0].length, model.dtype.itemsize, self.mesh.sequence, again)
 
-    def _forward_backward(self, step: Step) -> float:
-        """Accumulate the step's gradients; returns its loss. The caller makes the update."""
+    def _forward_backward(self, step: Step) -> dict[str, float]:
+        """Accumulate the step's gradients; returns its losses. The caller makes the update."""
+        if self.balance is not None:
+            self.balance.begin(step.layouts)
+            if self.balance.fractions is None:
+                self.balance.measure(self._routed(step))
         weight = step.weight or 1.0  # rows without a trained token have a loss of 0 and no gradient
         scale = self.ranks.world / weight  # DeepSpeed averages gradients over all processes
         self.waiting = self.exchanged = 0.0
@@ -192,7 +205,10 @@ class Trainer:
             self.engine.set_gradient_accumulation_boundary(index == len(step.micro_batches) - 1)
             loss = self._loss_sum(self._shard(batch))
             self.waiting += dist.wait(self.ranks.device)
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            objective = loss * scale
+            if self.balance is not None:
+                objective = objective + self.balance.loss(self.engine.module.routed) * self.ranks.world
+            self.engine.backward(objective, scale_wrt_gas=False)
             summed += loss.detach()
             if index < len(step.micro_batches) - 1:
                 self.engine.step()  # counts the piece, no update yet
@@ -203,7 +219,16 @@ class Trainer:
                 f"the loss of step {self.step} is {total}, so the update was not made: lower optim.lr, or look at rows "
                 f"{list(step.rows)} of {self.packed.fingerprint}; the last checkpoint is intact"
             )
-        return total
+        return {"train/loss": total} | ({"train/router_loss": self.balance.end()} if self.balance else {})
+
+    @torch.no_grad()
+    def _routed(self, step: Step) -> list[Routed]:
+        """What the routers do with each piece: a forward pass for nothing else."""
+        routed = []
+        for batch in step.micro_batches:
+            self._loss_sum(self._shard(batch))
+            routed.append(self.engine.module.routed)
+        return routed
 
     def validate(self) -> dict[str, float]:
         """Loss over the validation rows, `{}` without a validation set."""
@@ -237,6 +262,8 @@ class Trainer:
         rows = self.loader.rows_before(self.step)
         state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
         state |= {"processes": self.ranks.world, "schedule": self._schedule()}
+        if self.balance is not None:
+            state["router_fractions"] = self.balance.fractions
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
 
     def _shard(self, batch: Batch) -> Shard:
@@ -256,9 +283,11 @@ class Trainer:
         if not self.ranks.is_main:
             return []
         callbacks: list[Callback] = [JsonlMetrics(self.out_dir, self.step), ProgressBar(self.config.steps, self.step)]
-        if self.config.logging.wandb is not WandbMode.disabled:
-            callbacks.append(Wandb(self.out_dir, self.config.logging, dataclasses.asdict(self.config)))
-        return callbacks
+        parameters = sum(math.prod(whole_shape(parameter)) for parameter in self.engine.module.parameters())
+        known = ("fingerprint", "rows", "row_length", "documents", "trained_tokens", "accounting")
+        packed = {name: self.packed.manifest[name] for name in known if name in self.packed.manifest}
+        facts = {"parameters": parameters, "processes": self.ranks.world, "packed": packed}
+        return callbacks + dashboards(self.out_dir, self.config.logging, dataclasses.asdict(self.config), facts)
 
     def _open_validation(self) -> PackedSet | None:
         if self.config.data.validation is None:

@@ -79,7 +79,7 @@ def test_every_key_has_a_docstring(command: str) -> None:
 def test_ready_made_choices_are_listed() -> None:
     text = help_text("train")
     assert "parallel=ulysses8|zero1|zero2|zero3|zero3_offload" in text
-    assert "logging=local|wandb" in text
+    assert "logging=local|tensorboard|wandb" in text
 
 
 def test_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:

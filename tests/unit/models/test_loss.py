@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.models.config import LossKind
-from anchorctx.models.loss import IGNORE, TILE_BYTES, CausalLMLoss, LogitTransform, default_tile, trained_tokens
+from anchorctx.models.cross_entropy import TILE_BYTES, default_tile
+from anchorctx.models.loss import IGNORE, CausalLMLoss, trained_tokens
 from anchorctx.testing.tiny import ARCHITECTURES, true_float64
 
 T, V = 24, 96
@@ -95,19 +96,6 @@ def build_biased() -> torch.nn.Module:
     return model
 
 
-def test_granite_gemma2_and_cohere2_really_transform_logits() -> None:
-    found = {n: LogitTransform.of(ARCHITECTURES[n].build(attention="reference").config) for n in ARCHITECTURES}
-    changed = {n: (t.scale, t.softcap) for n, t in found.items() if t != LogitTransform()}
-    assert changed == {"gemma2": (1.0, 3.0), "granite": (0.25, None), "cohere2": (0.25, None)}
-
-
-def test_an_unknown_logit_field_is_refused() -> None:
-    model = ARCHITECTURES["llama"].build()
-    model.config.logit_temperature = 2.0
-    with pytest.raises(UserError, match="logit_temperature"):
-        CausalLMLoss(model)
-
-
 def test_weights_left_out_are_one() -> None:
     model, data = ARCHITECTURES["llama"].build(torch.float64), batch()
     ones = CausalLMLoss(model)(**data | {"loss_weights": torch.ones(2, T)})
@@ -184,8 +172,9 @@ def test_no_tensor_of_logits_exceeds_a_tile() -> None:
     model, data = ARCHITECTURES["llama"].build(), batch()
     with Largest(32) as plain:
         plain_loss(model, data).backward()
+    module = CausalLMLoss(model, tile_tokens=5)
     with Largest(32) as tiled:
-        CausalLMLoss(model, tile_tokens=5)(**data).backward()
+        module(**data).backward()
     assert plain.elements >= 2 * T * V - 2 * V and tiled.elements == 5 * V
 
 

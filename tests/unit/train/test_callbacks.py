@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from anchorctx.errors import UserError
-from anchorctx.train.callbacks import JsonlMetrics, ProgressBar, Wandb
-from anchorctx.train.config import LoggingConfig, WandbMode
+from anchorctx.train.callbacks import JsonlMetrics, ProgressBar
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -46,48 +43,3 @@ def test_the_bar_shows_rate_and_loss(capsys: pytest.CaptureFixture[str]) -> None
     bar.close()
     shown = capsys.readouterr().err
     assert "8/10" in shown and "loss=1.25" in shown and "tok/s=1234" in shown and "step/s" in shown or "s/step" in shown
-
-
-class Recorder:
-    """What W&B's module is asked to do."""
-
-    Error = OSError
-
-    def __init__(self) -> None:
-        self.started: list[dict[str, Any]] = []
-        self.metrics: list[tuple[Any, ...]] = []
-        self.logged: list[dict[str, float]] = []
-
-    def init(self, **options: Any) -> Recorder:
-        self.started.append(options)
-        return self
-
-    def define_metric(self, name: str, step_metric: str | None = None) -> None:
-        self.metrics.append((name, step_metric))
-
-    def log(self, row: dict[str, float]) -> None:
-        self.logged.append(row)
-
-    def finish(self) -> None:
-        self.logged.append({"finished": 1})
-
-
-def test_the_same_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder()
-    monkeypatch.setitem(__import__("sys").modules, "wandb", recorder)
-    config = LoggingConfig(wandb=WandbMode.offline, project="p")
-    for _ in range(2):
-        run = Wandb(tmp_path, config, {"lr": 1})
-        run.log({"step": 1, "tokens": 10})
-        run.close()
-    first, second = recorder.started
-    assert first["id"] == second["id"] and first["resume"] == "allow" and first["mode"] == "offline"
-    assert first["name"] == tmp_path.name and first["config"] == {"lr": 1}
-    assert ("train/*", "tokens") in recorder.metrics and ("memory/*", "tokens") in recorder.metrics
-    assert recorder.logged.count({"step": 1, "tokens": 10}) == 2
-
-
-def test_wandb_is_named_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match="logging.wandb=online needs wandb: pip install 'anchorctx.wandb.'"):
-        Wandb(tmp_path, LoggingConfig(wandb=WandbMode.online), {})

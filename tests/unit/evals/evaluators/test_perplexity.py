@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from anchorctx.attention.config import RopeDtype
 from anchorctx.data.sources.facts import FactTokens, plant
@@ -18,7 +18,7 @@ from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
 from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity, encode, windows
 from anchorctx.evals.scoring import score
 from anchorctx.evals.subject import attention_name
-from anchorctx.testing.tiny import ARCHITECTURES
+from anchorctx.testing.tiny import ARCHITECTURES, BASE
 
 from ..conftest import TEXTS, ignore
 
@@ -52,6 +52,25 @@ def test_perplexity_equals_a_plain_loop_over_documents(subject: Subject):
     assert [(row.context["start"], row.context["stop"]) for row in rows[1:]] == [(0, 20), (20, 90), (90, 200)]
     assert rows[0].context["tokens"] == len(losses) == sum(row.context["tokens"] for row in rows[1:])
     assert all(row.low is not None and row.high is not None and row.low < row.value < row.high for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("dory", {}), ("modernbert-decoder", {}), ("hyperclovax", {"logits_scaling": 0.3})]
+)
+def test_scores_are_of_the_models_own_logits_whatever_its_head_does(
+    kind: str, fields: dict[str, float], tokenizer: PreTrainedTokenizerFast
+):
+    config = AutoConfig.for_model(kind, **BASE | {"vocab_size": len(tokenizer)} | fields)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ids = encode(tokenizer, LONG[:1])[0][:50]
+    found = score(Subject(model, tokenizer), ids[None], np.arange(50)[None] > 0)
+    with torch.no_grad():  # without a cache, with which Dory's own logits are others by 1e-2
+        logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].double()
+    own = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:]), reduction="none")
+    assert found.loss.tolist() == pytest.approx(own.tolist(), rel=1e-5)
 
 
 def test_sliding_windows_score_every_token_once_with_enough_before_it(subject: Subject):
