@@ -11,9 +11,9 @@ if TYPE_CHECKING:
         check_vocabulary,
         checkpoint_activations,
         load_model,
-        save_model,
     )
     from anchorctx.models.rope import check_length, reach
+    from anchorctx.models.save import save_model
 
 __all__ = [
     "ModelConfig",
@@ -37,5 +37,5 @@ def __getattr__(name: str) -> object:
 
     if name not in __all__:
         raise AttributeError(name)
-    home = "rope" if name in ("check_length", "reach") else "build"
+    home = {"check_length": "rope", "reach": "rope", "save_model": "save"}.get(name, "build")
     return getattr(importlib.import_module(f"anchorctx.models.{home}"), name)
