@@ -21,11 +21,15 @@ from anchorctx.records.manifest import read_json
 logger = logging.getLogger(__name__)
 
 SLIDING = "sliding_attention"
-THETA = {"gpt_neox": "rotary_emb_base"}
+THETA = {"gpt_neox": "rotary_emb_base", "modernbert-decoder": "global_rope_theta"}
 """What transformers 4 calls theta, where not `rope_theta`."""
 PARTIAL = {"gpt_neox": "rotary_pct"}
 """What it calls the rotated share of a head, where not `partial_rotary_factor`."""
-LOCAL_THETA = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq"}
+LOCAL_THETA = {
+    "gemma3_text": "rope_local_base_freq",
+    "gemma3n_text": "rope_local_base_freq",
+    "modernbert-decoder": "local_rope_theta",
+}
 """What it calls theta of the sliding-window layers, where it knows two of them; elsewhere one is for all layers."""
 OUTSIDE = ("rope_theta", "partial_rotary_factor")
 """RoPE settings that transformers 4 keeps beside `rope_scaling`."""

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -70,10 +71,10 @@ def verify_export(model: PreTrainedModel, trained: Weights, folder: Path, tokens
         UserError: something was lost on the way; names the difference.
     """
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
-    for name in ("rope_parameters", "max_position_embeddings"):  # which 64 tokens may not show
-        ours, theirs = (getattr(m.config.get_text_config(), name, None) for m in (model, loaded))
-        if ours != theirs:
-            raise UserError(f"{LOST}: {name} is {theirs}, not {ours}; not written")
+    ours, theirs = _positions(model), _positions(loaded)
+    for name in ours:
+        if ours[name] != theirs[name]:
+            raise UserError(f"{LOST}: {name} is {theirs[name]}, not {ours[name]}; not written")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
     with torch.no_grad():
@@ -83,6 +84,15 @@ def verify_export(model: PreTrainedModel, trained: Weights, folder: Path, tokens
     if not torch.equal(expected, found):
         worst = (expected - found).abs().max().item()
         raise UserError(f"{LOST}: logits differ by up to {worst:.2e}; not written")
+
+
+def _positions(model: PreTrainedModel) -> dict[str, Any]:
+    """The settings of positions, of which a short row does not show all."""
+    config = model.config.get_text_config()
+    fields = {name: getattr(config, name, None) for name in ("rope_parameters", "max_position_embeddings")}
+    # Phi 3 has rope_type under this name as well, if it was read from `rope_scaling`
+    fields["rope_parameters"] = {k: v for k, v in (fields["rope_parameters"] or {}).items() if k != "type"}
+    return fields
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:
