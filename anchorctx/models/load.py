@@ -29,6 +29,7 @@ from transformers.modeling_utils import load_state_dict
 
 from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
+from anchorctx.models.generation import drop_unused
 from anchorctx.models.weights import refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
         raise UserError(f"model {path} is an adapter: merge it (peft's merge_and_unload), and name the result's folder")
     _judge(path, type(model), info)
     untie(path, model.config, dict(model.named_parameters(remove_duplicate=False)))
+    drop_unused(model.generation_config)
     restore_frequencies(model)
     return model
 

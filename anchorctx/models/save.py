@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from anchorctx.models.generation import drop_unused
 from anchorctx.models.rope import full_parameters, reach
 from anchorctx.records.files import follow_umask
 from anchorctx.records.manifest import read_json
@@ -44,6 +45,7 @@ def save_model(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> N
     `model_max_length` becomes what the RoPE settings reach, where it was less. Files get the rights that the umask
     leaves (safetensors writes them for their owner alone).
     """
+    drop_unused(model.generation_config)
     model.save_pretrained(folder)
     _rewrite(folder / "config.json", lambda fields: fields | older_names(model.config, fields))
     if tokenizer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -89,13 +90,18 @@ def untie(path: str, config: PretrainedConfig, weights: Mapping[str, torch.Tenso
     for head, embedding in tied_pairs(_class_of(config)).items():
         if {head, embedding} <= weights.keys() and not _same(weights[head], weights[embedding]):
             config.tie_word_embeddings = False
-            logger.warning(
-                "model %s has tie_word_embeddings=true in its configuration, but %s and %s differ: both are kept, as "
-                "with tie_word_embeddings=false",
-                path,
-                head,
-                embedding,
-            )
+            _report_untied(path, head, embedding)
+
+
+@functools.cache  # once, though a command may read the configuration several times
+def _report_untied(path: str, head: str, embedding: str) -> None:
+    logger.warning(
+        "model %s has tie_word_embeddings=true in its configuration, but %s and %s differ: both are kept, as with "
+        "tie_word_embeddings=false",
+        path,
+        head,
+        embedding,
+    )
 
 
 def _class_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:

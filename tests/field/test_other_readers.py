@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from anchorctx.layout import PackedLayout
-from anchorctx.models import RopeConfig, RopeType, save_model
+from anchorctx.models import ModelConfig, RopeConfig, RopeType, load_model, save_model
+from anchorctx.models.generation import drop_unused
 from anchorctx.testing.tiny import ARCHITECTURES, Architecture, word_tokenizer
 
 YARN = RopeConfig(type=RopeType.yarn, factor=4.0, theta=5e5)
@@ -128,6 +129,23 @@ def test_files_are_readable_by_whom_the_umask_allows(umask: int, tmp_path: Path)
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+
+
+# haotian-liu/LLaVA #1635, hiyouga/LlamaFactory #2545, huggingface/transformers #29988: Llama 2's and Vicuna's settings,
+# which can be read and not written by transformers 4 and 5.17
+def test_settings_of_sampling_without_sampling_are_left_out(tmp_path: Path) -> None:
+    written("llama", tmp_path / "base", word_tokenizer(96))
+    published = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "length_penalty": 2.0, "max_length": 4096}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(published))
+    save_model(load_model(ModelConfig(path=str(tmp_path / "base"))), tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    fields.pop("transformers_version")
+    assert fields == {"do_sample": False, "max_length": 4096}
+    # what is in use stays
+    sampling = GenerationConfig(do_sample=True, temperature=0.6, num_beams=4, length_penalty=2.0)
+    before = sampling.to_dict()
+    drop_unused(sampling)
+    assert sampling.to_dict() == before
 
 
 # -- transformers 4 itself ------------------------------------------------------------------------------------------
