@@ -105,7 +105,8 @@ def _report_untied(path: str, head: str, embedding: str) -> None:
 
 
 def _class_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return kind
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -36,7 +36,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-{base}, trained by anchorctx {version} on rows of {row_length:,} tokens. It reads up to {reach:,} tokens.
+{base}, trained by anchorctx{version} on rows of {row_length:,} tokens. It reads up to {reach:,} tokens.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,7 +82,7 @@ def model_card(run: Path, folder: Path, model: PreTrainedModel, name: str) -> st
         name=name,
         base=base,
         base_model=f"base_model: {on_hub}\n" if on_hub else "",
-        version=manifest["versions"]["anchorctx"],
+        version=f" {version}" if (version := manifest["versions"]["anchorctx"]) else "",  # None: not installed
         row_length=packed["row_length"],
         reach=reach(model.config.get_text_config()),
         anchored=ANCHORED if pattern in (Pattern.anchor, Pattern.anchor_reset) else "",

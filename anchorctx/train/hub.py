@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from anchorctx.errors import UserError
+from anchorctx.models.load import reason
 
 
 def check(repository: str) -> None:
@@ -21,7 +22,7 @@ def check(repository: str) -> None:
         HfApi().whoami()
     except Exception as error:  # anything from a missing token to a network library's own errors
         raise UserError(
-            f"push_to={repository} cannot be reached ({_first_line(error)}): log in with `hf auth login` on a machine "
+            f"push_to={repository} cannot be reached ({_why(error)}): log in with `hf auth login` on a machine "
             "with a network, or leave push_to out and upload the folder later with `hf upload`"
         ) from error
 
@@ -38,11 +39,11 @@ def push(folder: Path, repository: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by anchorctx")
     except Exception as error:  # as above, and a repository of somebody else's
         raise UserError(
-            f"{folder} was written but not pushed to {repository} ({_first_line(error)}): upload it with "
+            f"{folder} was written but not pushed to {repository} ({_why(error)}): upload it with "
             f"`hf upload {repository} {folder}`"
         ) from error
     print(f"pushed to https://huggingface.co/{repository}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+def _why(error: Exception) -> str:
+    return reason(error, first=True).partition(". ")[0]

@@ -56,10 +56,10 @@ def difference(rows: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> s
         if meant.get(i) != token:
             instead = f"{meant[i]!r}" if i in meant else "nothing"
             return f"id {i} is {token!r} in the rows and {instead} to the model"
-    texts = serialized(rows), serialized(own)
-    if texts[0] is None or texts[1] is None:
+    theirs, ours = serialized(rows), serialized(own)
+    if theirs is None or ours is None:
         return None
-    first, second = map(json.loads, texts)
+    first, second = json.loads(theirs), json.loads(ours)
     for part in CUTTING:
         if first[part] != second[part]:
             return f"both have the same tokens, but they cut texts differently: by their {part.replace('_', '-')}"

@@ -90,10 +90,12 @@ def test_the_card_says_what_the_run_knows(run: Path, tmp_path: Path, packed: Pac
         "pipeline_tag": "text-generation",
         "tags": ["long-context", "anchorctx"],
     }
+    version = json.loads((run / "manifest.json").read_text())["versions"]["anchorctx"]
+    trainer = f"anchorctx {version}" if version else "anchorctx"
     account = packed.manifest["accounting"]
     for line in (
         "# mine",
-        "The checkpoint `base`, trained by anchorctx 0.1.0 on rows of 32 tokens. It reads up to 128 tokens.",
+        f"The checkpoint `base`, trained by {trainer} on rows of 32 tokens. It reads up to 128 tokens.",
         "Let a prompt begin with the tokenizer's BOS token",
         "| RoPE | theta 1e+06 |",
         "| steps | 2 of 4, of 524,288 tokens |",
