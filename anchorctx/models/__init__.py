@@ -12,9 +12,9 @@ if TYPE_CHECKING:
         check_vocabulary,
         checkpoint_activations,
         load_model,
-        save_model,
     )
     from anchorctx.models.rope import check_length, reach
+    from anchorctx.models.save import save_model
 
 __all__ = [
     "ModelConfig",
@@ -40,6 +40,6 @@ __getattr__, __dir__ = lazily(
         "checkpoint_activations": "build",
         "load_model": "build",
         "reach": "rope",
-        "save_model": "build",
+        "save_model": "save",
     },
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,16 +109,6 @@ def checkpoint_activations(model: PreTrainedModel, *, every: int = 1, use_reentr
     # every=2 of 5 layers: layers 0, 2 and 4 are recomputed
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index % every == 0
-
-
-def save_model(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> None:
-    """Write weights, configuration and tokenizer as a folder that plain `AutoModelForCausalLM.from_pretrained` loads.
-
-    transformers does not write the attention implementation, so the folder needs no `anchorctx`.
-    """
-    model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def _new_config(fields: dict[str, Any]) -> PretrainedConfig:

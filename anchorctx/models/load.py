@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,10 +26,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
+from anchorctx.models.generation import drop_unused
+from anchorctx.models.weights import refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def local_folder(path: str) -> Path | None:
             raise UserError(f"model {path} does not exist: name the folder of a Hugging Face model, or one on the hub")
         _report_hub(path)
         return None
+    refuse_adapter(path, folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"model {path} has no config.json, so it is not a Hugging Face model: name an exported folder "
@@ -59,7 +60,7 @@ def _report_hub(path: str) -> None:
 
 
 def read_config(path: str, fields: Mapping[str, Any] | None = None) -> PretrainedConfig:
-    """The model's configuration with some `fields` changed.
+    """The model's configuration with some `fields` changed, in agreement with a folder's weights (`untie`).
 
     Raises:
         UserError: there is none, it has no field of that name, or the change is impossible.
@@ -72,6 +73,9 @@ def read_config(path: str, fields: Mapping[str, Any] | None = None) -> Pretraine
         near = difflib.get_close_matches(name, config.to_dict(), 1)
         hint = f"did you mean {near[0]}?" if near else "its config.json lists what it has"
         raise UserError(f"config.{name}={unknown[name]} is not a field of {type(config).__name__}: {hint}")
+    if folder is not None:
+        with _reading(path):
+            untie_by_files(path, folder, config)
     return config
 
 
@@ -96,11 +100,17 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
         UserError: nothing to read, or weights that are missing or of another shape; unknown weights are logged.
     """
     folder = local_folder(path)
+    if folder is not None:
+        weight_files(folder)  # says which of them is missing
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with both shapes
     with _reading(path), _without_report():
         found: Any = AutoModelForCausalLM.from_pretrained(folder or path, config=config, **options)
     model, info = found
-    _judge(path, type(model).__name__, info)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: a folder's is refused before
+        raise UserError(f"model {path} is an adapter: merge it (peft's merge_and_unload), and name the result's folder")
+    _judge(path, type(model), info)
+    untie(path, model.config, dict(model.named_parameters(remove_duplicate=False)))
+    drop_unused(model.generation_config)
     restore_frequencies(model)
     return model
 
@@ -120,17 +130,17 @@ def check_weights(path: str, config: PretrainedConfig) -> None:
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
     with _reading(path), _without_report():
         weights: dict[str, torch.Tensor] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             weights |= load_state_dict(file, map_location="meta")
         if not weights:
             return
         # On the meta device: names and shapes are compared, and no weight takes memory.
         _, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
-    _judge(path, kind.__name__, info)
+    _judge(path, kind, info)
 
 
 def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy `weights`, named as in the model's own state, into the model; tied ones may be missing.
+    """Make `weights`, named as in the model's own state and of its dtypes, the model's; tied ones may be missing.
 
     Raises:
         UserError: as `load_weights`, naming `source`.
@@ -144,8 +154,8 @@ def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: st
         "mismatched_keys": shapes,
         "unexpected_keys": weights.keys() - needed.keys(),
     }
-    _judge(source, type(model).__name__, info)
-    model.load_state_dict(weights, strict=False)
+    _judge(source, type(model), info)
+    model.load_state_dict(weights, strict=False, assign=True)  # no second copy
     model.tie_weights()
 
 
@@ -155,15 +165,12 @@ def reason(error: BaseException, *, first: bool = False) -> str:
     return lines[0 if first else -1].strip().rstrip(".:")
 
 
-def _judge(path: str, kind: str, info: Mapping[str, Any]) -> None:
+def _judge(path: str, model: type[PreTrainedModel], info: Mapping[str, Any]) -> None:
     """Refuse or report what transformers' loading information has."""
     missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    wrong = sorted(info["mismatched_keys"])
+    wrong, kind = sorted(info["mismatched_keys"]), model.__name__
     if missing:
-        raise UserError(
-            f"model {path} lacks {_counted(len(missing))} of {kind} (first: {missing[0]}): download or export it "
-            "again, or name a complete causal language model"
-        )
+        raise UserError(f"model {path} {_lacking(model, missing, unknown)}")
     if wrong:
         name, found, needed = wrong[0]
         raise UserError(
@@ -175,6 +182,29 @@ def _judge(path: str, kind: str, info: Mapping[str, Any]) -> None:
         _report_unknown(path, kind, len(unknown), unknown[0])
 
 
+def _lacking(model: type[PreTrainedModel], missing: list[str], unknown: list[str]) -> str:
+    """What is wrong with a folder that lacks weights of `model` and has others, and what to do about it."""
+    kind, absent = model.__name__, set(missing)
+    for name in unknown:
+        rest = name
+        while rest := rest.partition(".")[2]:  # module.lm_head.weight: lm_head.weight, then weight
+            if rest in absent:
+                return (
+                    f"has {name.removesuffix(rest)} in front of the names of its weights (such as {name}), which "
+                    f"{kind} does not have: remove it from the names and save them again"
+                )
+    if absent <= set(tied_pairs(model)):
+        others = f", but {unknown[0]}" if unknown else ""
+        return (
+            f"has no {missing[0]}{others}: name a causal language model, not a base model or a classifier, or set "
+            "tie_word_embeddings to true in its config.json if its embedding is its head"
+        )
+    return (
+        f"lacks {_counted(len(missing))} of {kind} (first: {missing[0]}): download or export it again, or name a "
+        "complete causal language model"
+    )
+
+
 @functools.cache  # once, though a command may look at the headers first and read the weights later
 def _report_unknown(path: str, kind: str, count: int, first: str) -> None:
     logger.warning("model %s has %s that %s does not know (first: %s), left out", path, _counted(count), kind, first)
@@ -184,23 +214,12 @@ def _counted(count: int) -> str:
     return "1 weight" if count == 1 else f"{count} weights"
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load, in its order of preference; none where there are no weights."""
-    for name, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (folder / index).is_file():
-            shards = json.loads((folder / index).read_text())["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    return []
-
-
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
     """Make a library's error while reading `path` one sentence."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(

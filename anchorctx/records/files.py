@@ -38,6 +38,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def follow_umask(folder: Path) -> None:
+    """Give the folder's files the rights that the umask leaves to new ones; safetensors writes for the owner alone."""
+    umask = os.umask(0o077)  # which can only be read by setting it: meanwhile nothing becomes more open than it would
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
+
+
 def file_sha256(path: Path) -> str:
     """64 hex digits over the file's content; OSError when it cannot be read."""
     with path.open("rb") as file:

@@ -113,6 +113,15 @@ class OptimConfig:
         return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * cosine)
 
 
+class TokenizerOf(StrEnum):
+    """Whose tokenizer made the rows."""
+
+    model = "model"
+    """The model's own: a checkpoint of another tokenizer is refused."""
+    other = "other"
+    """Another, and that is meant: the model learns its ids, and the export holds it."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """The packed sets that `anchorctx prepare` made."""
@@ -123,6 +132,8 @@ class DataConfig:
     """Folder of the packed validation set; None is no validation."""
     verify: bool = True
     """Compare the shards' checksums before the run."""
+    tokenizer: TokenizerOf = TokenizerOf.model
+    """Whose tokenizer made the rows: model (a checkpoint with another one is refused) or other (it is meant)."""
     shuffle: bool = True
     """Draw rows in an order that depends only on (seed, epoch, packed set); false takes them as packed."""
     balance: bool = True
@@ -217,3 +228,6 @@ class ExportConfig:
     """Which checkpoint; None is the newest complete one."""
     dtype: ExportDtype = ExportDtype.float32
     """Data type of the exported weights; the checkpoint's own are float32."""
+    push_to: str | None = None
+    """Repository on the Hugging Face hub (`USER/NAME`) to push the folder to as well; a new one is made private. None
+    pushes nowhere."""

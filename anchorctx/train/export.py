@@ -1,7 +1,7 @@
-"""A run's checkpoint as a Hugging Face folder: safetensors, tokenizer, and a config with the new length and RoPE.
+"""A run's checkpoint as a Hugging Face folder: weights, tokenizer, model card, a config with the new length and RoPE.
 
 The folder loads with plain `AutoModelForCausalLM.from_pretrained`, on machines without this package. It is written
-beside, loaded back, its logits compared with the checkpoint's weights, and only then renamed.
+beside, loaded back, compared with the weights that were trained, and only then renamed.
 """
 
 from __future__ import annotations
@@ -18,47 +18,81 @@ from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
 from anchorctx.models.load import fill, read_config, read_tokenizer
+from anchorctx.models.save import save_model
+from anchorctx.models.weights import untie
 from anchorctx.records.files import StagedFolder
-from anchorctx.train import checkpoint
+from anchorctx.train import checkpoint, hub
+from anchorctx.train.card import model_card
 from anchorctx.train.config import ExportConfig
 from anchorctx.train.loop import MODEL
 
 WRAPPER = "model."
 """What `CausalLMLoss` puts before the names of the weights."""
+LOST = "the export does not reproduce the checkpoint"
+Weights = dict[str, torch.Tensor]
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the Hugging Face folder; returns it."""
+    """Write the Hugging Face folder, and push it where `push_to` asks for it; returns the folder."""
     out, run = Path(config.out_dir), Path(config.run)
     if out.exists():
         raise UserError(f"out_dir={out} exists already: remove it, or choose another")
     folder = _checkpoint(run, config.step)
+    if config.push_to is not None:
+        hub.check(config.push_to)
     disable_progress_bar()  # avoid a second progress bar
-    model = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
+    model, trained = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
     # Another export into the same folder writes beside it too, and the first to finish wins.
     staged = StagedFolder(out, marker="config.json")
     try:
-        model.save_pretrained(staged.folder)
-        read_tokenizer(str(run / MODEL)).save_pretrained(staged.folder)
-        verify_export(model, staged.folder)
-        return staged.publish()
+        save_model(model, staged.folder, read_tokenizer(str(run / MODEL)))
+        verify_export(model, trained, staged.folder)
+        (staged.folder / "README.md").write_text(model_card(run, folder, model, out.name), encoding="utf-8")
+        staged.publish()
     finally:
         staged.discard()
+    if config.push_to is not None:
+        hub.push(out, config.push_to)
+    return out
 
 
-def verify_export(model: PreTrainedModel, folder: Path, tokens: int = 64) -> None:
-    """Load `folder` as a user would and compare its logits with `model`'s on random tokens: they must be equal."""
+def verify_export(model: PreTrainedModel, trained: Weights, folder: Path, tokens: int = 64) -> None:
+    """Load `folder` as a user would, and compare its logits on random tokens with those of the trained weights.
+
+    Args:
+        model: what was saved: gives the code, the configuration and the rounded frequencies, but no weight.
+        trained: every weight of the checkpoint by its name in the model, in the folder's dtype. They take the places
+            of the model's own one by one, a head also where the model ties it, so that a model which lost weights when
+            it was built cannot be compared with itself.
+        folder: what was written.
+        tokens: length of the row of random ids.
+
+    Raises:
+        UserError: something was lost on the way; names the difference.
+    """
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+    ours, theirs = _positions(model), _positions(loaded)
+    for name in ours:
+        if ours[name] != theirs[name]:
+            raise UserError(f"{LOST}: {name} is {theirs[name]}, not {ours[name]}; not written")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
     with torch.no_grad():
-        expected, found = model.eval()(ids).logits, loaded(ids).logits
+        expected = torch.func.functional_call(model.eval(), trained, (ids,), tie_weights=False).logits
+        found = loaded(ids).logits
     # Same dtype, same code, same machine: equal to the last bit, or something was lost on the way.
     if not torch.equal(expected, found):
         worst = (expected - found).abs().max().item()
-        raise UserError(
-            f"the export does not reproduce the checkpoint: logits differ by up to {worst:.2e}; not written"
-        )
+        raise UserError(f"{LOST}: logits differ by up to {worst:.2e}; not written")
+
+
+def _positions(model: PreTrainedModel) -> dict[str, Any]:
+    """The settings of positions, of which a short row does not show all."""
+    config = model.config.get_text_config()
+    fields = {name: getattr(config, name, None) for name in ("rope_parameters", "max_position_embeddings")}
+    # Phi 3 has rope_type under this name as well, if it was read from `rope_scaling`
+    fields["rope_parameters"] = {k: v for k, v in (fields["rope_parameters"] or {}).items() if k != "type"}
+    return fields
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:
@@ -74,19 +108,26 @@ def _checkpoint(run: Path, step: int | None) -> Path:
     return folder
 
 
-def _restore(model_folder: Path, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with the checkpoint's weights, gathered from every rank's shards, at any ZeRO stage."""
+def _restore(model_folder: Path, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
+    """The model with the checkpoint's weights, gathered from every rank's shards at any ZeRO stage; and these weights.
+
+    Both in `dtype`, but for what a model keeps in float32.
+    """
     config = read_config(str(model_folder))
+    weights = {name.removeprefix(WRAPPER): tensor for name, tensor in _gather(folder).items()}
+    untie(str(folder), config, weights)  # of a run that took the contradiction over from what it was given
     # Built in its dtype rather than cast: a cast would round the rotary frequencies, which stay float32, too.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (model_folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_folder)
-    weights = {name.removeprefix(WRAPPER): tensor for name, tensor in _gather(folder).items()}
+    needed = model.state_dict()
+    for name in weights.keys() & needed.keys():
+        weights[name] = weights[name].to(needed[name].dtype)
     fill(model, weights, str(folder))
-    return model
+    return model, {name: weight for name, weight in weights.items() if name in needed}
 
 
-def _gather(folder: Path) -> dict[str, Any]:
+def _gather(folder: Path) -> Weights:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # gathering needs no device, and DeepSpeed warns when it finds none
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

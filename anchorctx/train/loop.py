@@ -41,6 +41,7 @@ from anchorctx.train.dashboards import check_dashboards, dashboards
 from anchorctx.train.determinism import deterministic
 from anchorctx.train.engine import build_engine, set_lr
 from anchorctx.train.meter import Meter
+from anchorctx.train.tokenizer import trained_tokenizer
 
 MODEL = "model"
 """Folder of a run that holds the model's configuration and tokenizer, for the export."""
@@ -83,6 +84,7 @@ class Trainer:
         tokens = config.piece_tokens(self.packed.row_length, int(self.packed.manifest["anchor_len"]))
         self.resume_from = checkpoint.find(self.out_dir / "checkpoints", config.checkpoint.resume)
         state = self._resume_state()
+        self.tokenizer = trained_tokenizer(config, self.packed)
         set_seed(config.seed)
         model = build_model(config, self.mesh)
         check_length(model.config, self.packed.row_length)
@@ -90,7 +92,7 @@ class Trainer:
         check_attention(model, config.model.attention, ranks.device)
         check_loss(model, sharded=config.parallel.zero_stage == 3)
         for probe in self.probes:
-            probe.check(model, self.packed.tokenizer())
+            probe.check(model, self.tokenizer)
         if self.probes and self.mesh.sequence > 1:
             raise UserError(
                 f"live evaluations cannot run with parallel.sequence_parallel={self.mesh.sequence}, which spreads "
@@ -253,7 +255,7 @@ class Trainer:
         for probe in self.probes:
             if always or self._due(probe.every):
                 self.engine.eval()
-                found |= probe.measure(root, root.model, self.packed.tokenizer())
+                found |= probe.measure(root, root.model, self.tokenizer)
                 self.engine.train()
         return found
 
@@ -341,7 +343,7 @@ class Trainer:
         model.config.save_pretrained(self.out_dir / MODEL)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(self.out_dir / MODEL)
-        self.packed.tokenizer().save_pretrained(self.out_dir / MODEL)
+        self.tokenizer.save_pretrained(self.out_dir / MODEL)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
