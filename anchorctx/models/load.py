@@ -31,12 +31,18 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
+from anchorctx.models.gguf import folder_of, is_gguf
 
 logger = logging.getLogger(__name__)
 
 
-def local_folder(path: str) -> Path | None:
-    """The folder that `path` names, or None for a name on the hub; UserError for a folder that is no model."""
+def local_folder(path: str, *, weights: bool = False) -> Path | None:
+    """The folder that `path` names, or None for a name on the hub; UserError for a folder that is no model.
+
+    A GGUF file is made into one, its weights only where `weights` asks for them.
+    """
+    if is_gguf(path):
+        return folder_of(path, weights=weights)
     folder = Path(path).expanduser()
     if not folder.exists():
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
@@ -95,7 +101,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
     Raises:
         UserError: nothing to read, or weights that are missing or of another shape; unknown weights are logged.
     """
-    folder = local_folder(path)
+    folder = local_folder(path, weights=True)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with both shapes
     with _reading(path), _without_report():
         found: Any = AutoModelForCausalLM.from_pretrained(folder or path, config=config, **options)
