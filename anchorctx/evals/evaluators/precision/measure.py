@@ -143,7 +143,7 @@ class Instrument:
         others = positions[1:]
         return [[positions[0], *others[i : i + self.rows_per_pass]] for i in range(0, len(others), self.rows_per_pass)]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode linear layers would pass by the emulation whole
     def _forward(
         self, row: TextRow, positions: Sequence[torch.Tensor], probe: Probe, kept: torch.Tensor
     ) -> torch.Tensor:
