@@ -1,6 +1,6 @@
 """The precision study's main figures again, in plain transformers and torch: nothing of `anchorctx` is imported.
 
-    python tests/numerics/precision_oracle.py MODEL TEXT_FILE LENGTH [SHIFT]
+    python tests/numerics/precision_oracle.py MODEL CORPUS.jsonl LENGTH [SHIFT]
 
 For Llama's attention. In each layer the queries and keys of the row's hidden states are rotated twice, at positions 0,
 1, 2, ... and at those plus the shift, by the model's own code in bfloat16; what the two softmaxes do not have in common
@@ -9,6 +9,7 @@ has moved.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -24,33 +25,39 @@ QUERIES = 64
 def figures(model: PreTrainedModel, ids: torch.Tensor, layers: list[int], shift: int) -> dict[str, float]:
     """Of one row: (T,) token ids. Means over 64 queries of the row's second half, all heads and `layers`."""
     length, config = len(ids), model.config
-    hidden = model(ids[None], output_hidden_states=True).hidden_states
+    positions = torch.arange(length)
     queries = torch.linspace(length // 2, length - 2, min(QUERIES, length - 1 - length // 2)).long()
-    unseen = torch.arange(length)[None] > queries[:, None]  # (N, T)
-    moved, hid, attention, by_key = [], [], [], torch.zeros(length, dtype=torch.float64)
-    for index in layers:
-        block = model.model.layers[index]
-        x = block.input_layernorm(hidden[index])
-        heads = (1, length, -1, config.head_dim)
-        q = block.self_attn.q_proj(x).view(heads).transpose(1, 2)
-        k = block.self_attn.k_proj(x).view(heads).transpose(1, 2)
-        logits = []
-        for positions in (torch.arange(length), torch.arange(length) + shift):
-            rotated_q, rotated_k = apply_rotary_pos_emb(q, k, *model.model.rotary_emb(x, positions[None]))
+    unseen = positions[None] > positions[:, None]  # (T, T)
+    moved, hidden, attention, by_key = [], [], [], torch.zeros(length, dtype=torch.float64)
+    states = model.model.embed_tokens(ids[None])
+    for index, block in enumerate(model.model.layers):
+        x = block.input_layernorm(states)
+        parts = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+        q, k, v = (part(x).view(1, length, -1, config.head_dim).transpose(1, 2) for part in parts)
+        logits = []  # (H, T, T), without the shift and with it
+        for at in (positions, positions + shift):
+            rotated_q, rotated_k = apply_rotary_pos_emb(q, k, *model.model.rotary_emb(x, at[None]))
             rotated_k = rotated_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-            scores = rotated_q[0, :, queries].float() @ rotated_k[0].float().mT * config.head_dim**-0.5
-            logits.append(scores.double().masked_fill(unseen, float("-inf")))
-        before, after = (x.softmax(-1) for x in logits)
-        change = (after - before).abs()
-        moved.append(change.sum(-1).mean().item() / 2)
-        without = [x[..., 1:].softmax(-1) for x in logits]
-        hid.append((without[1] - without[0]).abs().sum(-1).mean().item() / 2)
-        attention.append(before[..., 0].mean().item())
-        by_key += change.mean((0, 1))
+            scores = rotated_q[0].float() @ rotated_k[0].float().mT * config.head_dim**-0.5
+            logits.append(scores.masked_fill(unseen, float("-inf")))
+        if index in layers:
+            some = [x[:, queries].double() for x in logits]
+            before, after = (x.softmax(-1) for x in some)
+            change = (after - before).abs()
+            moved.append(change.sum(-1).mean().item() / 2)
+            without = [x[..., 1:].softmax(-1) for x in some]
+            hidden.append((without[1] - without[0]).abs().sum(-1).mean().item() / 2)
+            attention.append(before[..., 0].mean().item())
+            by_key += change.mean((0, 1))
+        # The next layer's states, of the row without a shift; attention is rounded to bfloat16 once, at its end.
+        values = v[0].float().repeat_interleave(q.shape[1] // v.shape[1], 0)
+        out = (logits[0].softmax(-1) @ values).to(x.dtype).transpose(0, 1).reshape(1, length, -1)
+        states = states + block.self_attn.o_proj(out)
+        states = states + block.mlp(block.post_attention_layernorm(states))
     share = by_key / by_key.sum()
     return {
         "attention_change": statistics.fmean(moved),
-        "hidden_change": statistics.fmean(hid),
+        "hidden_change": statistics.fmean(hidden),
         "first_attention": statistics.fmean(attention),
         "first_share": share[0].item(),
         "other_share": share[1:].max().item(),
@@ -66,10 +73,11 @@ def rows_of(tokens: list[int], bos: int, length: int, count: int) -> list[torch.
 
 
 def main(folder: str, file: str, length: int, shift: int = 16, count: int = 4) -> None:
-    """Print the means over four rows of the file's text."""
+    """Print the means over four rows of the file's texts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    tokens = tokenizer(Path(file).read_text(), add_special_tokens=False)["input_ids"]
+    texts = [json.loads(line)["text"] for line in Path(file).read_text().splitlines()]
+    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
     layers = sorted({i * model.config.num_hidden_layers // 8 for i in range(8)})
     found = [figures(model, row, layers, shift) for row in rows_of(tokens, tokenizer.bos_token_id, length, count)]
     for name in found[0]:
