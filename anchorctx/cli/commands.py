@@ -29,19 +29,16 @@ if TYPE_CHECKING:
 
 def run(command: str, arguments: Arguments) -> int:
     """Run a command as it was typed, or print its help or configuration; returns the exit code."""
-    if arguments.dry_run and command != "prepare":
-        raise UserError(f"--dry-run is an option of anchorctx prepare, not of {command}: leave it out, or use --show")
+    if arguments.dry_run and command not in DRY_RUN:
+        raise UserError(
+            f"--dry-run is an option of anchorctx {', '.join(DRY_RUN)}, not of {command}: leave it out, or use --show"
+        )
     if command == "doctor":
         return doctor.run(arguments)
     config = configured(command, arguments)
     if config is None:
         return 0
-    if arguments.dry_run:
-        from anchorctx.data.inspection import inspect
-
-        inspect(config)
-        return 0
-    return RUN[command](config) or 0
+    return (DRY_RUN if arguments.dry_run else RUN)[command](config) or 0
 
 
 def configured(command: str, arguments: Arguments) -> Any | None:
@@ -60,7 +57,23 @@ def prepare(config: PrepareConfig) -> None:
     """Make a packed set."""
     from anchorctx.data.prepare import prepare
 
-    prepare(config)
+    prepare(_with_folder(config))
+
+
+def look(config: PrepareConfig) -> None:
+    """Print what there is, and what each packing policy would make of it."""
+    from anchorctx.data.inspection import inspect
+
+    inspect(_with_folder(config))
+
+
+def _with_folder(config: PrepareConfig) -> PrepareConfig:
+    """The tokenizer of a GGUF file as a folder: `data` knows no models."""
+    if not config.tokenizer.lower().endswith(".gguf"):
+        return config
+    from anchorctx.models.gguf import folder_of
+
+    return dataclasses.replace(config, tokenizer=str(folder_of(config.tokenizer)))
 
 
 def plan(config: PlanConfig) -> None:
@@ -179,6 +192,21 @@ def kvcomm(config: KvcommConfig) -> int:
     return 0 if verdict is None or verdict.passed else 1
 
 
+def forecast(config: EvalConfig | PrecisionConfig | KvcommConfig) -> None:
+    """Print what an evaluation would do and how long that would take, measured on a first piece of it."""
+    from anchorctx.evals import runner, shortcuts
+    from anchorctx.evals.config import EvalConfig, KvcommConfig
+    from anchorctx.evals.distribute import is_first
+    from anchorctx.evals.forecast import duration
+
+    if isinstance(config, KvcommConfig):
+        config = shortcuts.reuse_evaluation(config)
+    found = runner.forecast(config if isinstance(config, EvalConfig) else shortcuts.precision_evaluation(config))
+    if is_first():
+        total = duration(sum(part.seconds for part in found)) if found else "nothing to do: all of it is there already"
+        print("\n".join([*map(str, found), f"in all: {total}"]))
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,3 +285,10 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "plot": plot,
     "report": report,
 }
+DRY_RUN: dict[str, Callable[[Any], int | None]] = {
+    "prepare": look,
+    "eval": forecast,
+    "precision": forecast,
+    "kvcomm": forecast,
+}
+"""What `--dry-run` does instead."""

@@ -39,7 +39,8 @@ commands:
 key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with its default and meaning
 --recipe RECIPE start from a recipe instead of the defaults: a .yaml, or a name such as llama3_8b_128k
 --show          print the resolved configuration and stop
---dry-run       prepare: print what there is, and what each packing policy would make of it, and stop
+--dry-run       prepare: print what there is, and what each packing policy would make of it, and stop;
+                eval, precision, kvcomm: print how long it will take, measured on a first piece, and stop
 
 a first run:    bash recipes/quickstart/run.sh
 """

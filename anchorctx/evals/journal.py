@@ -70,6 +70,19 @@ class Journal:
         self.rows += rows
 
 
+def begun(out_dir: str, evaluation: str, label: str) -> dict[str, Any] | None:
+    """The settings under which an evaluation of a model of this label was last begun in a folder; None for the first.
+
+    What an evaluation chose by itself, such as its size, an interrupted one takes from here.
+    """
+    files = sorted((Path(out_dir) / MANIFESTS).glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files:
+        found = json.loads(path.read_text()).get("identity", {})
+        if found.get("evaluation") == evaluation and found.get("model", {}).get("label") == label:
+            return found["settings"]
+    return None
+
+
 def code_fingerprint() -> str:
     """Over the sources that evaluations run: the same for a checkout and an installed wheel, edited or not."""
     return _code_fingerprint(Path(__file__).parents[1])

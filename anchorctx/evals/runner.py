@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 import transformers
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,7 +26,7 @@ from anchorctx.errors import UserError
 from anchorctx.evals.base import Candidate, Concluding, Evaluator, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.distribute import is_first, rank_and_size, same_everywhere
+from anchorctx.evals.distribute import is_first, same_everywhere
 from anchorctx.evals.evaluators.lm_eval import LmEval, lm_eval_version
 from anchorctx.evals.evaluators.needle import NeedleMap
 from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity
@@ -35,7 +34,8 @@ from anchorctx.evals.evaluators.precision.study import Precision
 from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.evals.evaluators.reuse.evaluator import Reuse
 from anchorctx.evals.evaluators.ruler import Ruler
-from anchorctx.evals.journal import Journal, average, code_fingerprint, run_facts
+from anchorctx.evals.forecast import Bar, Forecast, MeasuredError
+from anchorctx.evals.journal import Journal, average, begun, code_fingerprint, run_facts
 from anchorctx.evals.subject import (
     attention_name,
     check_reach,
@@ -63,7 +63,9 @@ EVALUATORS: dict[EvalName, Callable[[EvalConfig, Corpus, Candidate], Evaluator]]
     EvalName.needle: lambda config, texts, _: NeedleMap(config.needle, texts, config.seed),
     EvalName.ruler: lambda config, texts, _: Ruler(config.ruler),
     EvalName.lm_eval: lambda config, texts, _: LmEval(config.lm_eval),
-    EvalName.precision: lambda config, texts, of: Precision(config.precision, of, texts, config.seed, config.device),
+    EvalName.precision: lambda config, texts, of: Precision(
+        config.precision, of, texts, config.seed, config.device, begun(config.out_dir, "precision", of.label)
+    ),
     EvalName.kvcomm: lambda config, texts, of: Reuse(
         config.kvcomm, of, texts, config.seed, attention_name(config.attention, config.rope_dtype)
     ),
@@ -97,24 +99,78 @@ def evaluate(config: EvalConfig, command: str = "eval", asked: Any = None) -> li
         command: the command that was typed, for the manifest.
         asked: its settings, where they are not `config`.
     """
-    # Under torchrun, and not within a training run that has a process group already.
+    with _processes():
+        return _evaluate(config, run_facts(command, dataclasses.asdict(asked or config)))
+
+
+def forecast(config: EvalConfig) -> list[Forecast]:
+    """What `evaluate` would still have to do, and how long it would take: measured on a first piece of each evaluation.
+
+    Nothing is written. The list is empty where everything has been measured already.
+    """
+    with _processes():
+        disable_progress_bar()
+        jobs = plan(config, models_of(config))
+        with _journal(config, jobs, read_only=True) as journal:
+            wanted = [(job, unit) for job in jobs for unit in job.evaluator.units()]
+            known = _known(wanted, journal)
+        found, subject, loaded = [], None, None
+        for job in jobs:
+            units = [unit for (of, unit), rows in zip(wanted, known, strict=True) if of is job and not rows]
+            if units and job.evaluator.name not in LOADS_ITSELF and loaded is not job.model:
+                subject = None  # free the last model before the next is loaded
+                subject, loaded = load(job.model, job.config, job.tokenizer, config), job.model
+            found += [_first_piece(job, units, subject)] if units else []
+        return found
+
+
+def _first_piece(job: Job, units: Sequence[Unit], subject: Subject | None) -> Forecast:
+    """Run units up to the first that reports progress, and that one up to there."""
+    bar = Bar(_what(job), job.evaluator.counts, units, dry_run=True)
+    with contextlib.suppress(MeasuredError):
+        # Units of a length first: the precision study's others report no progress, and one of them takes minutes.
+        for unit in sorted(units, key=lambda unit: "length" not in unit):
+            bar.start(unit)
+            list(job.evaluator.run(subject, unit, bar.advance))  # type: ignore[arg-type]
+    if bar.forecast is None:
+        raise UserError(f"{_what(job)} has nothing whose time could be measured: run it, it is short")
+    return bar.forecast
+
+
+def _what(job: Job) -> str:
+    return f"{job.evaluator.name} of {job.model.label}"
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[None]:
+    """Under torchrun, and not within a training run that has a process group already, the processes know each other."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized()
     if several:
         dist.start()
     try:
-        return _evaluate(config, run_facts(command, dataclasses.asdict(asked or config)))
+        yield
     finally:
         if several:
             dist.stop()
+
+
+@contextlib.contextmanager
+def _journal(config: EvalConfig, jobs: Sequence[Job], *, read_only: bool = False) -> Iterator[Journal | None]:
+    """What the folder of results holds, on the first process; None on the others, and where nothing may be written."""
+    out = Path(config.out_dir)
+    if not is_first() or (read_only and not out.is_dir()):
+        yield None
+        return
+    with contextlib.closing(Journal(out)) as journal:
+        _refuse_mixtures(jobs, journal)
+        yield journal
 
 
 def _evaluate(config: EvalConfig, facts: dict[str, Any]) -> list[Result]:
     disable_progress_bar()  # transformers', while weights load: there is one of ours already
     models = models_of(config)
     jobs = plan(config, models)
-    with contextlib.closing(Journal(Path(config.out_dir))) if is_first() else contextlib.nullcontext() as journal:
-        if journal is not None:
-            _refuse_mixtures(jobs, journal)
+    with _journal(config, jobs) as journal:
         # wanted, rows and pending belong together: rows[i] are those of wanted[i], and i is in pending while there are
         # none. Only the first process has a journal; all processes have the same rows.
         wanted = [(job, unit) for job in jobs for unit in job.evaluator.units()]
@@ -201,10 +257,9 @@ def _conditions(config: EvalConfig) -> dict[str, Any]:
 
 def _known(wanted: Sequence[tuple[Job, Unit]], journal: Journal | None) -> list[list[Result]]:
     """For each unit the rows that are there already, the same on every process."""
-    rows: list[list[Result]] = []
+    rows: list[list[Result]] = [[] for _ in wanted]
     if journal is not None:
-        for job, unit in wanted:
-            rows.append(journal.find(journal.key(job.identity), str(job.model.label), unit))
+        rows = [journal.find(journal.key(job.identity), str(job.model.label), unit) for job, unit in wanted]
     return same_everywhere(rows)
 
 
@@ -217,7 +272,7 @@ def _measure(
     facts: dict[str, Any],
 ) -> None:
     """Fill in the rows of the pending units, each written as soon as it is measured; a model is loaded once."""
-    subject, loaded, bar = None, None, None
+    subject, loaded, bar, current = None, None, None, None
     for i in pending:
         job, unit = wanted[i]
         # Units are in the order of models and evaluations, so that a model is loaded when the first of its units comes.
@@ -226,10 +281,11 @@ def _measure(
         elif subject is None or loaded is not job.model:
             subject = None  # free the last model before the next is loaded
             subject, loaded = load(job.model, job.config, job.tokenizer, config), job.model
-        if bar is None or bar.job is not job:
+        if bar is None or current is not job:
             if bar is not None:
                 bar.close()
-            bar = Bar(job, [wanted[j][1] for j in pending if wanted[j][0] is job])
+            bar = Bar(_what(job), job.evaluator.counts, [wanted[j][1] for j in pending if wanted[j][0] is job])
+            current = job
         bar.start(unit)
         rows[i] = _stamped(job, subject, unit, bar, journal, facts)
         if journal is not None:
@@ -249,39 +305,3 @@ def _stamped(
 
 def _stamp(row: Result, job: Job, manifest: str) -> Result:
     return dataclasses.replace(row, manifest=manifest, context={"model": job.model.label} | row.context)
-
-
-class Bar:
-    """Tokens (or requests) done of one model under one evaluation, with rate and time left, on the first process only.
-
-    A unit's total is known once it runs; those of later units are estimated from their lengths.
-    """
-
-    def __init__(self, job: Job, units: Sequence[Unit]) -> None:
-        self.job, self._lengths = job, sum(map(_length, units))
-        self._tokens = self._done = self._current = self._total = 0
-        desc = f"{job.evaluator.name} of {job.model.label}"
-        self._bar = tqdm(
-            unit=job.evaluator.counts, unit_scale=True, desc=desc, dynamic_ncols=True, disable=rank_and_size()[0] > 0
-        )
-
-    def start(self, unit: Unit) -> None:
-        """Begin a unit; the one before, if any, is done."""
-        self._tokens, self._done = self._tokens + self._total, self._done + self._current
-        self._current, self._total = _length(unit), 0
-
-    def advance(self, done: int, total: int) -> None:
-        """Progress of the evaluator within the unit."""
-        self._total = total
-        # Units of 512 and 2,048 tokens: when the first turns out to have 10,000 tokens to do, the whole is put at
-        # 10,000 * 2,560 / 512 = 50,000.
-        self._bar.total = round((self._tokens + total) * self._lengths / (self._done + self._current))
-        self._bar.update(done)
-
-    def close(self) -> None:
-        """Leave the finished bar on the screen."""
-        self._bar.close()
-
-
-def _length(unit: Unit) -> int:
-    return int(unit.get("length") or unit.get("context_length") or 1)

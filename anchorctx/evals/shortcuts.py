@@ -25,9 +25,12 @@ class Outcome:
 
 def evaluate_precision(config: PrecisionConfig) -> list[Result]:
     """Run (or finish) the study; returns its rows, the verdict last."""
-    return evaluate(
-        EvalConfig(**_shared(config), evals=[EvalName.precision], precision=config), "precision", asked=config
-    )
+    return evaluate(precision_evaluation(config), "precision", asked=config)
+
+
+def precision_evaluation(config: PrecisionConfig) -> EvalConfig:
+    """The study as an evaluation among others."""
+    return EvalConfig(**_shared(config), evals=[EvalName.precision], precision=config)
 
 
 def evaluate_reuse(config: KvcommConfig) -> Outcome:
@@ -35,9 +38,13 @@ def evaluate_reuse(config: KvcommConfig) -> Outcome:
     averaged = next((model for model in config.models if model.average is not None), None)
     if averaged is not None:
         raise UserError(f"average={averaged.average} is not known to kvcomm, which compares models one by one: drop it")
-    settings = _shared(config, "models", "dtype")
-    rows = evaluate(EvalConfig(**settings, evals=[EvalName.kvcomm], kvcomm=config), "kvcomm", asked=config)
+    rows = evaluate(reuse_evaluation(config), "kvcomm", asked=config)
     return Outcome(rows, judge(rows, config.gate))
+
+
+def reuse_evaluation(config: KvcommConfig) -> EvalConfig:
+    """KV reuse as an evaluation among others."""
+    return EvalConfig(**_shared(config, "models", "dtype"), evals=[EvalName.kvcomm], kvcomm=config)
 
 
 def _shared(config: Any, *more: str) -> dict[str, Any]:

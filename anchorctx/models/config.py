@@ -66,7 +66,9 @@ class ModelConfig:
     """The model: exactly one of `path` (weights) and `config` (from scratch)."""
 
     path: str | None = None
-    """Folder of a Hugging Face checkpoint, or its name on the hub."""
+    """Folder of a Hugging Face checkpoint, or its name on the hub; or a GGUF file, on the hub OWNER/NAME/FILE.gguf."""
+    gguf_file: str | None = None
+    """A GGUF file in the folder or hub repository `path`, the same as path=PATH/FILE.gguf."""
     config: dict[str, Any] = field(default_factory=dict)
     """A new, randomly initialised model: `model_type` and fields of its transformers configuration."""
     dtype: ModelDtype = ModelDtype.float32
@@ -81,6 +83,10 @@ class ModelConfig:
     """Attention backend: auto, flash_attn, torch_varlen, cpu, flex or reference."""
     seed: int = 0
     """Seed of a new model's weights."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.gguf_file is not None:
+            self.path, self.gguf_file = f"{self.path}/{self.gguf_file}", None
 
 
 class LossKind(StrEnum):

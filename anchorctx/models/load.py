@@ -30,13 +30,19 @@ from transformers.modeling_utils import load_state_dict
 from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
 from anchorctx.models.generation import drop_unused
+from anchorctx.models.gguf import folder_of, is_gguf
 from anchorctx.models.weights import refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
 
 logger = logging.getLogger(__name__)
 
 
-def local_folder(path: str) -> Path | None:
-    """The folder that `path` names, or None for a name on the hub; UserError for a folder that is no model."""
+def local_folder(path: str, *, weights: bool = False) -> Path | None:
+    """The folder that `path` names, or None for a name on the hub; UserError for a folder that is no model.
+
+    A GGUF file is made into one, its weights only where `weights` asks for them.
+    """
+    if is_gguf(path):
+        return folder_of(path, weights=weights)
     folder = Path(path).expanduser()
     if not folder.exists():
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
@@ -99,7 +105,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
     Raises:
         UserError: nothing to read, or weights that are missing or of another shape; unknown weights are logged.
     """
-    folder = local_folder(path)
+    folder = local_folder(path, weights=True)
     if folder is not None:
         weight_files(folder)  # says which of them is missing
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with both shapes

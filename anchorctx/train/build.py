@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from anchorctx.models import build_config, checkpoint_activations, load_model
-from anchorctx.models.load import check_weights
+from anchorctx.models.load import check_weights, local_folder
 from anchorctx.models.loss import CausalLMLoss
 from anchorctx.models.memory import check_offload, saving
 from anchorctx.models.tiled_mlp import tile_mlps
@@ -26,6 +26,8 @@ def build_model(config: TrainConfig, mesh: Mesh) -> PreTrainedModel:
     """
     hf_config = build_config(config.model)
     ulysses.check_sizes(hf_config, config.parallel.sequence_parallel, mesh.ranks.world)
+    if config.model.path:
+        local_folder(config.model.path, weights=True)  # a GGUF file is dequantised whole, before anything is sharded
     with contextlib.ExitStack() as stack:
         # Headers first: under sharded loading transformers fills missing weights in silence.
         if config.parallel.zero_stage == 3 and config.memory.sharded_loading and config.model.path:

@@ -55,6 +55,7 @@ def _table(study: Study) -> Table:
             rows.find(CHANGE, first="dropped", **whole),
             # None: not the rows of texts whose first token was dropped, where another token is first.
             rows.find("precision_first_share", first=None, **whole),
+            rows.find("precision_other_share", first=None, **whole),  # missing in older studies
             rows.find("precision_first_attention", first=None, **whole),
         )
         # Of the whole model rather than of layers; and, last, of a training row, where the main shift has no meaning.
@@ -62,12 +63,13 @@ def _table(study: Study) -> Table:
         packed = rows.find(CHANGE, rows="intra_doc", layer="all", first="kept", **arm)
         body.append([text_cell(name), *map(_share, shares), _nats(spoken), _share(packed)])
     head = ("arithmetic", "attention that moves", "first token hidden", "first token dropped",
-            "first token's share of the change", "its attention", "change of next token's log p (nats)",
-            "training rows (intra_doc)")  # fmt: skip
+            "first token's share of the change", "largest share of another", "first token's attention",
+            "change of next token's log p (nats)", "training rows (intra_doc)")  # fmt: skip
     caption = (
         f"Shift of {study.shift:,} at {study.length:,} tokens. Hidden: its score is left out of the softmax. Dropped: "
         "it is not in the text, another token is first. Of the change no token can have more than 50 %, since what one "
-        "loses others gain. The log-probability is after all layers, without feeding them unshifted states."
+        f"loses others gain; an even share is {number(1 / study.length, percent=True, digits=2)}. The log-probability "
+        "is after all layers, without feeding them unshifted states."
     )
     return Table(f"{study.model} by arithmetic", head, body, caption)
 

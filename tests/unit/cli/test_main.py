@@ -96,8 +96,11 @@ def test_show_prints_the_resolved_configuration(capsys: pytest.CaptureFixture[st
         (["train", "--recipe"], "--recipe needs a name or a file"),
         (["train", "steps=0", "out_dir=x", "data.train=y"], "steps=0 must be at least 1"),
         (["doctor", "x=1"], "takes no arguments"),
-        (["plan", "--dry-run", "--recipe", "x.yaml"], "--dry-run is an option of anchorctx prepare, not of plan"),
-        (["eval", "--dry-run", "--help"], "--dry-run is an option of anchorctx prepare, not of eval"),
+        (
+            ["plan", "--dry-run", "--recipe", "x.yaml"],
+            "--dry-run is an option of anchorctx prepare, eval, precision, kvcomm, not of",
+        ),
+        (["train", "--dry-run", "--help"], "--dry-run is an option of anchorctx prepare, eval, precision, kvcomm, not"),
         (["report", "a", "runs=[b]"], "folders are given twice, as a and as runs=[...]: use one of the two"),
         (["plot", "out_dir=x"], "nothing to draw"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.evals.corpus import embedded
@@ -42,7 +42,8 @@ class StudyConfig:
     """What is studied, of any model."""
 
     lengths: list[Positive] = field(default_factory=list)
-    """Row lengths in tokens; empty takes the model's limit (32,768 at most) and its half, quarter and eighth."""
+    """Row lengths in tokens; empty takes the model's limit (32,768 at most) and its half, quarter and eighth, or as
+    much less as budget_minutes asks for."""
     shifts: list[Shift] = field(default_factory=lambda: [1, 16, 256, 4096, 32768, 131072])
     """Constants, in tokens, that are added to all positions. They may exceed the model's limit."""
     shift: Shift = 16
@@ -51,8 +52,9 @@ class StudyConfig:
     """Layers measured, from 0; empty takes eight at most, spread evenly."""
     arithmetics: list[Arithmetic] = field(default_factory=lambda: list(Arithmetic))
     """bfloat16, float32_rotation and float32."""
-    texts: Positive = 4
-    """Different rows of text of each length; the confidence intervals are over them."""
+    texts: Positive | None = None
+    """Different rows of text of each length, which the confidence intervals are over; null takes 4, or 3 where
+    budget_minutes asks for less."""
     queries: Positive = 64
     """Tokens of a row whose attention is compared, spread evenly over its second half."""
     control: bool = True
@@ -67,6 +69,9 @@ class StudyConfig:
     """Shifted copies of a row in one forward pass: fewer take less memory."""
     emulate: Emulate = Emulate.auto
     """Compute bfloat16 matrix products in float32 and round: auto, always or never."""
+    budget_minutes: Annotated[float, Gt(0)] = 10.0
+    """Time for the study, by a measurement of the model at its start: what `lengths`, `texts` and the cost's row leave
+    open is chosen to fit. A study that was stopped keeps to its choice."""
 
 
 @dataclass(kw_only=True)  # without slots: it is one of two bases

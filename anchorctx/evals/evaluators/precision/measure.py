@@ -17,6 +17,7 @@ from anchorctx.errors import UserError
 from anchorctx.evals.base import anchor_token
 from anchorctx.evals.evaluators.precision.models import arithmetic_context
 from anchorctx.evals.evaluators.precision.probe import Change, Probe
+from anchorctx.flops import layer_windows
 from anchorctx.layout import PackedLayout
 
 DOCUMENTS_A_ROW = 8
@@ -108,6 +109,8 @@ class Instrument:
     """Copies of a row in one forward pass, beside the first."""
     emulated: bool
     """Compute bfloat16 products in float32 and round."""
+    shared: bool = False
+    """Compute the states that isolated copies share once: see `shares_states`."""
 
     def changes(
         self, row: TextRow, layout: PackedLayout, positions: Sequence[torch.Tensor], queries: torch.Tensor
@@ -140,19 +143,39 @@ class Instrument:
         others = positions[1:]
         return [[positions[0], *others[i : i + self.rows_per_pass]] for i in range(0, len(others), self.rows_per_pass)]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode linear layers would pass by the emulation whole
     def _forward(
         self, row: TextRow, positions: Sequence[torch.Tensor], probe: Probe, kept: torch.Tensor
     ) -> torch.Tensor:
-        device = self.model.device
+        device, shared = self.model.device, self.shared and probe.isolate
+        probe.copies = len(positions)
+        # Whoever sees whom is the probe's affair. A mask of four dimensions keeps transformers from making one of its
+        # own, for which it wants as many rows of positions as of tokens.
+        mask = {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)} if shared else {}
         with arithmetic_context(self.emulated):
             return self.model(
-                input_ids=torch.from_numpy(row.ids).expand(len(positions), -1).to(device),
+                input_ids=torch.from_numpy(row.ids).expand(1 if shared else len(positions), -1).to(device),
                 position_ids=torch.stack(list(positions)).to(device),
                 use_cache=False,
                 logits_to_keep=kept.to(device),
                 probe=probe,
+                **mask,
             ).logits
+
+
+def shares_states(model: PreTrainedModel) -> bool:
+    """Whether the model takes one row with several rows of positions, and then rotates it for each of them.
+
+    Most do: cosines of shape (B, T, D) times queries of (1, H, T, D). Those that rotate a part of each head cannot join
+    it with the rest, of one row.
+    """
+    row, queries = TextRow(np.arange(8), PackedLayout((0, 8))), torch.arange(4, 7)
+    tool = Instrument(model, frozenset(range(len(layer_windows(model.config)))), 2, emulated=False, shared=True)
+    try:
+        changes = tool.changes(row, row.layout, [torch.arange(8), torch.arange(8) + 1000], queries)
+    except RuntimeError:
+        return False
+    return any(bool(change.score.any()) for change in changes[0].values())  # else the positions were not heard
 
 
 def late_queries(length: int, count: int) -> torch.Tensor:

@@ -3,8 +3,9 @@
 A forward pass gets one row several times, each copy with its own position ids. In every layer the probe compares the
 attention of each copy with that of the first. With `isolate` it then hands the *first* copy's output to all copies, so
 that all enter the next layer with the same hidden states and each layer's change comes from its rotation alone; without
-`isolate` every copy goes its own way. It works through transformers' attention interface and so needs no knowledge of
-how a model rotates.
+`isolate` every copy goes its own way. Isolated copies have equal states, so that most models can compute them once: the
+row goes in once with the positions of all copies, and only rotated queries and keys are as many as those. It works
+through transformers' attention interface and so needs no knowledge of how a model rotates.
 
 Shapes: B copies, H query heads, N measured queries, T tokens, D head dimension.
 """
@@ -58,6 +59,8 @@ class Probe:
     """Layers that are compared."""
     isolate: bool
     """See the module."""
+    copies: int = 1
+    """Sets of positions in the forward pass."""
     found: dict[int, list[Change]] = field(default_factory=dict)
     """Each layer's changes of copies 1, 2, ..."""
 
@@ -83,6 +86,8 @@ def _probe_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention contract: (B, H, T, D) in, ((B, T, H, D), no weights) out."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # a float32 rotation is cast once, as in training
+    # One row of shared states in a layer that does not rotate (Cohere 2 has such): the same for every copy.
+    query, key = (x.expand(max(len(x), probe.copies), -1, -1, -1) for x in (query, key))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if layer in probe.layers:
@@ -95,7 +100,7 @@ def _probe_attention(
     # Isolated, the first copy's output serves all: only that one needs computing.
     copies = 1 if probe.isolate else len(query)
     out = _output(query[:copies], key[:copies], value[:copies], probe.layout, scale, sliding_window, softcap)
-    return out.expand(len(query), -1, -1, -1).transpose(1, 2), None
+    return out.expand(len(value), -1, -1, -1).transpose(1, 2), None  # values have as many rows as the hidden states
 
 
 def compare(before: torch.Tensor, after: torch.Tensor, allowed: torch.Tensor, first: torch.Tensor) -> Change:

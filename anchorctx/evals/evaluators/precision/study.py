@@ -8,6 +8,7 @@ follows from the rows of all units.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,20 @@ from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import by_first
 from anchorctx.evals.evaluators.precision import models
+from anchorctx.evals.evaluators.precision.budget import COST_SHARE, SHORTEST, Size, choose, measure, sizes
 from anchorctx.evals.evaluators.precision.config import Arithmetic, StudyConfig
-from anchorctx.evals.evaluators.precision.measure import Instrument, Texts
+from anchorctx.evals.evaluators.precision.measure import Instrument, Texts, shares_states
 from anchorctx.evals.evaluators.precision.models import emulates, random_score_changes
 from anchorctx.evals.evaluators.precision.rows import mean_result
 from anchorctx.evals.evaluators.precision.units import Setting, dropped_unit, packed_unit, shift_unit, time_steps
 from anchorctx.evals.evaluators.precision.verdict import Question, verdict
+from anchorctx.evals.forecast import duration
 from anchorctx.records.results import Result
 from anchorctx.settings import check_ranges
 
-LONGEST = 32_768
-"""Tokens: the longest row unless `lengths` says otherwise."""
-SHORTEST = 16
+logger = logging.getLogger(__name__)
+Begun = dict[str, Any] | None
+"""Settings of a study of the same model in the same folder, which an earlier call has begun."""
 RANDOM = {"head_dim": 128, "theta": 5e5, "length": 1024}
 """Shape of the random queries and keys: Llama 3's."""
 RANDOM_SHIFTS = (16, 256, 4096, 32768, 130_000)
@@ -43,17 +46,22 @@ class Precision:
     name = "precision"
     counts = "tok"
 
-    def __init__(self, config: StudyConfig, candidate: Candidate, corpus: Corpus, seed: int, device: str) -> None:
+    def __init__(
+        self, config: StudyConfig, candidate: Candidate, corpus: Corpus, seed: int, device: str, begun: Begun = None
+    ) -> None:
         checkpoint = models.open_checkpoint(candidate.path, candidate.changes, device)
         self.config, self._label, self._seed = config, candidate.label, seed
         self._checkpoint = dataclasses.replace(checkpoint, config=candidate.config.get_text_config())
-        self.setting = check(config, self._checkpoint, candidate.label)
         self._texts = Texts(corpus, checkpoint.tokenizer)
+        largest = next(sizes(config, self._checkpoint.reach))
+        self.setting = check(config, self._checkpoint, largest, candidate.label)
         # Rows are made here once for their checks, and again when they are read: they take no time beside the model.
-        for length in self.setting.lengths:
-            self._texts.rows(length, config.texts)  # raises before anything is written
+        for length in largest.lengths:
+            self._texts.rows(length, largest.texts)  # raises before anything is written
         if config.packed:
-            self._texts.packed_rows(self.setting.lengths[-1], config.texts)
+            self._texts.packed_rows(largest.lengths[-1], largest.texts)
+        self._size = by_first(lambda: self._fitting(begun))
+        self.setting = check(config, self._checkpoint, self._size, candidate.label)
         self._variant, self._tool = "", None
 
     def longest(self) -> int:
@@ -62,8 +70,7 @@ class Precision:
 
     def settings(self) -> dict[str, Any]:
         """All, with the lengths and layers that were chosen for the model."""
-        chosen = {"lengths": list(self.setting.lengths), "layers": sorted(self.setting.layers)}
-        return settings_of(self.config, StudyConfig) | chosen
+        return self._asked() | {"chosen": self._chosen()}
 
     def units(self) -> list[Unit]:
         """Random queries and keys, the cost, then each model: one unit a length, and one of packed rows.
@@ -90,7 +97,7 @@ class Precision:
             yield from by_first(lambda: list(work()))
             return
         variant = {name: unit[name] for name in ("weights", "arithmetic")}
-        tool, setting, count = self._instrument(**variant), self.setting, self.config.texts
+        tool, setting, count = self._instrument(**variant), self.setting, self._size.texts
         if unit["rows"] == "intra_doc":
             yield from packed_unit(
                 tool, setting, self._texts.packed_rows(setting.lengths[-1], count), progress, variant
@@ -108,6 +115,36 @@ class Precision:
         closing = verdict(rows, Question(self._label, self.setting.shift, self.setting.lengths))
         return [] if closing is None else [closing]
 
+    # -- how much is measured -----------------------------------------------------------------------------------------
+
+    def _fitting(self, begun: Begun) -> Size:
+        """What an earlier call chose for the same study, else what fits the budget, which is measured and logged."""
+        config, reach = self.config, self._checkpoint.reach
+        if begun is not None and {**begun, "chosen": None} == {**self._asked(), "chosen": None}:
+            return Size(tuple(begun["chosen"]["lengths"]), begun["chosen"]["texts"])
+        possible = list(sizes(config, reach))
+        if len(possible) == 1:  # all of it was asked for
+            return possible[0]
+        speed = measure(self._checkpoint, config, self.setting, self._texts, self._seed)
+        size = choose(config, reach, speed)
+        more = ""
+        if size != possible[0]:
+            more = f"; {possible[0]} would take {duration(speed.study(config, possible[0]))}"
+        logger.info(
+            "precision of %s: %s take about %s of precision.budget_minutes=%g%s",
+            self._label, size, duration(speed.study(config, size)), config.budget_minutes, more,
+        )  # fmt: skip
+        return size
+
+    def _asked(self) -> dict[str, Any]:
+        return settings_of(self.config, StudyConfig)
+
+    def _chosen(self) -> dict[str, Any]:
+        lengths, layers = list(self.setting.lengths), sorted(self.setting.layers)
+        return {"lengths": lengths, "texts": self._size.texts, "layers": layers}
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
     def _instrument(self, weights: str, arithmetic: str) -> Instrument:
         """The model of a unit; it stays loaded until another one is asked for."""
         if self._tool is None or self._variant != f"{weights} {arithmetic}":
@@ -115,7 +152,8 @@ class Precision:
             kind = Arithmetic(arithmetic)
             model = models.load(self._checkpoint, models.Weights(weights), kind, self._seed)
             emulated = kind is not Arithmetic.float32 and emulates(self.config.emulate, self._checkpoint.device)
-            self._tool = Instrument(model, self.setting.layers, self.config.rows_per_pass, emulated)
+            shared = shares_states(model)
+            self._tool = Instrument(model, self.setting.layers, self.config.rows_per_pass, emulated, shared)
             self._variant = f"{weights} {arithmetic}"
         return self._tool
 
@@ -146,15 +184,15 @@ class Precision:
 
     def _cost_rows(self) -> Iterator[Result]:
         model = models.load(self._checkpoint, models.Weights.trained, Arithmetic.bfloat16, self._seed)
-        length = self.setting.lengths[-1]
-        timings = time_steps(model, self._texts.rows(length, 1)[0])
+        rows = [self._texts.rows(length, 1)[0] for length in reversed(self.setting.lengths)]
+        timings, length = time_steps(model, rows, seconds=60 * self.config.budget_minutes * COST_SHARE)
         yield from timings.rows({"length": length, "device": self._device()})
 
 
-def check(config: StudyConfig, checkpoint: models.Checkpoint, label: str | None = None) -> Setting:
+def check(config: StudyConfig, checkpoint: models.Checkpoint, size: Size, label: str | None = None) -> Setting:
     """What is measured, with defaults filled in; UserError for what the model cannot do."""
     check_ranges(config)
-    lengths = sorted(set(config.lengths)) or [min(checkpoint.reach, LONGEST) // part for part in (8, 4, 2, 1)]
+    lengths = list(size.lengths)
     if lengths[0] < SHORTEST:
         raise UserError(f"lengths={lengths} must each be at least {SHORTEST} tokens: raise {lengths[0]}")
     if lengths[-1] > checkpoint.reach:
@@ -172,7 +210,7 @@ def check(config: StudyConfig, checkpoint: models.Checkpoint, label: str | None 
         raise UserError("arithmetics=[] leaves nothing to study: name bfloat16, float32_rotation or float32")
     return Setting(
         label=label or Path(checkpoint.path).name,
-        lengths=tuple(lengths),
+        lengths=size.lengths,
         shifts=tuple(shifts),
         shift=config.shift,
         layers=frozenset(layers),

@@ -57,25 +57,28 @@ def shift_unit(
 ) -> Iterator[Result]:
     """Rows for every shift at the texts' length."""
     length = len(texts[0].ids)
-    layout, positions = PackedLayout((0, length)), _shifted(length, setting.shifts)
-    queries = late_queries(length, setting.queries)
     context = context | {"rows": "shift", "length": length}
-
-    def read(text: TextRow) -> tuple[list[dict[int, Change]], list[torch.Tensor]]:
-        moved = tool.changes(text, layout, positions, queries)
-        return moved, tool.log_probabilities(text, layout, positions, queries) if setting.end_to_end else []
-
-    sizes = [length * len(positions) * (1 + setting.end_to_end)] * len(texts)
-    # changes[text][shift][layer]; spoken[text] has (N,) log-probabilities without a shift, then for every shift.
-    changes, spoken = zip(*spread(texts, read, sizes, progress), strict=True)
+    sizes = [length * (1 + len(setting.shifts)) * (1 + setting.end_to_end)] * len(texts)
+    # changes[text][shift][layer]; spoken[text] has (N,) log-probabilities without a shift and with the main one.
+    changes, spoken = zip(*spread(texts, lambda text: read_text(tool, setting, text), sizes, progress), strict=True)
     for i, shift in enumerate(setting.shifts):
         at, moved = context | {"shift": shift}, [change[i] for change in changes]
         main = shift == setting.shift
         yield from layer_rows(moved, at, layers=main or length == setting.lengths[-1])
         if main:
             yield from key_rows(moved, at)
-        if setting.end_to_end:
-            yield _spoken_row([(logp[0], logp[i + 1]) for logp in spoken], at)
+        if main and setting.end_to_end:
+            yield _spoken_row([(before, after) for before, after in spoken], at)
+
+
+def read_text(tool: Instrument, setting: Setting, text: TextRow) -> tuple[list[dict[int, Change]], list[torch.Tensor]]:
+    """Each layer's change under every shift, and (N,) log-probabilities without a shift and with the main one."""
+    length = len(text.ids)
+    layout, queries = PackedLayout((0, length)), late_queries(length, setting.queries)
+    moved = tool.changes(text, layout, _shifted(length, setting.shifts), queries)
+    if not setting.end_to_end:
+        return moved, []
+    return moved, tool.log_probabilities(text, layout, _shifted(length, (setting.shift,)), queries)
 
 
 def dropped_unit(
@@ -186,18 +189,29 @@ class Timings:
         )
 
 
-def time_steps(model: PreTrainedModel, row: TextRow, pairs: int = PAIRS) -> Timings:
-    """Forward and backward of one packed row of a bfloat16 `model` under AnchorAttention, with either rotation."""
+def time_steps(
+    model: PreTrainedModel, rows: Sequence[TextRow], pairs: int = PAIRS, seconds: float = math.inf
+) -> tuple[Timings, int]:
+    """Forward and backward of one packed row of a bfloat16 `model` under AnchorAttention, with either rotation.
+
+    Of `rows`, the longest first, the first is taken that all pairs take at most `seconds` with, else the last; its
+    length in tokens is returned too.
+    """
     register()
     model.set_attn_implementation(implementation())
+    set_rope_dtype(model, RopeDtype.bfloat16)
+    step = _step(model, rows[-1])
+    step()  # warms up
+    token = step() / len(rows[-1].ids)
+    row = next((row for row in rows if 2 * (pairs + 1) * token * len(row.ids) <= seconds), rows[-1])
     step = _step(model, row)
-    seconds: dict[RopeDtype, list[float]] = {RopeDtype.bfloat16: [], RopeDtype.float32: []}
+    taken: dict[RopeDtype, list[float]] = {RopeDtype.bfloat16: [], RopeDtype.float32: []}
     for pair in range(pairs + 1):
-        for dtype in sorted(seconds, reverse=bool(pair % 2)):  # alternate who goes first
+        for dtype in sorted(taken, reverse=bool(pair % 2)):  # alternate who goes first
             set_rope_dtype(model, dtype)
-            seconds[dtype].append(step())
+            taken[dtype].append(step())
     # The first pair warms up kernels and caches.
-    return Timings(seconds[RopeDtype.bfloat16][1:], seconds[RopeDtype.float32][1:])
+    return Timings(taken[RopeDtype.bfloat16][1:], taken[RopeDtype.float32][1:]), len(row.ids)
 
 
 def _step(model: PreTrainedModel, row: TextRow) -> Callable[[], float]:

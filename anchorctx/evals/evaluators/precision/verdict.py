@@ -13,10 +13,6 @@ from anchorctx.evals.evaluators.precision.rows import ALL, interval_half
 from anchorctx.records.results import Result, Rows
 from anchorctx.records.table import text_table
 
-MOST = 0.5
-"""The first token carries the error when hiding it removes at least this share of the change ..."""
-SOME = 0.1
-"""... and a part of it from this share on."""
 COLUMNS = ("shift", "bfloat16", "float32_rotation", "float32")
 TITLES = ("shift (tokens)", "bfloat16", "float32 rotation", "float32")
 
@@ -110,23 +106,52 @@ def _differ(a: Result, b: Result) -> bool:
 
 
 def _first_token(rows: Sequence[Result], at: dict[str, Any]) -> str:
-    kept = find(rows, "precision_attention_change", arithmetic="bfloat16", first="kept", **at)
-    hidden = find(rows, "precision_attention_change", arithmetic="bfloat16", first="hidden", **at)
-    share = find(rows, "precision_first_share", arithmetic="bfloat16", **at)
-    attention = find(rows, "precision_first_attention", arithmetic="bfloat16", **at)
+    """The first token's part of the change beside other tokens' and beside its attention, and what hiding it does."""
+
+    def bfloat16(metric: str, **more: Any) -> Result | None:
+        return find(rows, metric, arithmetic="bfloat16", **at | more)
+
+    kept, hidden = (bfloat16("precision_attention_change", first=first) for first in ("kept", "hidden"))
+    # None: not the rows of texts whose first token was dropped.
+    share, attention, other, rank = (
+        bfloat16(f"precision_{name}", first=None)
+        for name in ("first_share", "first_attention", "other_share", "first_rank")
+    )
     if kept is None or hidden is None or share is None or attention is None:
         return "the first token's part is not known"
-    # Hiding the first token takes its score out of every softmax; what no longer moves then was its doing.
-    gone = 1 - hidden.value / kept.value
-    carries = (
-        "carries most of the change" if gone >= MOST else "carries a part of the change" if gone >= SOME else
-        "does not carry the change"
-    )  # fmt: skip
+    place = "" if other is None or rank is None else f", {_place(rank, other, at['length'])}"
     return (
-        f"the first token {carries}: it has {percent(attention.value)} of the attention and {percent(share.value)} of "
-        f"the change ({share.value * at['length']:.0f} times an average token's; no token can have more than 50 %), "
-        f"and with it hidden {percent(hidden.value)} moves"
+        f"the first token has {percent(share.value)}{_within(share)} of the change, where no token can have more than "
+        f"50 %{place}: {share.value * at['length']:.3g} times an even share, and {_times(share, attention)} its part "
+        f"of the attention, {percent(attention.value)}{_within(attention)}; with it hidden {percent(hidden.value)} "
+        f"moves, {_times(hidden, kept)} as much"
     )
+
+
+def _place(rank: Result, other: Result, length: int) -> str:
+    """Where the first token stands among all by size, with the largest of the others."""
+    places = sorted(int(place) for place in rank.context["values"])
+    which = f"{places[0]:,}" if places[0] == places[-1] else f"{places[0]:,} to {places[-1]:,}"
+    texts = "the one text" if len(places) == 1 else f"{len(places)} texts"
+    return (
+        f"place {which} of {length:,} by size in {texts} (the largest other token has {percent(other.value)}"
+        f"{_within(other)})"
+    )
+
+
+def _times(part: Result, whole: Result) -> str:
+    """How often `whole` goes into `part`, with the interval over texts."""
+    # Both have one number for each text, of the same texts: paired.
+    ratios = [a / b for a, b in zip(part.context["values"], whole.context["values"], strict=True) if b]
+    if not ratios:
+        return "no multiple of"
+    mean, half = statistics.fmean(ratios), interval_half(ratios)
+    spread = "" if half is None else f" (95 %: {mean - half:.2f} to {mean + half:.2f})"
+    return f"{mean:.2f} times{spread}"
+
+
+def _within(row: Result) -> str:
+    return "" if row.low is None or row.high is None else f" (95 %: {percent(row.low)} to {percent(row.high)})"
 
 
 def _recommendation(rows: Sequence[Result], removed: float, half: float | None, at: dict[str, Any]) -> str:

@@ -12,7 +12,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.rope import set_rope_dtype
 from anchorctx.evals.evaluators.precision import probe
-from anchorctx.evals.evaluators.precision.measure import Instrument, TextRow, document_queries, late_queries
+from anchorctx.evals.evaluators.precision.measure import (
+    Instrument,
+    TextRow,
+    document_queries,
+    late_queries,
+    shares_states,
+)
 from anchorctx.evals.evaluators.precision.probe import Probe, allowed_rows, compare, first_keys
 from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.testing.tiny import ARCHITECTURES
@@ -164,6 +170,27 @@ def test_every_architecture_can_be_probed(name: str):
     # Measured: 5e-8 (gpt_neox) to 5.3e-7 (qwen3) in float32, 1.4e-3 (olmo3) to 5.0e-3 (mixtral) in bfloat16.
     assert changes[torch.float32] < 1e-6
     assert changes[torch.bfloat16] > 1e-3
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_isolated_copies_may_share_their_states(name: str):
+    """One row under several sets of positions, as several rows would be; not where a head is rotated in part."""
+    model = ARCHITECTURES[name].build(torch.bfloat16).eval()
+    probe.register()
+    model.set_attn_implementation(probe.NAME)
+    assert shares_states(model) == (name not in ("phi3", "phi3_window", "gpt_neox"))
+    if not shares_states(model):
+        return
+    row, layout = TextRow(np.arange(64) % 90, PackedLayout((0, 64))), PackedLayout((0, 64))
+    positions, queries = [torch.arange(64) + shift for shift in (0, 16, 300)], late_queries(64, 16)
+    apart, together = (
+        Instrument(model, frozenset((0, 1)), 8, emulated=False, shared=shared).changes(row, layout, positions, queries)
+        for shared in (False, True)
+    )
+    for a, b in zip(apart, together, strict=True):
+        for layer, field in itertools.product((0, 1), ("attention", "hidden", "first", "score", "keys")):
+            # The same bits on an AMD EPYC; another CPU may sum products of other shapes in another order.
+            torch.testing.assert_close(getattr(b[layer], field), getattr(a[layer], field), rtol=0.02, atol=2e-5)
 
 
 def test_log_probabilities_are_the_models_own():

@@ -1,0 +1,96 @@
+"""How long an evaluation will take, by its first piece of work: said while it runs, or by a dry run instead of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from anchorctx.evals.base import Unit
+from anchorctx.evals.distribute import rank_and_size
+
+logger = logging.getLogger(__name__)
+
+WORTH_SAYING = 20.0
+"""Seconds: what is over sooner is not announced."""
+
+
+class MeasuredError(Exception):
+    """Ends a unit of a dry run after its first piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What the first piece of an evaluation of a model says about all of it."""
+
+    what: str
+    """Evaluation and model."""
+    seconds: float
+    """For all units that are still to be measured, loading left out."""
+    first: str
+    """What was timed: `8,192 of 240,000 tok`."""
+
+    def __str__(self) -> str:
+        return f"{self.what}: about {duration(self.seconds)}, by the first {self.first}"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Bar:
+    """Tokens (or requests) done of one model under one evaluation, with rate and time left, on the first process only.
+
+    A unit's total is known once it runs; those of later units are estimated from their lengths. The first progress of
+    all makes the forecast, which is logged; a dry run ends there with `MeasuredError`.
+    """
+
+    def __init__(self, what: str, counts: str, units: Sequence[Unit], *, dry_run: bool = False) -> None:
+        self.forecast: Forecast | None = None
+        self._what, self._counts, self._dry_run = what, counts, dry_run
+        self._lengths = sum(map(_length, units))
+        self._tokens = self._done = self._current = self._total = 0
+        self._begun = time.monotonic()
+        hidden = dry_run or rank_and_size()[0] > 0
+        self._bar = tqdm(unit=counts, unit_scale=True, desc=what, dynamic_ncols=True, disable=hidden)
+
+    def start(self, unit: Unit) -> None:
+        """Begin a unit; the one before, if any, is done."""
+        self._tokens, self._done = self._tokens + self._total, self._done + self._current
+        self._current, self._total = _length(unit), 0
+        if self.forecast is None:
+            self._begun = time.monotonic()
+
+    def advance(self, done: int, total: int) -> None:
+        """Progress of the evaluator within the unit."""
+        self._total = total
+        # Units of 512 and 2,048 tokens: when the first turns out to have 10,000 tokens to do, the whole is put at
+        # 10,000 * 2,560 / 512 = 50,000.
+        whole = round((self._tokens + total) * self._lengths / (self._done + self._current))
+        self._bar.total = whole
+        self._bar.update(done)
+        if self.forecast is None:
+            self._forecast(done, whole)
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen."""
+        self._bar.close()
+
+    def _forecast(self, done: int, whole: int) -> None:
+        seconds = (time.monotonic() - self._begun) * whole / max(done, 1)
+        self.forecast = Forecast(self._what, seconds, f"{done:,} of {whole:,} {self._counts}")
+        if self._dry_run:
+            raise MeasuredError
+        if seconds >= WORTH_SAYING:
+            self._bar.clear()
+            logger.info("%s", self.forecast)
+
+
+def _length(unit: Unit) -> int:
+    return int(unit.get("length") or unit.get("context_length") or 1)
