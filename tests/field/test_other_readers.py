@@ -182,7 +182,8 @@ def transformers_4(pytestconfig: pytest.Config) -> dict[str, str]:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), *packages]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            pytest.skip(f"pip cannot install {packages[0]} here: {done.stderr.strip().splitlines()[-1]}")
+            why = (done.stderr or done.stdout or "no reason given").strip().splitlines()[-1]
+            pytest.skip(f"pip cannot install {packages[0]} here: {why}")
     return os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
