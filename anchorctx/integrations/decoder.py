@@ -62,36 +62,45 @@ def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     forward = attachment.forward or partial(type(decoder).forward, decoder)
     inputs = dict(zip(_names(type(decoder)), args, strict=False)) | kwargs
     if any(inputs.get(name) is not None for name in ("cache", "past_key_values")):
-        if torch.is_grad_enabled():
-            raise UserError(
-                f"{type(decoder).__name__} got a KV cache with gradients, which prefix tuning does: it cannot be "
-                "attached (to generate, run it under torch.no_grad())"
-            )
-        with _attention(decoder.config, GENERATING):
-            return forward(**inputs)
+        return _with_cache(decoder, forward, inputs)
     if inputs.get("layouts") is not None or attachment.pattern is None:
         return forward(**inputs)
-    ids = inputs.get("input_ids")
-    if ids is None:
-        raise UserError(
-            f"{type(decoder).__name__} got inputs_embeds without input_ids, in which no anchor can be put in front of "
-            "documents: pass input_ids (prompt tuning and multimodal inputs cannot be attached)"
-        )
-    laid = _lay_out(type(decoder).__name__, inputs, attachment)
-    positions = laid.layout.position_array()
-    index, place, positions = (torch.from_numpy(x).to(ids.device) for x in (laid.gather, laid.place, positions))
-    row = torch.cat([ids.new_full((1,), attachment.anchor), ids.reshape(-1)])[index][None]
-    given = {name: value for name, value in inputs.items() if name not in OF_THE_BATCH}
-    for name, value in given.items():
-        if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape:
-            raise UserError(
-                f"{type(decoder).__name__} got {name}, one a token, which attach cannot lay out: leave it out"
-            )
+    name = type(decoder).__name__
+    given = {key: value for key, value in inputs.items() if key not in OF_THE_BATCH}
+    ids = _checked(name, inputs.get("input_ids"), given)
+    laid: Laid = _lay_out(name, inputs, attachment)  # type: ignore[call-arg]
+    arrays = (laid.gather, laid.place, laid.layout.position_array())
+    gather, place, positions = (torch.from_numpy(array).to(ids.device) for array in arrays)
+    row = torch.cat([ids.new_full((1,), attachment.anchor), ids.reshape(-1)])[gather][None]
     given |= {"input_ids": row, "position_ids": positions[None], "layouts": (laid.layout,), "use_cache": False}
     output = forward(**given)
     if len(ids) == 1 and np.array_equal(laid.place, np.arange(ids.numel())):
         return output  # each document has its anchor already: nothing moved
     return _handed_back(output, row.shape[1], place, ids.shape)
+
+
+def _with_cache(decoder: Any, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """A step of `generate`, as a model does it that is not attached."""
+    if torch.is_grad_enabled():
+        raise UserError(
+            f"{type(decoder).__name__} got a KV cache with gradients, which prefix tuning does: it cannot be attached "
+            "(to generate, run it under torch.no_grad())"
+        )
+    with _attention(decoder.config, GENERATING):
+        return forward(**inputs)
+
+
+def _checked(name: str, ids: torch.Tensor | None, given: dict[str, Any]) -> torch.Tensor:
+    """The ids; UserError for what cannot be laid out: embeddings, and numbers beside the ids that nobody knows."""
+    if ids is None:
+        raise UserError(
+            f"{name} got inputs_embeds without input_ids, in which no anchor can be put in front of documents: pass "
+            "input_ids (prompt tuning and multimodal inputs cannot be attached)"
+        )
+    for key, value in given.items():
+        if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape:
+            raise UserError(f"{name} got {key}, one a token, which attach cannot lay out: leave it out")
+    return ids
 
 
 @torch.compiler.disable  # integers on the CPU: torch.compile would trace numpy
