@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from anchorctx.attention.config import RopeDtype
 from anchorctx.attention.interface import implementation, register
+from anchorctx.attention.keywords import hand_on_keywords
 from anchorctx.attention.rope import restore_frequencies, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.integrations.check import check_model, warn_of_data_parallel
@@ -75,6 +76,7 @@ def attach(
     before = config._attn_implementation or "eager"
     owner.set_attn_implementation(implementation())
     try:
+        hand_on_keywords(owner)
         check_model(model)
         set_rope_dtype(owner, dtype)
         restore_frequencies(owner)  # model.to(bfloat16) would have rounded them
