@@ -12,6 +12,10 @@ from anchorctx.errors import UserError
 SEPARATED = ("full_attention", "sliding_attention")
 """Layer types that take the boundaries; a linear layer's state or a convolution runs on over them."""
 
+TRAINS_SINKS = "flash_attention_4"
+"""transformers' flash attention that computes the gradient of attention sinks. FlashAttention-2 and -3 take no sinks,
+and transformers then leaves them out without a word."""
+
 
 def check_model(model: Any) -> None:
     """Raise UserError for a model that would mix the documents of an `AnchorCollator`'s batch.
@@ -34,7 +38,13 @@ def check_model(model: Any) -> None:
             f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "
             "model with 'flash_attention_2' on CUDA, or anywhere with 'anchor' after anchorctx.attention.register()"
         )
-    check_interface(getattr(model, "module", model))
+    inner = getattr(model, "module", model)
+    check_interface(inner)
+    if "flash" in name and name != TRAINS_SINKS and _has_sinks(inner):
+        raise UserError(
+            f"attn_implementation='{name}' is not known to train attention sinks, which this model has: load the model "
+            f"with 'anchor' after anchorctx.attention.register(), or with '{TRAINS_SINKS}'"
+        )
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     # of each kind of layer, where they differ
     kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
@@ -46,3 +56,8 @@ def check_model(model: Any) -> None:
     other = sorted(set(getattr(text, "layer_types", None) or ()) - set(SEPARATED))
     if other:
         raise UserError(f"model type {text.model_type} has {other[0]} layers, which would mix documents: use another")
+
+
+def _has_sinks(model: Any) -> bool:
+    parameters = getattr(model, "named_parameters", None)
+    return parameters is not None and any(name.endswith("sinks") for name, _ in parameters())
