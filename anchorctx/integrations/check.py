@@ -17,6 +17,10 @@ from anchorctx.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+TRAINS_SINKS = "flash_attention_4"
+"""transformers' flash attention that computes the gradient of attention sinks. FlashAttention-2 and -3 take no sinks,
+and transformers then leaves them out without a word."""
+
 
 def check_model(model: Any) -> None:
     """Raise UserError for a model that would mix the documents of an `AnchorCollator`'s batch.
@@ -44,6 +48,11 @@ def check_model(model: Any) -> None:
     check_interface(inner)
     if isinstance(inner, torch.nn.Module):
         check_keywords(inner)
+    if "flash" in name and name != TRAINS_SINKS and _has_sinks(inner):
+        raise UserError(
+            f"attn_implementation='{name}' is not known to train attention sinks, which this model has: load the model "
+            f"with 'anchor' after anchorctx.attention.register(), or with '{TRAINS_SINKS}'"
+        )
     rope: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
     # of each kind of layer, where they differ
     kinds = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
@@ -62,3 +71,8 @@ def warn_of_data_parallel() -> None:
             "start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU",
             torch.cuda.device_count(),
         )
+
+
+def _has_sinks(model: Any) -> bool:
+    parameters = getattr(model, "named_parameters", None)
+    return parameters is not None and any(name.endswith("sinks") for name, _ in parameters())

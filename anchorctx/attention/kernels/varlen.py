@@ -77,7 +77,7 @@ class VarlenKernel(abc.ABC):
         q, k, v, _ = tensors
         heads_first = lse.transpose(0, 1).flatten(1).contiguous()  # (b, Hq, L) -> (Hq, b*L)
         width = max(q.shape[-1], v.shape[-1])
-        packed = Attended(*(pack(x, width) for x in tensors), heads_first)
+        packed = Attended(*(pack(x, width) for x in tensors), lse=heads_first)
         dq, dk, dv = self.varlen_backward(pack(do, width), packed, tile, score)
         return unpack(dq, q), unpack(dk, k), unpack(dv, v)
 

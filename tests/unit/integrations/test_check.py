@@ -13,6 +13,7 @@ from anchorctx.attention import register
 from anchorctx.attention.interface import check_interface
 from anchorctx.errors import UserError
 from anchorctx.integrations import AnchorCollator, Excess, check_model
+from anchorctx.testing.tiny import ARCHITECTURES
 
 from .collators import collator, configured
 
@@ -36,6 +37,17 @@ def test_others_are_refused_with_the_remedy(name: str) -> None:
 def test_layers_that_carry_a_state_are_refused() -> None:
     with pytest.raises(UserError, match="model type llama has linear_attention layers, which would mix packed"):
         check_model(configured("flash_attention_2", layer_types=["linear_attention"] * 2))
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/vllm-flash-attn3"])
+def test_flash_attention_that_does_not_train_sinks_is_refused(name: str) -> None:
+    model = ARCHITECTURES["gpt_oss"].build()
+    check_model(model)
+    model.config._attn_implementation = "flash_attention_4"
+    check_model(model)
+    model.config._attn_implementation = name
+    with pytest.raises(UserError, match=f"'{name}' is not known to train attention sinks.*with 'anchor' after"):
+        check_model(model)
 
 
 def test_a_name_is_no_model() -> None:
