@@ -113,7 +113,7 @@ def _anchor_forward(
     query, key, value = together(module, query, key, value)
     options: dict[str, Any] = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
     out = attend(query, key, value, layouts, **options, backend=backend)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # no copy for kernels; some models (JetMoE) ask for it by view()
 
 
 def together(
