@@ -133,8 +133,8 @@ class Tail:
     def probe(self) -> torch.Tensor:
         """(N, D) made-up hidden states that the head takes."""
         like = next(self.head.parameters())
-        hidden = torch.randn(PROBED, self._model.config.get_text_config().hidden_size, generator=generator())
-        return hidden.to(like)
+        width = getattr(self.head, "in_features", None) or self._model.config.get_text_config().hidden_size
+        return torch.randn(PROBED, width, generator=generator()).to(like)
 
 
 class LowRankHead(nn.Module):
