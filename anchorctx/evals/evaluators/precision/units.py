@@ -25,6 +25,7 @@ from anchorctx.evals.evaluators.precision.measure import Instrument, TextRow, do
 from anchorctx.evals.evaluators.precision.probe import Change, first_keys
 from anchorctx.evals.evaluators.precision.rows import ALL, interval_half, key_rows, layer_rows, mean_result
 from anchorctx.layout import PackedLayout, Pattern
+from anchorctx.models.head import Parts
 from anchorctx.records.results import Result
 
 OFFSET_BINS = 4
@@ -217,13 +218,13 @@ def time_steps(
 def _step(model: PreTrainedModel, row: TextRow) -> Callable[[], float]:
     layout = Pattern.anchor.apply(row.layout)
     ids = torch.from_numpy(row.ids)[None].to(model.device)
-    cuda = model.device.type == "cuda"
+    cuda, decoder = model.device.type == "cuda", Parts.of(model).base
 
     def step() -> float:
         if cuda:  # kernels are queued: wait, so that only this step is timed
             torch.cuda.synchronize(model.device)
         start = time.perf_counter()
-        hidden = model.base_model(
+        hidden = decoder(
             input_ids=ids,
             position_ids=layout.position_ids(model.device)[None],
             layouts=(layout,),
