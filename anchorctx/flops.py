@@ -146,7 +146,7 @@ def head_dims(config: Any) -> tuple[int, int]:
     if len(layers := layer_configs(config)) > 1:
         return max(head_dims(layer) for layer in layers)
     parts = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
-    own = sum(parts) if all(parts) else getattr(config, "head_dim", None)
+    own = sum(part or 0 for part in parts) if all(parts) else getattr(config, "head_dim", None)
     dim = own or config.hidden_size // config.num_attention_heads
     return dim, getattr(config, "v_head_dim", None) or dim
 
