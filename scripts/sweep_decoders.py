@@ -99,7 +99,9 @@ def measure(config: PretrainedConfig, dtype: torch.dtype) -> tuple[float, float,
     """Largest differences of logits and of gradients, and the model's own type (a wrapper's may be its text model)."""
     row = decoders.row()
     with true_float64(), unjudged():
-        plain, model = (decoders.build(config, name).to(dtype) for name in ("eager", "anchor"))
+        plain, model = (decoders.build(config, name) for name in ("eager", "anchor"))
+        for each in (plain, model):
+            torch.nn.Module.to(each, dtype)
         expected = decoders.logits_alone(plain, row)
         found = model(input_ids=row.ids, position_ids=row.positions, layouts=(row.layout,), use_cache=False).logits
         cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
