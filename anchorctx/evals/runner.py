@@ -41,6 +41,7 @@ from anchorctx.evals.subject import (
     check_reach,
     device_of,
     identity,
+    limit_of,
     load,
     models_of,
     read_config,
@@ -89,6 +90,12 @@ class Job:
     evaluator: Evaluator
     identity: dict[str, Any]
     """JSON of everything that the numbers depend on."""
+    limit: int | None = None
+    """Longest rows that this model reaches, in tokens, where longer ones are left out."""
+
+    def units(self) -> list[Unit]:
+        """The evaluator's, without those of lengths that the model does not reach."""
+        return [unit for unit in self.evaluator.units() if self.limit is None or unit.get("length", 0) <= self.limit]
 
 
 def evaluate(config: EvalConfig, command: str = "eval", asked: Any = None) -> list[Result]:
@@ -112,7 +119,7 @@ def forecast(config: EvalConfig) -> list[Forecast]:
         disable_progress_bar()
         jobs = plan(config, models_of(config))
         with _journal(config, jobs, read_only=True) as journal:
-            wanted = [(job, unit) for job in jobs for unit in job.evaluator.units()]
+            wanted = [(job, unit) for job in jobs for unit in job.units()]
             known = _known(wanted, journal)
         found, subject, loaded = [], None, None
         for job in jobs:
@@ -173,7 +180,7 @@ def _evaluate(config: EvalConfig, facts: dict[str, Any]) -> list[Result]:
     with _journal(config, jobs) as journal:
         # wanted, rows and pending belong together: rows[i] are those of wanted[i], and i is in pending while there are
         # none. Only the first process has a journal; all processes have the same rows.
-        wanted = [(job, unit) for job in jobs for unit in job.evaluator.units()]
+        wanted = [(job, unit) for job in jobs for unit in job.units()]
         rows = _known(wanted, journal)
         pending = [i for i, known in enumerate(rows) if not known]
         if len(pending) < len(wanted):
@@ -220,16 +227,17 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Job]:
         raise UserError(f"evals=[] asks for nothing: choose from {', '.join(EvalName)}")
     check_ranges(config)
     corpus = Corpus(config.corpus)
-    jobs = []
-    for model in models:
-        hf_config, tokenizer = read_config(model), read_tokenizer(model)
+    jobs, configs = [], [read_config(model) for model in models]
+    limits = [limit_of(hf_config) for hf_config in configs]
+    for model, hf_config in zip(models, configs, strict=True):
+        tokenizer = read_tokenizer(model)
         # From the files' headers: names and shapes, before any evaluation is made.
         check_weights(model.path, hf_config)
         who = identity(model, hf_config)
         candidate = Candidate(str(model.label), model.path, hf_config, tokenizer, model.config)
         for name in dict.fromkeys(config.evals):
             evaluator = EVALUATORS[name](config, corpus, candidate)
-            check_reach(model, hf_config, evaluator)
+            limit = _shorter(model, limit_of(hf_config), limits, evaluator)
             evaluator.check(tokenizer)
             what = {"evaluation": name.value, "model": who, "settings": evaluator.settings(), **_conditions(config)}
             # Changes of corpus or seed do not concern lm-eval's tasks, and its version does not concern the others.
@@ -237,8 +245,32 @@ def plan(config: EvalConfig, models: Sequence[EvaluatedModel]) -> list[Job]:
                 what["versions"] |= {"lm_eval": lm_eval_version()}
             else:
                 what |= {"seed": config.seed, "corpus": corpus.identity}
-            jobs.append(Job(model, hf_config, tokenizer, evaluator, what))
+            jobs.append(Job(model, hf_config, tokenizer, evaluator, what, limit))
     return jobs
+
+
+def _shorter(
+    model: EvaluatedModel, limit: int | None, limits: Sequence[int | None], evaluator: Evaluator
+) -> int | None:
+    """Where rows of this model end, if another model of the call reaches those that it does not; None where all run.
+
+    Raises:
+        UserError: no model reaches them, or nothing is left.
+    """
+    longest = evaluator.longest()
+    if limit is None or longest <= limit:
+        return None
+    lengths = {unit.get("length", longest) for unit in evaluator.units()}
+    beyond = sorted(length for length in lengths if length > limit)
+    if len(beyond) == len(lengths) or all(other is not None and other < longest for other in limits):
+        check_reach(model, limit, evaluator)
+    if is_first():
+        logger.warning(
+            "%s of %s: rows of %s tokens are left out, since the model reaches %d; extend it with max_length and rope "
+            "in models=[{path: ...}] to have them",
+            *(evaluator.name, model.label, ", ".join(map(str, beyond)), limit),
+        )
+    return limit
 
 
 def _conditions(config: EvalConfig) -> dict[str, Any]:

@@ -104,13 +104,15 @@ def load(
     return Subject(loaded.eval(), tokenizer)
 
 
-def check_reach(model: EvaluatedModel, hf_config: PretrainedConfig, evaluator: Evaluator) -> None:
-    """Raise UserError when an evaluation gives the model more tokens than its positions reach."""
-    # Some models have no limit (no rotary embeddings, or none in their configuration): they are not refused.
+def limit_of(hf_config: PretrainedConfig) -> int | None:
+    """Tokens that a model's positions reach; None where there is no limit (no rotary embeddings, or none is named)."""
     text = hf_config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
-    if limit is not None and getattr(text, "rope_parameters", None):
-        limit = reach(text)
+    return reach(text) if limit is not None and getattr(text, "rope_parameters", None) else limit
+
+
+def check_reach(model: EvaluatedModel, limit: int | None, evaluator: Evaluator) -> None:
+    """Raise UserError when an evaluation gives the model more tokens than its positions reach, which are `limit`."""
     if limit is not None and evaluator.longest() > limit:
         raise UserError(
             f"{evaluator.name} asks for {evaluator.longest()} tokens, but {model.label} has max_position_embeddings="

@@ -280,6 +280,28 @@ def test_bad_input_is_refused_before_anything_is_written(
     refused("tokenizer .* has no token <key_00>", strip_facts(folder, tmp_path / "plain"))
 
 
+def test_rows_that_a_shorter_model_does_not_reach_are_left_out_and_said(
+    folder: Path, other: Path, corpus: SourceConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """As of a base beside the model that was trained from it on longer rows."""
+    longer = EvaluatedModel(path=str(other), max_length=512, rope=RopeConfig(theta=1e6))
+    models = {"models": [EvaluatedModel(path=str(folder)), longer], "evals": [EvalName.retrieval]}
+    options: dict[str, Any] = models | {"retrieval": RetrievalConfig(lengths=[64, 256, 512], rows=2)}
+    rows = evaluate(config(None, tmp_path / "out", corpus, **options))
+    of = {
+        label: {row.context["length"] for row in rows if row.context["model"] == label} for label in ("tiny", "other")
+    }
+    assert of == {"tiny": {64, 256}, "other": {64, 256, 512}}
+    assert "retrieval of tiny: rows of 512 tokens are left out, since the model reaches 256" in caplog.text
+    assert "other: rows" not in caplog.text
+    with pytest.raises(
+        UserError, match="asks for 1024 tokens, but tiny has max_position_embeddings=256"
+    ):  # nobody does
+        evaluate(config(None, tmp_path / "no", corpus, **models, retrieval=RetrievalConfig(lengths=[64, 1024], rows=2)))
+    with pytest.raises(UserError, match="asks for 512 tokens, but tiny has"):  # nothing is left
+        evaluate(config(None, tmp_path / "no", corpus, **models, retrieval=RetrievalConfig(lengths=[512], rows=2)))
+
+
 def strip_facts(folder: Path, out: Path) -> Path:
     """A copy whose tokenizer does not know the planted facts."""
     shutil.copytree(folder, out)
