@@ -141,7 +141,7 @@ def test_doctor_calls_every_backend_that_it_says_works(capsys: pytest.CaptureFix
 def test_doctor_goes_on_after_a_backend_that_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ImportError("undefined symbol: _ZN2at\n  a traceback's worth of lines")
 
     monkeypatch.setitem(BACKENDS, "cpu", replace(BACKENDS["cpu"], attend=broken))

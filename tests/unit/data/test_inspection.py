@@ -52,6 +52,6 @@ def test_a_dry_run_counts_documents_and_tokens(tmp_path: Path, capsys: pytest.Ca
     assert sum("longer than a row" in line and "#" in line for line in printed) == 2
 
 
-def test_dry_run_is_an_option_of_prepare_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_is_no_option_of_export(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--dry-run"]) == 2
-    assert "--dry-run is an option of anchorctx prepare, not of export" in capsys.readouterr().err
+    assert "--dry-run is an option of anchorctx prepare, eval, precision, kvcomm, not of export" in capsys.readouterr().err

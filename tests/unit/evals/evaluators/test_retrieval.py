@@ -18,17 +18,14 @@ from anchorctx.evals.evaluators.retrieval import Retrieval, answered, text_strea
 from ..conftest import TEXTS, ignore
 
 
-class Oracle:
-    """Answers a query right where `knows(position of the answer)`, by looking at the ids alone: a model whose hidden
-    states are its guesses and whose head is the identity."""
+class Body(torch.nn.Module):
+    """Hidden states that are guesses: right where `knows(position of the answer)`, by looking at the ids alone."""
 
-    device = torch.device("cpu")
+    def __init__(self, tokens: FactTokens, size: int, knows: Any) -> None:
+        super().__init__()
+        self._tokens, self._size, self._knows = tokens, size, knows
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, knows: Any) -> None:
-        self._tokens, self._size, self._knows = FactTokens.of(tokenizer), len(tokenizer), knows
-        self.config = LlamaConfig(vocab_size=len(tokenizer), attn_implementation="eager")
-
-    def base_model(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         hidden = torch.zeros(*input_ids.shape, self._size)
         for row, ids in enumerate(input_ids.numpy()):
             stated, queries = self._tokens.mentions(ids)
@@ -38,10 +35,28 @@ class Oracle:
                 hidden[row, key, values[ids[key]] if known else self._tokens.keys[0]] = 1.0
         return SimpleNamespace(last_hidden_state=hidden)
 
-    def get_output_embeddings(self) -> torch.nn.Linear:
-        head = torch.nn.Linear(self._size, self._size, bias=False)
-        torch.nn.init.eye_(head.weight)
-        return head
+
+class Oracle(torch.nn.Module):
+    """A causal language model of such a body, whose head is the identity."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, knows: Any) -> None:
+        super().__init__()
+        size = len(tokenizer)
+        self.config = LlamaConfig(vocab_size=size, attn_implementation="eager")
+        self.body, self.head = Body(FactTokens.of(tokenizer), size, knows), torch.nn.Linear(size, size, bias=False)
+        torch.nn.init.eye_(self.head.weight)
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self.body
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.body(**inputs).last_hidden_state))
 
 
 def oracle(tokenizer: PreTrainedTokenizerFast, knows: Any) -> Subject:
