@@ -72,7 +72,11 @@ def prepare(run: Run, folder: Path, *overrides: str, corpus: str = "corpus.jsonl
         ("corpus.jsonl", b'{"text": 3}\n', r"corpus.jsonl:1 has 3 as field text, not a string: mend the row"),
         ("corpus.jsonl", b'{"text": "\xff"}\n', r"corpus.jsonl:1 is not valid UTF-8 .*convert the file"),
         ("corpus.jsonl", b"", r"path=.*corpus.jsonl holds no documents: name a source that has some"),
-        ("corpus.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"corpus.jsonl.gz is corrupt or cut short"),
+        (
+            "corpus.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9],
+            r"corpus.jsonl.gz is corrupt or cut short",
+        ),
         ("corpus.parquet", b"PAR1 and no more", r"corpus.parquet is no whole parquet file .*fetch it again"),
         ("other.jsonl", b"", r"path=corpus.jsonl names no file or folder .*correct it"),
     ],

@@ -54,4 +54,6 @@ def test_a_dry_run_counts_documents_and_tokens(tmp_path: Path, capsys: pytest.Ca
 
 def test_dry_run_is_no_option_of_export(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--dry-run"]) == 2
-    assert "--dry-run is an option of anchorctx prepare, eval, precision, kvcomm, not of export" in capsys.readouterr().err
+    assert (
+        "--dry-run is an option of anchorctx prepare, eval, precision, kvcomm, not of export" in capsys.readouterr().err
+    )

@@ -251,7 +251,10 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
     models = f"models=[{{path: {tiny}, label: a/full}}, {{path: {tiny}, label: anchor, rope: {{theta: 1e5}}}}]"
     only = ["tasks=[retrieval]", "arms=[rotate]", "retrieval={problems: 3, document_tokens: 60, prefix: 50}"]
     only.append("retrieval.kinds=[two_hop,override]")
-    assert command(folder, tmp_path, models, *only, "gate={arm: rotate, max_kl: 1e9, min_agreement: 0, max_ttft: 100}") == 0
+    assert (
+        command(folder, tmp_path, models, *only, "gate={arm: rotate, max_kl: 1e9, min_agreement: 0, max_ttft: 100}")
+        == 0
+    )
     rows = list(read_results(tmp_path / "results.jsonl"))
     assert len({r.manifest for r in rows}) == 2 and len({r.context.get("problems") for r in rows}) == 2
     cells = {
