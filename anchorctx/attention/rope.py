@@ -19,7 +19,7 @@ the activations' dtype themselves: still one cast, a little earlier.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -53,17 +53,40 @@ def set_rope_dtype(model: torch.nn.Module, rope_dtype: RopeDtype) -> None:
             "with a bfloat16 model, or a model that has them, such as llama"
         )
     for module in [*modules, *makers]:
-        module.__dict__.pop("forward", None)
+        _unwrap(module)
     rotation.unhook(model)
     if rope_dtype is RopeDtype.float32:
         rotation.hook(model)
     for module in modules:
         if rope_dtype is not RopeDtype.bfloat16:
             dtype = torch.float32 if rope_dtype is RopeDtype.float32 else torch.bfloat16
-            module.forward = partial(_asked_for, module, dtype)
+            _wrap(module, _asked_for, dtype)
     if rope_dtype is RopeDtype.bfloat16_emulated:
         for module in makers:
-            module.forward = partial(_rounded_forward, module)
+            _wrap(module, _rounded_forward)
+
+
+def _wrap(module: torch.nn.Module, forward: Callable[..., Any], *settings: Any) -> None:
+    """Put `forward(module, inner, *settings, ...)` around the module's own, inside of what accelerate put around it.
+
+    accelerate brings offloaded weights before it calls `_old_forward`; outside of it they would not be there. `inner`
+    is None where the class's own forward is next.
+    """
+    slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    setattr(module, slot, partial(forward, module, module.__dict__.get(slot), *settings))
+
+
+def _unwrap(module: torch.nn.Module) -> None:
+    """Undo `_wrap`, and nothing that others did to the module's forward."""
+    for slot in ("forward", "_old_forward"):
+        current = module.__dict__.get(slot)
+        if not isinstance(current, partial) or current.func not in (_asked_for, _rounded_forward):
+            continue
+        inner = current.args[1]
+        if inner is None and slot == "forward":
+            del module.forward
+        else:  # accelerate calls its own attribute, and would miss it
+            setattr(module, slot, inner or type(module).forward.__get__(module))
 
 
 def _makers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -133,19 +156,32 @@ def _frequencies(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: x for n, x in module._buffers.items() if (n.endswith("inv_freq") or n == table) and x is not None}
 
 
-def _rounded_forward(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _rounded_forward(
+    module: torch.nn.Module, inner: Callable[..., Any] | None, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """The module's own forward, rounded to bfloat16."""
-    return type(module).forward(module, *args, **kwargs).to(torch.bfloat16)
+    return _next(module, inner)(*args, **kwargs).to(torch.bfloat16)
 
 
-def _asked_for(module: torch.nn.Module, dtype: torch.dtype, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def _asked_for(
+    module: torch.nn.Module,
+    inner: Callable[..., Any] | None,
+    dtype: torch.dtype,
+    x: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The rotary module's own forward, asked for `dtype`."""
     for name, frequencies in _frequencies(module).items():
         if frequencies.dtype not in EXACT:
             # A blanket model.to(bfloat16) rounds them: the angles would be wrong by radians at long distances.
             raise RuntimeError(f"{name} was cast to {frequencies.dtype}: load the model in its dtype, do not cast it")
     with _exact_matmul():
-        return type(module).forward(module, x.new_empty(0, dtype=dtype), *args, **kwargs)
+        return _next(module, inner)(x.new_empty(0, dtype=dtype), *args, **kwargs)
+
+
+def _next(module: torch.nn.Module, inner: Callable[..., Any] | None) -> Callable[..., Any]:
+    return inner or partial(type(module).forward, module)
 
 
 @contextlib.contextmanager

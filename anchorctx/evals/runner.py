@@ -95,7 +95,8 @@ class Job:
 
     def units(self) -> list[Unit]:
         """The evaluator's, without those of lengths that the model does not reach."""
-        return [unit for unit in self.evaluator.units() if self.limit is None or unit.get("length", 0) <= self.limit]
+        found, longest = self.evaluator.units(), self.evaluator.longest()
+        return [unit for unit in found if self.limit is None or unit.get("length", longest) <= self.limit]
 
 
 def evaluate(config: EvalConfig, command: str = "eval", asked: Any = None) -> list[Result]:
@@ -255,20 +256,19 @@ def _shorter(
     """Where rows of this model end, if another model of the call reaches those that it does not; None where all run.
 
     Raises:
-        UserError: no model reaches them, or nothing is left.
+        UserError: no model reaches them.
     """
     longest = evaluator.longest()
     if limit is None or longest <= limit:
         return None
-    lengths = {unit.get("length", longest) for unit in evaluator.units()}
-    beyond = sorted(length for length in lengths if length > limit)
-    if len(beyond) == len(lengths) or all(other is not None and other < longest for other in limits):
+    if all(other is not None and other < longest for other in limits):
         check_reach(model, limit, evaluator)
     if is_first():
+        lengths = sorted({unit.get("length", longest) for unit in evaluator.units()})
         logger.warning(
             "%s of %s: rows of %s tokens are left out, since the model reaches %d; extend it with max_length and rope "
             "in models=[{path: ...}] to have them",
-            *(evaluator.name, model.label, ", ".join(map(str, beyond)), limit),
+            *(evaluator.name, model.label, ", ".join(str(n) for n in lengths if n > limit), limit),
         )
     return limit
 

@@ -244,3 +244,25 @@ def test_frequencies_that_a_loader_rounded_are_made_anew(name: str) -> None:
         assert module._buffers.keys() == before.keys()
         assert all(x.dtype is torch.float32 and torch.equal(x, before[key]) for key, x in module._buffers.items())
     assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("offloaded_first", [True, False])
+def test_offloaded_weights_still_come_in_time(offloaded_first: bool) -> None:
+    """accelerate brings them in a forward of its own around each module's: taken away, the weights were never there."""
+    from accelerate import cpu_offload
+
+    model = ARCHITECTURES["llama"].build(torch.float32).eval()
+    model.set_attn_implementation("sdpa")
+    plain, ids = copy.deepcopy(model), torch.arange(3, 12)[None]
+    if offloaded_first:
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    set_rope_dtype(model, RopeDtype.float32)
+    if not offloaded_first:
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    set_rope_dtype(plain, RopeDtype.float32)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        for other in (model, plain):
+            set_rope_dtype(other, RopeDtype.bfloat16)
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert not any("forward" in module.__dict__ for module in plain.modules())

@@ -298,8 +298,11 @@ def test_rows_that_a_shorter_model_does_not_reach_are_left_out_and_said(
         UserError, match="asks for 1024 tokens, but tiny has max_position_embeddings=256"
     ):  # nobody does
         evaluate(config(None, tmp_path / "no", corpus, **models, retrieval=RetrievalConfig(lengths=[64, 1024], rows=2)))
-    with pytest.raises(UserError, match="asks for 512 tokens, but tiny has"):  # nothing is left
-        evaluate(config(None, tmp_path / "no", corpus, **models, retrieval=RetrievalConfig(lengths=[512], rows=2)))
+    both = [EvalName.retrieval, EvalName.perplexity]  # nothing of tiny is left
+    options |= {"retrieval": RetrievalConfig(lengths=[512], rows=2), "perplexity": PerplexityConfig(max_length=400)}
+    rows = evaluate(config(None, tmp_path / "longer", corpus, **options | {"evals": both}))
+    assert {row.context["model"] for row in rows} == {"other"} and "perplexity of tiny: rows of 400" in caplog.text
+    assert {row.metric for row in rows} >= {"perplexity", "retrieval_accuracy"}
 
 
 def strip_facts(folder: Path, out: Path) -> Path:
