@@ -55,7 +55,7 @@ def check_architecture(config: PretrainedConfig) -> None:
     """
     reason = refusal(config)
     if reason is None and not is_known(config):
-        reason = _tried(config)
+        reason = _tried(config, torch.compiler.is_compiling())
     if reason is not None:
         raise refused(config, reason)
 
@@ -144,13 +144,17 @@ NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "transformers_version"
 """Entries of a configuration that a trial does not depend on."""
 
 
-def _tried(config: PretrainedConfig) -> str | None:
-    """Why an unknown decoder is refused after a trial, or None; the trial's own calls of a mask pass."""
+@torch.compiler.assume_constant_result
+def _tried(config: PretrainedConfig, compiling: bool) -> str | None:
+    """Why an unknown decoder is refused after a trial, or None; the trial's own calls of a mask pass.
+
+    While torch.compile traces a model, what is known of it is looked up, and nothing is tried.
+    """
     if _trying.get():
         return None
     settings = repr({name: value for name, value in config.to_dict().items() if name not in NO_SETTINGS})
     key = f"{type(config).__module__}.{type(config).__qualname__}{settings}"
-    if key not in _outcomes:
+    if key not in _outcomes and not compiling:
         from anchorctx.attention.trial import try_out
 
         token = _trying.set(True)
@@ -158,4 +162,4 @@ def _tried(config: PretrainedConfig) -> str | None:
             _outcomes[key] = try_out(config)
         finally:
             _trying.reset(token)
-    return _outcomes[key]
+    return _outcomes.get(key)

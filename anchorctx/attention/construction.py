@@ -26,11 +26,17 @@ _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 @functools.cache  # once a process
 def judge_new_models() -> None:
-    """From now on a model that would mix documents raises UserError: when it is built with our attention, or later,
-    when it runs with it or is given layouts. So do models that were built before, which Python's collector knows."""
+    """From now on a model that would mix documents raises UserError, also one that was built before.
+
+    It does when it is built with our attention, and later, when it runs with it or is given layouts.
+    """
     register_module_module_registration_hook(_judge)
+    _watch_built_models()
+
+
+def _watch_built_models() -> None:
     for found in gc.get_objects():
-        if issubclass(type(found), PreTrainedModel):
+        if issubclass(type(found), PreTrainedModel):  # isinstance would wake lazy modules
             _watch(found, found)
 
 
