@@ -62,8 +62,9 @@ packed documents equals every document alone behind its anchor, in logits and gr
 are refused in one sentence, whichever way they enter: `anchorctx train`, `plan` and `precision` when they read the
 configuration, `check_model`, and plain `from_pretrained(..., attn_implementation="anchor")`.
 
-A model whose attention is set afterwards, by `set_attn_implementation`, is judged in its first forward pass; a few old
-ones never ask for a mask there (`mamba`, `rwkv`, `xlnet`, ...), so call `check_model` then.
+A model whose attention is set afterwards, by `set_attn_implementation`, is judged in its first forward pass, also if it
+was built before `register()`. Only one that came out of a pickle whole after it (`torch.load(..., weights_only=False)`)
+and never asks for a mask (`mamba`, `rwkv`, `xlnet`, ...) is not: call `check_model` then.
 
 Each was run as a tiny random model, a layer of every kind, through transformers' own eager attention and through ours
 (`scripts/sweep_decoders.py`, two minutes; `tests/numerics/test_every_decoder.py --slow` runs every way in). The outcome

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def check_architecture(config: PretrainedConfig) -> None:
     """
     reason = refusal(config)
     if reason is None and not is_known(config):
-        reason = _tried(config)
+        reason = _tried(config, torch.compiler.is_compiling())
     if reason is not None:
         raise refused(config, reason)
 
@@ -84,7 +84,7 @@ def refused(config: PretrainedConfig, reason: str) -> UserError:
 def refusal(config: PretrainedConfig) -> str | None:
     """Why this decoder is refused, by what its configuration says and by what was measured; None where nothing does."""
     text = text_config(config)
-    if text is None or config.is_encoder_decoder or getattr(config, "is_causal", True) is False:
+    if text is None or config.is_encoder_decoder or not (_is_causal(config) and _is_causal(text)):
         return REASONS["encoder"]
     other = sorted(set(_layer_types(text)) - set(SEPARATED))
     if other and not (other == ["chunked_attention"] and longest_document(config) is not None):
@@ -93,6 +93,12 @@ def refusal(config: PretrainedConfig) -> str | None:
     if found is not None:
         return REASONS[found]
     return None if has_rope(text) else REASONS["no_rope"]
+
+
+def _is_causal(config: PretrainedConfig) -> bool:
+    """Gemma's kind can be bidirectional (EmbeddingGemma); `vision`, among tokens of one image, leaves text causal."""
+    bidirectional = getattr(config, "use_bidirectional_attention", None)
+    return getattr(config, "is_causal", True) is not False and bidirectional in (None, False, "vision")
 
 
 def listed(config: PretrainedConfig) -> str | None:
@@ -131,16 +137,29 @@ def _layer_types(config: PretrainedConfig) -> list[str]:
     return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
 
 
-_outcomes: dict[tuple[Any, ...], str | None] = {}
-"""What came out of trials in this process."""
+_outcomes: dict[str, str | None] = {}
+"""What came out of trials in this process, by the configuration."""
+_trying: ContextVar[bool] = ContextVar("_trying", default=False)
+NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Entries of a configuration that a trial does not depend on."""
 
 
-def _tried(config: PretrainedConfig) -> str | None:
-    """Why an unknown decoder is refused after a trial, or None; the trial's own calls of a mask pass."""
-    kind = (type(config), config.model_type, tuple(sorted(set(_layer_types(config)))))
-    if kind not in _outcomes and not torch.compiler.is_compiling():
+@torch.compiler.assume_constant_result
+def _tried(config: PretrainedConfig, compiling: bool) -> str | None:
+    """Why an unknown decoder is refused after a trial, or None; the trial's own calls of a mask pass.
+
+    While torch.compile traces a model, what is known of it is looked up, and nothing is tried.
+    """
+    if _trying.get():
+        return None
+    settings = repr({name: value for name, value in config.to_dict().items() if name not in NO_SETTINGS})
+    key = f"{type(config).__module__}.{type(config).__qualname__}{settings}"
+    if key not in _outcomes and not compiling:
         from anchorctx.attention.trial import try_out
 
-        _outcomes[kind] = None
-        _outcomes[kind] = try_out(config)
-    return _outcomes.get(kind)
+        token = _trying.set(True)
+        try:
+            _outcomes[key] = try_out(config)
+        finally:
+            _trying.reset(token)
+    return _outcomes.get(key)

@@ -1,14 +1,16 @@
-"""Judges a model of transformers while it is built, so that `from_pretrained(..., attn_implementation="anchor")` does.
+"""Judges models of transformers where they are built, so that nobody has to ask whether a model keeps documents apart.
 
 Most models that would mix documents ask for a mask in their forward pass, and are refused there. Some never ask for
 anything: a state-space model takes `layouts=` among its keyword arguments and goes on. torch calls a hook for every
-part that a module is given, and of those this looks at the parts of a model with our attention; nothing is added to a
-forward pass.
+part that a module is given. There a model with our attention is refused while it is built, and one with another
+attention, which `set_attn_implementation` may change, is made to refuse layouts. Models that keep documents apart have
+nothing added to their forward pass, but for the few whose layers need it (`attention.keywords`).
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 from typing import Any
 
 from torch.nn import Module
@@ -19,22 +21,58 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from anchorctx.attention import architecture
 from anchorctx.attention.keywords import hand_on_keywords
 
+_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
 
 @functools.cache  # once a process
 def judge_new_models() -> None:
-    """From now on a model that is built with our attention and would mix documents raises UserError."""
+    """From now on a model that would mix documents raises UserError, also one that was built before.
+
+    It does when it is built with our attention, and later, when it runs with it or is given layouts.
+    """
     register_module_module_registration_hook(_judge)
+    _watch_built_models()
+
+
+def _watch_built_models() -> None:
+    for found in gc.get_objects():
+        if issubclass(type(found), PreTrainedModel):  # isinstance would wake lazy modules
+            _watch(found, found)
 
 
 def _judge(module: Module, name: str, part: Any) -> None:
-    if not isinstance(module, PreTrainedModel) or not str(module.config._attn_implementation).startswith("anchor"):
-        return
-    if type(module).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        reason = architecture.refusal(module.config)
-    else:  # a model without a head, or a part of another: an exact one may have Whisper's encoder for sound
-        reason = architecture.listed(module.config)
-        reason = None if reason == "encoder" else architecture.REASONS.get(reason or "")
-    if reason is not None:
-        raise architecture.refused(module.config, reason)
-    if isinstance(part, PreTrainedModel):
+    if isinstance(module, PreTrainedModel) and isinstance(part, Module):
+        if _is_ours(module):
+            _refuse(module)
+        _watch(module, part)
+
+
+def _watch(model: PreTrainedModel, part: Module) -> None:
+    """Have a model that would mix documents refuse them, and layers of others, in `part`, hand on where they lie."""
+    if _reason(model) is None:
         hand_on_keywords(part)
+    elif _refuse_layouts not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_refuse_layouts, with_kwargs=True)
+
+
+def _refuse_layouts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if _is_ours(model) or kwargs.get("layouts") is not None:  # bloom and mpt keep their attention, with a warning
+        _refuse(model)
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    if (reason := _reason(model)) is not None:
+        raise architecture.refused(model.config, reason)
+
+
+def _is_ours(model: PreTrainedModel) -> bool:
+    return str(model.config._attn_implementation).startswith("anchor")
+
+
+def _reason(model: PreTrainedModel) -> str | None:
+    """Why `model` is refused, as the end of `model type x ...`; None for others."""
+    if type(model).__name__ in _CAUSAL:
+        return architecture.refusal(model.config)
+    # a model without a head, or a part of another: an exact one may have Whisper's encoder for sound
+    reason = architecture.listed(model.config)
+    return None if reason == "encoder" else architecture.REASONS.get(reason or "")

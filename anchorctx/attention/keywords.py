@@ -32,11 +32,12 @@ def hand_on_keywords(model: torch.nn.Module) -> None:
     """Hook the layers of `model` that drop keyword arguments; idempotent, and nothing for other models.
 
     Llama 4 scales queries by their index in the row, which for documents that fit in its chunks is a factor of 1 when
-    they are alone (`architecture.check_documents`): it is switched off. The configuration, and an export, keep it.
+    they are alone (`architecture.check_documents`): a hook switches it off for packed rows, and on for others.
     """
     for module in model.modules():
-        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale"):
-            module.attn_temperature_tuning = False  # type: ignore[assignment]
+        scales = getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")
+        if scales and _scale_unpacked not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_scale_unpacked, with_kwargs=True)
     for layer, attention in _unhooked(model):
         layer.register_forward_pre_hook(_keep, with_kwargs=True)
         attention.register_forward_pre_hook(_hand_on, with_kwargs=True)
@@ -78,6 +79,13 @@ def dropping(forward: Callable[..., Any]) -> tuple[str, ...]:
         and {word.arg for word in call.keywords} >= {"position_ids"}
         and None not in {word.arg for word in call.keywords}
     )
+
+
+def _scale_unpacked(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # set in front of each call, and not set back behind it: a call that is broken off leaves nothing wrong
+    wanted = all(kwargs.get(name) is None for name in KEYWORDS)
+    if attention.attn_temperature_tuning is not wanted:
+        attention.attn_temperature_tuning = wanted
 
 
 def _keep(layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

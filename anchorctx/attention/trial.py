@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anchorctx.attention.interface import register
-from anchorctx.attention.shrink import shrink
+from anchorctx.attention.shrink import VOCABULARY, shrink
 from anchorctx.layout import PackedLayout
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,11 @@ def deviation(config: PretrainedConfig) -> float:
         torch.manual_seed(0)
         row = PackedLayout((0, 1, 1 + LENGTHS[0], 1 + sum(LENGTHS)), 1)
         layout, index = row.with_copies()
-        ids = torch.randint(3, 90, (row.length,))[torch.from_numpy(index)][None]
+        tiny = shrink(config)
+        size = min(getattr(tiny.get_text_config(), "vocab_size", VOCABULARY), VOCABULARY)
+        ids = torch.randint(min(3, size - 1), size, (row.length,))[torch.from_numpy(index)][None]  # 0 to 2 are special
         positions = layout.position_ids()[None]
-        model = _random(shrink(config), "anchor_reference")  # built with our attention, it hands on keywords
+        model = _random(tiny, "anchor_reference")  # built with our attention, it hands on keywords
         plain = copy.deepcopy(model)
         plain.set_attn_implementation("eager")
         packed = model(input_ids=ids, position_ids=positions, layouts=(layout,), use_cache=False).logits

@@ -64,6 +64,32 @@ def test_an_unknown_decoder_is_tried_once() -> None:
     assert Unknown.ways == 1
 
 
+def test_a_verdict_is_of_all_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A switch of the configuration may change what a decoder does."""
+    monkeypatch.setattr(Unknown, "share", property(lambda model: model.config.own))
+    check_architecture(UnknownConfig(**BASE, own=0.0))
+    with pytest.raises(UserError, match="mixes packed documents"):
+        check_architecture(UnknownConfig(**BASE, own=0.1))
+    check_architecture(UnknownConfig(**BASE, own=0.0))
+
+
+def test_a_trial_that_is_broken_off_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(config: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unknown, "share", 0.1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trial, "deviation", interrupt)
+        check_architecture(UnknownConfig(**BASE))
+    with pytest.raises(UserError, match="mixes packed documents"):
+        check_architecture(UnknownConfig(**BASE))
+
+
+@pytest.mark.parametrize("words", [4, 60])
+def test_a_small_vocabulary_is_tried_too(words: int) -> None:
+    check_architecture(UnknownConfig(**BASE | {"vocab_size": words}))
+
+
 def test_one_that_mixes_documents_is_refused_with_the_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Unknown, "share", 0.1)
     message = r"model type unknown mixes packed documents: a tiny copy's logits differ by \d[\d.e+-]* of their standard"
@@ -95,6 +121,19 @@ def test_kinds_of_layers_of_a_known_decoder_are_looked_at() -> None:
     check_architecture(AutoConfig.for_model("lfm2", layer_types=["full_attention"] * 2, num_hidden_layers=2))
     with pytest.raises(UserError, match="model type lfm2 has conv layers, which would mix packed documents"):
         check_architecture(AutoConfig.for_model("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text"])
+def test_a_bidirectional_gemma_is_refused(name: str) -> None:
+    config = AutoConfig.for_model(name)
+    check_architecture(config)
+    text = config.get_text_config()
+    if "gemma4" in name:
+        text.use_bidirectional_attention = "vision"  # among tokens of an image
+        check_architecture(config)
+    text.use_bidirectional_attention = "all" if "gemma4" in name else True
+    with pytest.raises(UserError, match=f"model type {name} has an encoder, or lets tokens see those behind them"):
+        check_architecture(config)
 
 
 def test_documents_longer_than_a_chunk_are_refused() -> None:

@@ -1,0 +1,37 @@
+"""A model whose attention is set after it was built, or that was built before `register`, is judged all the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from anchorctx.attention import construction, register
+from anchorctx.errors import UserError
+from anchorctx.testing import decoders
+
+NEVER_ASK_FOR_A_MASK = ("mamba", "rwkv", "falcon", "gpt_neox_japanese", "xlnet")
+KEEP_THEIR_ATTENTION = ("bloom", "mpt")
+"""transformers sets no other in these, and only warns."""
+
+
+@pytest.mark.filterwarnings("ignore")  # old models' own
+@pytest.mark.parametrize("before", [True, False], ids=["built_before", "built_after"])
+@pytest.mark.parametrize("name", [*NEVER_ASK_FOR_A_MASK, *KEEP_THEIR_ATTENTION])
+def test_a_model_that_never_asks_for_a_mask_refuses_layouts(name: str, before: bool) -> None:
+    register()
+    model = decoders.build(decoders.tiny(name), "eager")
+    if before:
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+        construction._watch_built_models()
+    row = decoders.row()
+    model(input_ids=row.ids)  # as before
+    model.set_attn_implementation("anchor")
+    with pytest.raises(UserError, match=f"^model type {name} .*: use a RoPE decoder such as llama or qwen3$"):
+        model(input_ids=row.ids, layouts=(row.layout,))
+
+
+def test_nothing_is_added_to_a_model_that_keeps_documents_apart() -> None:
+    register()
+    model = decoders.build(decoders.tiny("llama"), "sdpa")
+    construction._watch_built_models()
+    assert not any(module._forward_pre_hooks for module in model.modules())
