@@ -17,13 +17,19 @@ import torch
 from transformers import PreTrainedModel
 
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.interface import implementation, register
 from anchorctx.attention.keywords import hand_on_keywords
 from anchorctx.attention.rope import restore_frequencies, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.integrations.check import check_model, warn_of_data_parallel
 from anchorctx.integrations.collator import choice
-from anchorctx.integrations.decoder import MARK, Attachment, attached_forward, boundaries_of, register_generation
+from anchorctx.integrations.decoder import (
+    ATTACHED,
+    MARK,
+    Attachment,
+    attached_forward,
+    boundaries_of,
+    register_attached,
+)
 from anchorctx.integrations.reader import IGNORED
 from anchorctx.layout import Pattern
 
@@ -62,7 +68,7 @@ def attach(
         UserError: a model that cannot be trained so, or is attached already.
     """
     owner = _transformers_model(model)
-    decoder = owner.get_decoder()
+    decoder = _decoder_of(owner)
     if hasattr(decoder, MARK):
         raise UserError(f"{type(owner).__name__} is attached already: call detach(model) first to attach it anew")
     kind = None if pattern is None else choice(Pattern, "pattern", pattern)
@@ -71,10 +77,9 @@ def attach(
     dtype, config = choice(RopeDtype, "rope_dtype", rope_dtype), owner.config.get_text_config()
     token = _anchor_of(config, anchor)
     reach = row_length or getattr(config, "max_position_embeddings", None) or 2**31
-    register()
-    register_generation()
+    register_attached()
     before = config._attn_implementation or "eager"
-    owner.set_attn_implementation(implementation())
+    owner.set_attn_implementation(ATTACHED)
     try:
         hand_on_keywords(owner)
         check_model(model)
@@ -86,7 +91,7 @@ def attach(
     warn_of_data_parallel()
     forward = decoder.__dict__.get("forward")
     hook = model.register_forward_pre_hook(_LabelCheck(done=kind is None), with_kwargs=True)
-    setattr(decoder, MARK, Attachment(token, kind, int(reach), before, forward, hook))
+    setattr(decoder, MARK, Attachment(token, kind, int(reach), before, forward, hook, config))
     decoder.forward = partial(attached_forward, decoder)
     logger.info("attached to %s: pattern=%s, anchor %d, rows of %d positions", type(owner).__name__, kind, token, reach)
 
@@ -98,7 +103,7 @@ def detach(model: Any) -> None:
         UserError: the model is not attached.
     """
     owner = _transformers_model(model)
-    decoder = owner.get_decoder()
+    decoder = _decoder_of(owner)
     attachment: Attachment | None = getattr(decoder, MARK, None)
     if attachment is None:
         raise UserError(f"{type(owner).__name__} is not attached: there is nothing to detach")
@@ -118,6 +123,16 @@ def _transformers_model(model: Any) -> Any:
     if not isinstance(inner, PreTrainedModel):
         raise UserError(f"model={model!r:.60} is no transformers model: pass one of AutoModelForCausalLM")
     return inner
+
+
+def _decoder_of(owner: Any) -> Any:
+    """From ids to the last hidden states: what the model's head calls, around a text model that may get embeddings.
+
+    Not `get_decoder()`: that is the whole model for Llama 4, the head for ModernBERT's decoder, and for models with
+    images the text model, which gets no ids.
+    """
+    base = owner.base_model
+    return base if base is not owner else getattr(owner, "model", owner)
 
 
 def _anchor_of(config: Any, anchor: int | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -188,6 +189,45 @@ def test_an_attached_model_generates(dtype: torch.dtype) -> None:
     detach(made)
     attach(made)
     assert made.generate(**prompt, **options).shape == (2, 10)  # rotated in float32, beside values in bfloat16
+
+
+def test_threads_that_generate_do_not_change_how_another_trains() -> None:
+    made = attached()
+    batch = {"input_ids": IDS, "position_ids": torch.arange(12)[None] % 4}
+    prompt = {"input_ids": IDS[:, :4], "attention_mask": ONES[:, :4]}
+    before, started, wait = made(**batch).logits, threading.Event(), threading.Event()
+
+    def pause(*args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            assert wait.wait(20)
+
+    made.model.layers[1].register_forward_pre_hook(pause)
+    threads = [threading.Thread(target=made.generate, kwargs=prompt | {"max_new_tokens": 2}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(20)
+    during = made(**batch).logits
+    wait.set()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(during, before) and torch.equal(made(**batch).logits, before)
+
+
+def test_an_attention_set_after_attach_is_refused() -> None:
+    for pattern in ("anchor", None):
+        made = attached(pattern)
+        made.set_attn_implementation("sdpa")
+        with pytest.raises(UserError, match=r"attached, but its attention was set to 'sdpa' since.*call detach"):
+            made(IDS, attention_mask=ONES)
+
+
+def test_documents_beside_a_cache_are_refused() -> None:
+    made = attached()
+    name = "cache" if "cache" in inspect.signature(made.forward).parameters else "past_key_values"  # until 5.20
+    given = {name: DynamicCache(config=made.config), "cu_seq_lens_q": torch.tensor([0, 5, 12])}
+    with torch.no_grad(), pytest.raises(UserError, match="a KV cache beside layouts= or cu_seq_lens_q="):
+        made(IDS, **given)
 
 
 def test_labels_across_documents_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
