@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from anchorctx.attention.interface import implementation, register, together
 from anchorctx.errors import UserError
 from anchorctx.integrations.documents import Boundaries, Laid, lay_out_spans
 from anchorctx.layout import Pattern
+
+logger = logging.getLogger(__name__)
 
 MARK = "_anchorctx_attachment"
 """The attribute of a decoder that holds its `Attachment`."""
@@ -46,6 +49,8 @@ class Attachment:
 
     anchor: int
     """Token id of the anchor."""
+    ends: tuple[int, ...]
+    """Of EOS."""
     pattern: Pattern | None
     """What documents see; None where batches are laid out already."""
     row_length: int
@@ -58,6 +63,8 @@ class Attachment:
     """Of the check on labels."""
     config: PretrainedConfig
     """Of the text model, whose `attn_implementation` is `ATTACHED`."""
+    warned: set[str] = field(default_factory=set)
+    """What the log has said already."""
 
 
 def register_attached() -> None:
@@ -138,16 +145,39 @@ def _checked(name: str, ids: torch.Tensor | None, given: dict[str, Any]) -> torc
 @torch.compiler.disable  # integers on the CPU: torch.compile would trace numpy
 def _lay_out(name: str, inputs: dict[str, Any], attachment: Attachment) -> Laid:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    spans = boundaries_of(inputs).spans(name, *ids.shape)
     if inputs.get("output_router_logits") and mask is not None and bool((mask > 1).any()):
         raise UserError(
             f"{name} would weigh tokens in its router loss by attention_mask, which numbers documents here: say where "
             "they begin by position_ids, or set output_router_logits=False"
         )
-    spans = boundaries_of(inputs).spans(name, *ids.shape)
     first = ids.reshape(-1)[torch.from_numpy(spans[:, 0]).to(ids.device)].tolist()
     begins = [token == attachment.anchor for token in first]
     assert attachment.pattern is not None
+    if not attachment.warned and inputs.get("cu_seq_lens_q") is None and len(spans) <= len(ids):
+        _warn_of_joined(ids, mask, attachment)
     return lay_out_spans(spans, begins, tuple(ids.shape), attachment.pattern, attachment.row_length)
+
+
+def _warn_of_joined(ids: torch.Tensor, mask: torch.Tensor | None, attachment: Attachment) -> None:
+    """Say once that rows of one document each have, in their midst, tokens by which documents begin or end.
+
+    A document [A, x, E] has none that another token follows; [A, x, E, A, y, E], two that were joined, has E and A.
+    """
+    marks = ids.new_tensor([attachment.anchor, *attachment.ends])
+    among = torch.isin(ids, marks)
+    joined = among[:, 1:-1] & ~among[:, 2:]
+    if mask is not None:
+        joined &= mask[:, 2:] != 0
+    if rows := int(joined.any(1).sum()):
+        attachment.warned.add("joined")
+        logger.warning(
+            "%d of %d rows hold BOS or EOS in their midst, and nothing but one document a row was said: unless these "
+            "are turns of one conversation, have the trainer say where documents begin (in TRL packing_strategy='bfd' "
+            "or 'bfd_split', not 'wrapped', which joins documents and keeps no boundaries)",
+            rows,
+            len(ids),
+        )
 
 
 def boundaries_of(inputs: Mapping[str, Any]) -> Boundaries:
