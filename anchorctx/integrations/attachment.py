@@ -11,19 +11,26 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from anchorctx.attention.config import RopeDtype
-from anchorctx.attention.interface import implementation, register
 from anchorctx.attention.keywords import hand_on_keywords
 from anchorctx.attention.rope import restore_frequencies, set_rope_dtype
 from anchorctx.errors import UserError
 from anchorctx.integrations.check import check_model, warn_of_data_parallel
 from anchorctx.integrations.collator import choice
-from anchorctx.integrations.decoder import MARK, Attachment, attached_forward, boundaries_of, register_generation
+from anchorctx.integrations.decoder import (
+    ATTACHED,
+    MARK,
+    Attachment,
+    attached_forward,
+    boundaries_of,
+    register_attached,
+)
 from anchorctx.integrations.reader import IGNORED
 from anchorctx.layout import Pattern
 
@@ -62,7 +69,7 @@ def attach(
         UserError: a model that cannot be trained so, or is attached already.
     """
     owner = _transformers_model(model)
-    decoder = owner.get_decoder()
+    decoder = _decoder_of(owner)
     if hasattr(decoder, MARK):
         raise UserError(f"{type(owner).__name__} is attached already: call detach(model) first to attach it anew")
     kind = None if pattern is None else choice(Pattern, "pattern", pattern)
@@ -70,11 +77,13 @@ def attach(
         raise UserError("pattern=full lets documents see each other, as the trainer does by itself: do not attach")
     dtype, config = choice(RopeDtype, "rope_dtype", rope_dtype), owner.config.get_text_config()
     token = _anchor_of(config, anchor)
-    reach = row_length or getattr(config, "max_position_embeddings", None) or 2**31
-    register()
-    register_generation()
+    reach = getattr(config, "max_position_embeddings", None) or 2**31 if row_length is None else row_length
+    if not isinstance(reach, Integral) or reach < 2:
+        raise UserError(f"row_length={reach!r} must be an integer of 2 or more: the anchor, and a token behind it")
+    _check_dropout(decoder)
+    register_attached()
     before = config._attn_implementation or "eager"
-    owner.set_attn_implementation(implementation())
+    owner.set_attn_implementation(ATTACHED)
     try:
         hand_on_keywords(owner)
         check_model(model)
@@ -86,7 +95,7 @@ def attach(
     warn_of_data_parallel()
     forward = decoder.__dict__.get("forward")
     hook = model.register_forward_pre_hook(_LabelCheck(done=kind is None), with_kwargs=True)
-    setattr(decoder, MARK, Attachment(token, kind, int(reach), before, forward, hook))
+    setattr(decoder, MARK, Attachment(token, _ends(config), kind, int(reach), before, forward, hook, config))
     decoder.forward = partial(attached_forward, decoder)
     logger.info("attached to %s: pattern=%s, anchor %d, rows of %d positions", type(owner).__name__, kind, token, reach)
 
@@ -98,7 +107,7 @@ def detach(model: Any) -> None:
         UserError: the model is not attached.
     """
     owner = _transformers_model(model)
-    decoder = owner.get_decoder()
+    decoder = _decoder_of(owner)
     attachment: Attachment | None = getattr(decoder, MARK, None)
     if attachment is None:
         raise UserError(f"{type(owner).__name__} is not attached: there is nothing to detach")
@@ -114,20 +123,50 @@ def detach(model: Any) -> None:
 def _transformers_model(model: Any) -> Any:
     """The model inside DistributedDataParallel and PEFT."""
     inner = getattr(model, "module", model)
+    if hasattr(inner, "_orig_mod"):
+        name = type(inner._orig_mod).__name__
+        raise UserError(f"{name} is compiled: attach (or detach) the model itself, then call torch.compile")
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     if not isinstance(inner, PreTrainedModel):
         raise UserError(f"model={model!r:.60} is no transformers model: pass one of AutoModelForCausalLM")
     return inner
 
 
+def _decoder_of(owner: Any) -> Any:
+    """From ids to the last hidden states: what the model's head calls, around a text model that may get embeddings.
+
+    Not `get_decoder()`: that is the whole model for Llama 4, the head for ModernBERT's decoder, and for models with
+    images the text model, which gets no ids.
+    """
+    base = owner.base_model
+    return base if base is not owner else getattr(owner, "model", owner)
+
+
 def _anchor_of(config: Any, anchor: int | None) -> int:
-    for found in (anchor, config.bos_token_id, config.eos_token_id):
-        token = found[0] if isinstance(found, list | tuple) else found
+    for token in (anchor, config.bos_token_id, *_ends(config)[:1]):
         if token is not None:
+            if not isinstance(token, Integral):
+                raise UserError(f"anchor={token!r} must be a token's id: tokenizer.convert_tokens_to_ids finds it")
             if not 0 <= token < config.vocab_size:
                 raise UserError(f"anchor={token} is beyond the model's vocabulary of {config.vocab_size}: name another")
             return int(token)
     raise UserError("the model's configuration has neither a BOS nor an EOS token to be the anchor: give anchor=")
+
+
+def _ends(config: Any) -> tuple[int, ...]:
+    """The EOS tokens."""
+    found = config.eos_token_id
+    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (found,)
+
+
+def _check_dropout(decoder: Any) -> None:
+    for module in decoder.modules():
+        found = getattr(module, "attention_dropout", None)
+        if isinstance(found, float) and found > 0:
+            raise UserError(
+                f"{type(module).__name__} has attention_dropout={found}, which no backend computes: load the model "
+                "with attention_dropout=0.0"
+            )
 
 
 class _LabelCheck:
@@ -146,8 +185,8 @@ class _LabelCheck:
                 f"labels of shape {tuple(labels.shape)} for input_ids of {tuple(ids.shape)}: give one label a token, "
                 f"unshifted, {IGNORED} where it is not trained"
             )
-        if self._done or kwargs.get("layouts") is not None:
-            return
+        if self._done or kwargs.get("layouts") is not None or ids.ndim != 2 or not ids.numel():
+            return  # the decoder refuses the last two
         self._done = True
         owner = _transformers_model(model)
         spans = boundaries_of(kwargs).spans(type(owner).__name__, *ids.shape)

@@ -14,6 +14,7 @@ from anchorctx.attention.interface import check_interface, implementation
 from anchorctx.attention.keywords import check_keywords
 from anchorctx.attention.rope import LENGTH_BOUND
 from anchorctx.errors import UserError
+from anchorctx.integrations.decoder import ATTACHED
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def check_model(model: Any) -> None:
     check_architecture(config)
     text = config.get_text_config()
     name = text._attn_implementation or "eager"
-    anchors = {implementation(backend) for backend in ("auto", *BACKENDS)}
+    anchors = {ATTACHED, *(implementation(backend) for backend in ("auto", *BACKENDS))}
     if "flash" not in name and name not in anchors:
         raise UserError(
             f"attn_implementation='{name}' would mix documents, since it does not read where they begin: load the "

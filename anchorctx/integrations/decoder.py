@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from anchorctx.attention.interface import together
+from anchorctx.attention.interface import implementation, register, together
 from anchorctx.errors import UserError
 from anchorctx.integrations.documents import Boundaries, Laid, lay_out_spans
 from anchorctx.layout import Pattern
 
+logger = logging.getLogger(__name__)
+
 MARK = "_anchorctx_attachment"
 """The attribute of a decoder that holds its `Attachment`."""
-GENERATING = "anchor_generating"
-"""`attn_implementation` of a forward pass with a KV cache."""
+ATTACHED = "anchor_attached"
+"""`attn_implementation` of an attached model: `anchor`, and in a forward pass with a KV cache transformers' sdpa."""
 OF_THE_BATCH = (
     *("input_ids", "position_ids", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-    *("seq_idx", "cache_position", "shift_labels", "loss_weights"),  # the last two are read by the loss alone
+    *(
+        "seq_idx",
+        "cache_position",
+        "shift_labels",
+        "loss_weights",
+        "labels",
+    ),  # the last three are read by the loss alone
 )
 """Arguments that say how the trainer's batch lies, and so not how ours does."""
+_caching: ContextVar[bool] = ContextVar("caching", default=False)
+"""Does this thread run a forward pass with a KV cache? Another may train the same model meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,8 @@ class Attachment:
 
     anchor: int
     """Token id of the anchor."""
+    ends: tuple[int, ...]
+    """Of EOS."""
     pattern: Pattern | None
     """What documents see; None where batches are laid out already."""
     row_length: int
@@ -48,12 +61,17 @@ class Attachment:
     """The decoder's own forward, where it had one that was not its class's."""
     hook: RemovableHandle
     """Of the check on labels."""
+    config: PretrainedConfig
+    """Of the text model, whose `attn_implementation` is `ATTACHED`."""
+    warned: set[str] = field(default_factory=set)
+    """What the log has said already."""
 
 
-def register_generation() -> None:
-    """Make `GENERATING` known to transformers; idempotent."""
-    AttentionInterface.register(GENERATING, _generating)
-    AttentionMaskInterface.register(GENERATING, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+def register_attached() -> None:
+    """Make `ATTACHED` known to transformers; idempotent."""
+    register()
+    AttentionInterface.register(ATTACHED, _attached_attention)
+    AttentionMaskInterface.register(ATTACHED, _attached_mask)
 
 
 def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +81,12 @@ def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     inputs = dict(zip(_names(type(decoder)), args, strict=False)) | kwargs
     if any(inputs.get(name) is not None for name in ("cache", "past_key_values")):
         return _with_cache(decoder, forward, inputs)
+    if attachment.config._attn_implementation != ATTACHED:
+        raise UserError(
+            f"{type(decoder).__name__} is attached, but its attention was set to "
+            f"{attachment.config._attn_implementation!r} since, which would mix documents: call detach(model) before "
+            "set_attn_implementation"
+        )
     if inputs.get("layouts") is not None or attachment.pattern is None:
         return forward(**inputs)
     name = type(decoder).__name__
@@ -86,36 +110,74 @@ def _with_cache(decoder: Any, forward: Callable[..., Any], inputs: dict[str, Any
             f"{type(decoder).__name__} got a KV cache with gradients, which prefix tuning does: it cannot be attached "
             "(to generate, run it under torch.no_grad())"
         )
-    with _attention(decoder.config, GENERATING):
+    if any(inputs.get(name) is not None for name in ("layouts", "cu_seq_lens_q")):
+        raise UserError(
+            f"{type(decoder).__name__} got a KV cache beside layouts= or cu_seq_lens_q=, but with a cache a row is one "
+            "document: pass use_cache=False, or rows of one document each"
+        )
+    token = _caching.set(True)
+    try:
         return forward(**inputs)
+    finally:
+        _caching.reset(token)
 
 
 def _checked(name: str, ids: torch.Tensor | None, given: dict[str, Any]) -> torch.Tensor:
-    """The ids; UserError for what cannot be laid out: embeddings, and numbers beside the ids that nobody knows."""
+    """The ids; UserError for what cannot be laid out: embeddings, images, numbers beside the ids that nobody knows."""
     if ids is None:
         raise UserError(
             f"{name} got inputs_embeds without input_ids, in which no anchor can be put in front of documents: pass "
             "input_ids (prompt tuning and multimodal inputs cannot be attached)"
         )
+    if ids.ndim != 2 or not ids.numel():
+        raise UserError(
+            f"{name} got input_ids of shape {tuple(ids.shape)}, but a batch is (B, T) with a token or more: drop empty "
+            "batches, and give one sequence as (1, T)"
+        )
     for key, value in given.items():
-        if isinstance(value, torch.Tensor) and value.shape[:2] == ids.shape:
-            raise UserError(f"{name} got {key}, one a token, which attach cannot lay out: leave it out")
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(part, torch.Tensor) and part.ndim > 1 for part in parts):  # num_items_in_batch is a scalar
+            what = "one a token" if getattr(value, "shape", ())[:2] == ids.shape else "beside input_ids"
+            raise UserError(f"{name} got {key}, {what}, which attach cannot lay out: leave it out")
     return ids
 
 
 @torch.compiler.disable  # integers on the CPU: torch.compile would trace numpy
 def _lay_out(name: str, inputs: dict[str, Any], attachment: Attachment) -> Laid:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    spans = boundaries_of(inputs).spans(name, *ids.shape)
     if inputs.get("output_router_logits") and mask is not None and bool((mask > 1).any()):
         raise UserError(
             f"{name} would weigh tokens in its router loss by attention_mask, which numbers documents here: say where "
             "they begin by position_ids, or set output_router_logits=False"
         )
-    spans = boundaries_of(inputs).spans(name, *ids.shape)
     first = ids.reshape(-1)[torch.from_numpy(spans[:, 0]).to(ids.device)].tolist()
     begins = [token == attachment.anchor for token in first]
     assert attachment.pattern is not None
+    if not attachment.warned and inputs.get("cu_seq_lens_q") is None and len(spans) <= len(ids):
+        _warn_of_joined(ids, mask, attachment)
     return lay_out_spans(spans, begins, tuple(ids.shape), attachment.pattern, attachment.row_length)
+
+
+def _warn_of_joined(ids: torch.Tensor, mask: torch.Tensor | None, attachment: Attachment) -> None:
+    """Say once that rows of one document each have, in their midst, tokens by which documents begin or end.
+
+    A document [A, x, E] has none that another token follows; [A, x, E, A, y, E], two that were joined, has E and A.
+    """
+    marks = ids.new_tensor([attachment.anchor, *attachment.ends])
+    among = torch.isin(ids, marks)
+    joined = among[:, 1:-1] & ~among[:, 2:]
+    if mask is not None:
+        joined &= mask[:, 2:] != 0
+    if rows := int(joined.any(1).sum()):
+        attachment.warned.add("joined")
+        logger.warning(
+            "%d of %d rows hold BOS or EOS in their midst, and nothing but one document a row was said: unless these "
+            "are turns of one conversation, have the trainer say where documents begin (in TRL packing_strategy='bfd' "
+            "or 'bfd_split', not 'wrapped', which joins documents and keeps no boundaries)",
+            rows,
+            len(ids),
+        )
 
 
 def boundaries_of(inputs: Mapping[str, Any]) -> Boundaries:
@@ -146,22 +208,23 @@ def _handed_back(value: Any, tokens: int, place: torch.Tensor, shape: torch.Size
     return value.index_select(0, place) if value.shape[:1] == (tokens,) else value
 
 
-@contextmanager
-def _attention(config: Any, name: str) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def _attached_mask(*args: Any, **kwargs: Any) -> Any:
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa" if _caching.get() else implementation()](*args, **kwargs)
 
 
-def _generating(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+def _attached_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> Any:
-    """transformers' sdpa, of queries and keys that were rotated in float32; it knows neither sinks nor soft caps."""
+    """With a KV cache sdpa, of queries and keys that were rotated in float32; it knows neither sinks nor soft caps."""
+    if not _caching.get():
+        return ALL_ATTENTION_FUNCTIONS[implementation()](module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise UserError(f"{type(module).__name__} cannot generate while it is attached: call detach(model) first")
     query, key, value = together(module, query, key, value)
     sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return sdpa(module, query, key, value, mask, **kwargs)
+    return sdpa(module, query, key, value, attention_mask, **kwargs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -127,8 +127,10 @@ def lay_out_spans(
     return Laid(layout, index, place[1:])
 
 
-def _integers(values: torch.Tensor, what: str, name: str, shape: tuple[int, int]) -> np.ndarray:
+def _integers(values: Any, what: str, name: str, shape: tuple[int, int]) -> np.ndarray:
     """(B, T) int64 on the CPU."""
+    if not isinstance(values, torch.Tensor):
+        raise UserError(f"{name} got {what} as a {type(values).__name__}: give a tensor, one number a token")
     if values.ndim != 2 or values.shape[1] != shape[1] or values.shape[0] not in (1, shape[0]):
         raise UserError(
             f"{name} got {what} of shape {tuple(values.shape)} for a batch of {shape}: give one number a token"

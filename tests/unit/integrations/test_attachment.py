@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import threading
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from anchorctx.errors import UserError
 from anchorctx.integrations import AnchorCollator, attach, check_model, detach
@@ -90,6 +91,7 @@ def test_a_document_may_be_the_anchor_alone() -> None:
             {"attention_mask": 2 * ONES, "output_router_logits": True},
             "router loss by attention_mask, which",
         ),
+        ({"attention_mask": {"full_attention": None}}, "attention_mask as a dict: give a tensor"),
         ({"attention_mask": ONES, "token_type_ids": ONES}, "got token_type_ids, one a token, which attach cannot lay"),
     ],
 )
@@ -112,6 +114,12 @@ def test_embeddings_and_documents_beyond_a_row_are_refused() -> None:
     made(input_ids=long, attention_mask=torch.ones_like(long))
 
 
+@pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), IDS[0]])
+def test_ids_that_are_no_batch_are_refused(ids: torch.Tensor) -> None:
+    with pytest.raises(UserError, match=r"LlamaModel got input_ids of shape .*, but a batch is \(B, T\)"):
+        attached()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+
 def test_models_that_cannot_be_attached() -> None:
     made = attached()
     with pytest.raises(UserError, match="LlamaForCausalLM is attached already: call detach"):
@@ -128,7 +136,21 @@ def test_models_that_cannot_be_attached() -> None:
         attach(model(), rope_dtype="float16")
     with pytest.raises(UserError, match="anchor=48 is beyond the model's vocabulary of 48"):
         attach(model(), anchor=48)
+    for anchor in ("<s>", [1]):
+        with pytest.raises(UserError, match=r"anchor=.* must be a token's id"):
+            attach(model(), anchor=anchor)  # type: ignore[arg-type]
+    for length in ("x", -3, 0):
+        with pytest.raises(UserError, match=f"row_length={length!r} must be an integer of 2 or more"):
+            attach(model(), row_length=length)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"LlamaForCausalLM is compiled: attach .* the model itself, then call"):
+        attach(torch.compile(model(), backend="eager"))
+    dropping = LlamaForCausalLM(LlamaConfig(**model().config.to_diff_dict() | {"attention_dropout": 0.1}))
+    with pytest.raises(UserError, match="LlamaAttention has attention_dropout=0.1, which no backend computes: load"):
+        attach(dropping)
     none = model()
+    none.config.bos_token_id, none.config.eos_token_id = None, []
+    with pytest.raises(UserError, match="neither a BOS nor an EOS token to be the anchor: give anchor="):
+        attach(none)
     none.config.bos_token_id = none.config.eos_token_id = None
     with pytest.raises(UserError, match="neither a BOS nor an EOS token to be the anchor: give anchor="):
         attach(none)
@@ -190,6 +212,45 @@ def test_an_attached_model_generates(dtype: torch.dtype) -> None:
     assert made.generate(**prompt, **options).shape == (2, 10)  # rotated in float32, beside values in bfloat16
 
 
+def test_threads_that_generate_do_not_change_how_another_trains() -> None:
+    made = attached()
+    batch = {"input_ids": IDS, "position_ids": torch.arange(12)[None] % 4}
+    prompt = {"input_ids": IDS[:, :4], "attention_mask": ONES[:, :4]}
+    before, started, wait = made(**batch).logits, threading.Event(), threading.Event()
+
+    def pause(*args: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            assert wait.wait(20)
+
+    made.model.layers[1].register_forward_pre_hook(pause)
+    threads = [threading.Thread(target=made.generate, kwargs=prompt | {"max_new_tokens": 2}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(20)
+    during = made(**batch).logits
+    wait.set()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(during, before) and torch.equal(made(**batch).logits, before)
+
+
+def test_an_attention_set_after_attach_is_refused() -> None:
+    for pattern in ("anchor", None):
+        made = attached(pattern)
+        made.set_attn_implementation("sdpa")
+        with pytest.raises(UserError, match=r"attached, but its attention was set to 'sdpa' since.*call detach"):
+            made(IDS, attention_mask=ONES)
+
+
+def test_documents_beside_a_cache_are_refused() -> None:
+    made = attached()
+    name = "cache" if "cache" in inspect.signature(made.forward).parameters else "past_key_values"  # until 5.20
+    given = {name: DynamicCache(config=made.config), "cu_seq_lens_q": torch.tensor([0, 5, 12])}
+    with torch.no_grad(), pytest.raises(UserError, match="a KV cache beside layouts= or cu_seq_lens_q="):
+        made(IDS, **given)
+
+
 def test_labels_across_documents_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     made = attached()
     batch = {"input_ids": IDS, "labels": IDS, "position_ids": torch.arange(12)[None] % 4}
@@ -201,3 +262,31 @@ def test_labels_across_documents_are_said_once(caplog: pytest.LogCaptureFixture)
     labels = torch.where(batch["position_ids"] > 0, IDS, -100)
     attached()(**batch | {"labels": labels})
     assert not caplog.messages
+
+
+A, E = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "given", "said"),
+    [
+        ([A, 5, 6, A, 7, 8], {}, True),
+        ([5, 6, E, 7, 8, E], {}, True),
+        ([5, 6, E, A, 7, 8], {}, True),
+        ([A, 5, 6, 7, 8, E], {}, False),
+        ([A, 5, 6, 7, E, E], {}, False),
+        ([5, 6, 7, E, 0, 0], {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, False),
+        ([A, 5, 6, A, 7, 8], {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])}, False),
+        ([A, 5, 6, A, 7, 8], {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, False),
+    ],
+)
+def test_joined_documents_that_nobody_tells_apart_are_said_once(
+    ids: list[int], given: dict[str, torch.Tensor], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As TRL's packing_strategy="wrapped" has them."""
+    made, row = attached(), torch.tensor([ids])
+    batch = {"input_ids": row} | (given or {"attention_mask": torch.ones_like(row)})
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            made(**batch)
+    assert len(caplog.messages) == said and all("1 of 1 rows hold BOS or EOS" in text for text in caplog.messages)
