@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ def attach(
     dtype, config = choice(RopeDtype, "rope_dtype", rope_dtype), owner.config.get_text_config()
     token = _anchor_of(config, anchor)
     reach = getattr(config, "max_position_embeddings", None) or 2**31 if row_length is None else row_length
-    if not isinstance(reach, Integral) or reach < 2:
+    if not isinstance(reach, int) or reach < 2:
         raise UserError(f"row_length={reach!r} must be an integer of 2 or more: the anchor, and a token behind it")
     _check_dropout(decoder)
     register_attached()
@@ -145,7 +144,7 @@ def _decoder_of(owner: Any) -> Any:
 def _anchor_of(config: Any, anchor: int | None) -> int:
     for token in (anchor, config.bos_token_id, *_ends(config)[:1]):
         if token is not None:
-            if not isinstance(token, Integral):
+            if not isinstance(token, int):
                 raise UserError(f"anchor={token!r} must be a token's id: tokenizer.convert_tokens_to_ids finds it")
             if not 0 <= token < config.vocab_size:
                 raise UserError(f"anchor={token} is beyond the model's vocabulary of {config.vocab_size}: name another")
