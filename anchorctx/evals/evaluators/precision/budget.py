@@ -1,13 +1,14 @@
 """How large a study may be so that it takes the time it is given: the model is timed, and lengths and texts are chosen.
 
-A first text is timed, and others are taken to need time in proportion to the model's work on them.
+Texts of two lengths are timed, and others are taken to need what is the same for all, and time in proportion to the
+model's work on them. In a small model most of it is the same for all.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from anchorctx.evals.distribute import rank_and_size
@@ -27,7 +28,7 @@ SMALLEST = 512
 TEXTS = (4, 3)
 """Texts unless `texts` says otherwise; 3 where 4 take too long. An interval over 2 would be four times as wide."""
 TIMED, ENOUGH = 256, 2.0
-"""Tokens of the text that is timed, and seconds: doubled until one takes as long."""
+"""Tokens of the first text that is timed, and seconds: doubled once, and on until one takes as long."""
 COST_SHARE = 0.2
 """Part of the time that may go to timing training steps."""
 
@@ -51,14 +52,14 @@ class Speed:
 
     flops: ModelFlops
     """What the model costs by length."""
-    bfloat16: float
-    """Seconds for each FLOP that a training step over the text would take, with either rotation."""
-    float32: float
+    bfloat16: tuple[float, float]
+    """Seconds for any text, and for each FLOP that a training step over it would take, with either rotation."""
+    float32: tuple[float, float]
 
     def text(self, arithmetic: Arithmetic, length: int) -> float:
         """Seconds for one text of `length` tokens."""
-        second = self.float32 if arithmetic is Arithmetic.float32 else self.bfloat16
-        return second * self.flops.step([PackedLayout((0, length))])
+        fixed, second = self.float32 if arithmetic is Arithmetic.float32 else self.bfloat16
+        return fixed + second * self.flops.step([PackedLayout((0, length))])
 
     def study(self, config: StudyConfig, size: Size) -> float:
         """Seconds for a whole study, loading left out."""
@@ -102,17 +103,26 @@ def measure(checkpoint: models.Checkpoint, config: StudyConfig, setting: Setting
     flops, shared = ModelFlops.of(model), shares_states(model)
     emulated = models.emulates(config.emulate, checkpoint.device)
 
-    def second(tool: Instrument) -> float:
+    def seconds(tool: Instrument) -> tuple[float, float]:
         longest, length = setting.lengths[-1], min(TIMED, setting.lengths[-1])
         read_text(tool, setting, texts.rows(SHORTEST, 1)[0])  # warms up
-        while True:
+        timed: list[tuple[float, float]] = []
+        while not timed or (length <= longest and (len(timed) == 1 or timed[-1][1] < ENOUGH)):
             row, start = texts.rows(length, 1)[0], time.perf_counter()
             read_text(tool, setting, row)
-            if (taken := time.perf_counter() - start) > ENOUGH or 2 * length > longest:
-                return taken / flops.step([PackedLayout((0, length))])
+            timed.append((flops.step([PackedLayout((0, length))]), time.perf_counter() - start))
             length *= 2
+        return line(timed)
 
-    bfloat16 = second(Instrument(model, setting.layers, config.rows_per_pass, emulated, shared))
-    return Speed(
-        flops, bfloat16, second(Instrument(model.float(), setting.layers, config.rows_per_pass, False, shared))
-    )
+    bfloat16 = seconds(Instrument(model, setting.layers, config.rows_per_pass, emulated, shared))
+    float32 = seconds(Instrument(model.float(), setting.layers, config.rows_per_pass, False, shared))
+    return Speed(flops, bfloat16, float32)
+
+
+def line(timed: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Seconds that are the same for all, and seconds for a FLOP, through the first and the last of (FLOPs, seconds)."""
+    (work, first), (more, last) = timed[0], timed[-1]
+    slope = (last - first) / (more - work) if more > work else last / more
+    # Timings are noisy: neither part is negative, and the last, the longest, is met in any case.
+    slope = min(max(slope, 0.0), last / more)
+    return last - slope * more, slope

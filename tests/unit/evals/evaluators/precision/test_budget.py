@@ -13,7 +13,7 @@ import pytest
 
 from anchorctx.evals.evaluators.precision import models
 from anchorctx.evals.evaluators.precision import study as study_module
-from anchorctx.evals.evaluators.precision.budget import Size, Speed, choose, measure, sizes
+from anchorctx.evals.evaluators.precision.budget import Size, Speed, choose, line, measure, sizes
 from anchorctx.evals.evaluators.precision.config import Arithmetic, PrecisionConfig
 from anchorctx.evals.evaluators.precision.measure import Texts
 from anchorctx.evals.shortcuts import evaluate_precision as study
@@ -40,7 +40,7 @@ def test_sizes_halve_the_longest_row_and_spare_a_text(make_config: Make):
 
 def test_the_time_of_a_study_is_that_of_its_texts(make_config: Make):
     """1 ms a token in bfloat16 and 2 in float32, attention left out: counted by hand."""
-    speed = Speed(ModelFlops(per_token=10.0, per_pair=0.0, windows=(None,)), bfloat16=1e-4, float32=2e-4)
+    speed = Speed(ModelFlops(per_token=10.0, per_pair=0.0, windows=(None,)), bfloat16=(0.0, 1e-4), float32=(0.0, 2e-4))
     config = make_config(arithmetics=[Arithmetic.bfloat16, Arithmetic.float32], control=False)
     # 300 tokens, a third of 200 again without the first token, 200 again packed; 3 ms a token in both arithmetics.
     once = (300 + 200 / 3 + 200) * 3e-3
@@ -61,7 +61,9 @@ def test_a_study_fits_its_budget_and_keeps_to_its_choice(
     """Reach 128: four lengths to 128 and 4 texts, or 3 where time is short."""
     options = {"lengths": [], "texts": None, "control": False, "packed": False, "end_to_end": False}
     config = make_config(**options, arithmetics=[Arithmetic.bfloat16], budget_minutes=1e-3)
-    monkeypatch.setattr(study_module, "measure", lambda *_: Speed(ModelFlops(10.0, 0.0, (None,)), 1e-5, 1e-5))
+    monkeypatch.setattr(
+        study_module, "measure", lambda *_: Speed(ModelFlops(10.0, 0.0, (None,)), (0.0, 1e-5), (0.0, 1e-5))
+    )
     with caplog.at_level(logging.INFO):
         rows = study(config)
     texts = {row.n for row in rows if row.metric == "precision_attention_change"}
@@ -86,3 +88,19 @@ def test_the_models_own_time_is_measured(make_config: Make, folder: Path):
     taken = time.perf_counter() - start
     for arithmetic in Arithmetic:
         assert 0 < speed.text(arithmetic, 32) < speed.text(arithmetic, 128) < taken
+
+
+@pytest.mark.parametrize(
+    ("timed", "expected"),
+    [
+        ([(10.0, 3.0), (20.0, 4.0)], (2.0, 0.1)),  # mostly what is the same for all, as in a small model
+        ([(10.0, 1.0), (15.0, 9.0), (30.0, 3.0)], (0.0, 0.1)),  # a pause in between
+        ([(10.0, 3.0), (20.0, 2.0)], (2.0, 0.0)),  # noise
+        ([(10.0, 1.0), (20.0, 8.0)], (0.0, 0.4)),
+        ([(10.0, 3.0)], (0.0, 0.3)),
+    ],
+)
+def test_what_is_the_same_for_all_texts_is_told_apart(
+    timed: list[tuple[float, float]], expected: tuple[float, float]
+) -> None:
+    assert line(timed) == pytest.approx(expected)
