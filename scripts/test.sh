@@ -6,4 +6,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two processes that think they have all cores are slower than one
+export PYTHONHASHSEED="${PYTHONHASHSEED:-0}" # both must collect the same tests, in the same order
 exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
