@@ -84,7 +84,7 @@ OUT_OF_RANGE = {
     },
     "precision": {
         "shifts=[16,0]": "shifts[1]=0 must be at least 1: leave 0 out",
-        "texts=0": "texts=0 must be at least 1; the default is 4",
+        "texts=0": "texts=0 must be at least 1; the default is null",
         "layers=[-1]": "layers[0]=-1 must be at least 0; the default is []",
     },
     "kvcomm": {
