@@ -51,7 +51,8 @@ def deviation(config: PretrainedConfig) -> float:
         size = min(getattr(tiny.get_text_config(), "vocab_size", VOCABULARY), VOCABULARY)
         ids = torch.randint(min(3, size - 1), size, (row.length,))[torch.from_numpy(index)][None]  # 0 to 2 are special
         positions = layout.position_ids()[None]
-        model = _random(tiny, "anchor_reference")  # built with our attention, it hands on keywords
+        built = AutoModelForCausalLM.from_config(tiny, attn_implementation="anchor_reference", dtype=torch.float32)
+        model = randomize(built).eval()  # built with our attention, it hands on keywords
         plain = copy.deepcopy(model)
         plain.set_attn_implementation("eager")
         packed = model(input_ids=ids, position_ids=positions, layouts=(layout,), use_cache=False).logits
@@ -64,10 +65,14 @@ def deviation(config: PretrainedConfig) -> float:
         return float((packed - expected).abs().max() / expected.std())
 
 
-def _random(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """A model whose weights are large enough that attention matters (transformers' 0.02 leaves it almost linear)."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+@torch.no_grad()
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw the weights anew, large enough that attention matters (transformers' 0.02 leaves it almost linear).
+
+    Norms and biases stay near what they were.
+    """
+    generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        noise = torch.randn_like(parameter)
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         parameter.copy_(0.2 * noise) if parameter.dim() > 1 else parameter.add_(0.05 * noise)
-    return model.eval()
+    return model

@@ -133,16 +133,16 @@ def forecast(config: EvalConfig) -> list[Forecast]:
 
 
 def _first_piece(job: Job, units: Sequence[Unit], subject: Subject | None) -> Forecast:
-    """Run units up to the first that reports progress, and that one up to there."""
+    """Run units up to the second report of progress."""
     bar = Bar(_what(job), job.evaluator.counts, units, dry_run=True)
     with contextlib.suppress(MeasuredError):
         # Units of a length first: the precision study's others report no progress, and one of them takes minutes.
         for unit in sorted(units, key=lambda unit: "length" not in unit):
             bar.start(unit)
             list(job.evaluator.run(subject, unit, bar.advance))  # type: ignore[arg-type]
-    if bar.forecast is None:
+    if (found := bar.settle()) is None:
         raise UserError(f"{_what(job)} has nothing whose time could be measured: run it, it is short")
-    return bar.forecast
+    return found
 
 
 def _what(job: Job) -> str:

@@ -30,13 +30,8 @@ ATTACHED = "anchor_attached"
 """`attn_implementation` of an attached model: `anchor`, and in a forward pass with a KV cache transformers' sdpa."""
 OF_THE_BATCH = (
     *("input_ids", "position_ids", "attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-    *(
-        "seq_idx",
-        "cache_position",
-        "shift_labels",
-        "loss_weights",
-        "labels",
-    ),  # the last three are read by the loss alone
+    *("seq_idx", "cache_position"),
+    *("shift_labels", "loss_weights", "labels"),  # which the loss alone reads
 )
 """Arguments that say how the trainer's batch lies, and so not how ours does."""
 _caching: ContextVar[bool] = ContextVar("caching", default=False)

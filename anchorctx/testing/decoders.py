@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from anchorctx.attention.shrink import shrink
+from anchorctx.attention.trial import randomize
 from anchorctx.layout import PackedLayout
 
 TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -69,16 +70,6 @@ def build(config: PretrainedConfig, attention: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
     model.set_experts_implementation("eager")
     return randomize(model)
-
-
-@torch.no_grad()
-def randomize(model: PreTrainedModel) -> PreTrainedModel:
-    """Draw the weights anew; norms stay near 1."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        parameter.copy_(0.2 * noise) if parameter.dim() > 1 else parameter.add_(0.05 * noise)
-    return model
 
 
 # -- the oracle -------------------------------------------------------------------------------------------------------

@@ -15,39 +15,10 @@ from safetensors.torch import load_file
 from transformers import LlamaForSequenceClassification
 
 from anchorctx.errors import UserError
-from anchorctx.evals import subject
-from anchorctx.evals.config import EvalConfig
-from anchorctx.evals.evaluators.precision import models
-from anchorctx.evals.evaluators.precision.config import Arithmetic
-from anchorctx.models import ModelConfig, build_config, load_model
-from anchorctx.models.load import check_weights
-from anchorctx.plan.config import PlanConfig
-from anchorctx.plan.planner import Planner
+from anchorctx.testing.readers import evaluation, plan, precision, train, train_sharded
 from anchorctx.testing.tiny import save, text_model, word_tokenizer
 
 Damage = Callable[[Path], None]
-
-
-def train(path: Path) -> None:
-    load_model(ModelConfig(path=str(path)))
-
-
-def train_sharded(path: Path) -> None:
-    check_weights(str(path), build_config(ModelConfig(path=str(path))))
-
-
-def plan(path: Path) -> None:
-    Planner(PlanConfig(model=ModelConfig(path=str(path)), row_length=64))
-
-
-def evaluation(path: Path) -> None:
-    config = EvalConfig(model=str(path), out_dir="x")
-    (model,) = subject.models_of(config)
-    subject.load(model, subject.read_config(model), subject.read_tokenizer(model), config)
-
-
-def precision(path: Path) -> None:
-    models.load(models.open_checkpoint(str(path), {}, "cpu"), models.Weights.trained, Arithmetic.float32, 0)
 
 
 @pytest.fixture

@@ -58,9 +58,14 @@ class PoolConfig:
     """How the weights are made of it; the rule always takes the norm over the whole content."""
 
     @property
+    def weighs_by(self) -> Feature:
+        """What the weights compare."""
+        return self.weights_h or self.h
+
+    @property
     def keeps_base(self) -> bool:
         """Whether exemplars need their base KV, which then counts in their bytes."""
-        return {self.h, self.weights_h or self.h} != {Feature.embeddings}
+        return {self.h, self.weighs_by} != {Feature.embeddings}
 
     def __post_init__(self) -> None:
         limits = {"gamma": 0.0, "temperature": 1e-9, "min_exemplars": 1, "max_exemplars": 1, "window": 1}
@@ -142,7 +147,7 @@ class Pool:
     def _match(self, content: Content, reader: Reader, found: list[Exemplar], weights: torch.Tensor) -> Match:
         """The exemplars' offsets with the weights that the configuration asks for, those of no weight left out."""
         config, by_token = self.config, None
-        feature, length = config.weights_h or config.h, len(content.ids)
+        feature, length = config.weighs_by, len(content.ids)
         if feature is not config.h or config.reduce is Reduce.per_token:
             parts = content.parts(feature)
             others = [e.beginning(length, content.embed).parts(feature) for e in found]

@@ -69,16 +69,33 @@ def test_what_is_there_already_takes_no_time(
     assert (tmp_path / "out/results.jsonl").read_bytes() == results
 
 
-def test_the_whole_is_in_proportion_to_the_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A unit of 512 tokens that has 10,000 to do, of which 1,000 take 2 s; another one is four times as long."""
-    clock = iter([0.0, 100.0, 102.0])
+def test_the_whole_is_in_proportion_to_the_second_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit of 512 tokens that has 10,000 to do, and another that is four times as long: 50,000.
+
+    Of these 1,000 take 30 s, in which the model is loaded, and the next 1,000 take 2 s: 30 + 49 * 2.
+    """
+    clock = iter([0.0, 100.0, 130.0, 132.0])
     monkeypatch.setattr(forecast_module.time, "monotonic", lambda: next(clock))
     bar = Bar("reading of it", "tok", [{"length": 512}, {"length": 2048}], dry_run=True)
     bar.start({"length": 512})
+    bar.advance(1000, 10_000)
+    assert bar.forecast is None
     with pytest.raises(MeasuredError):
         bar.advance(1000, 10_000)
-    assert bar.forecast is not None and bar.forecast.seconds == pytest.approx(100.0)
-    assert str(bar.forecast) == "reading of it: about 2 min, by the first 1,000 of 50,000 tok"
+    assert bar.forecast is not None and bar.forecast.seconds == pytest.approx(128.0)
+    assert str(bar.forecast) == "reading of it: about 2 min, by the first 2,000 of 50,000 tok"
+
+
+@pytest.mark.parametrize("pieces", [[8], [4, 4]])
+def test_pieces_may_be_all_there_is(pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 3.0, 5.0])
+    monkeypatch.setattr(forecast_module.time, "monotonic", lambda: next(clock))
+    bar = Bar("it", "req", [{}])
+    bar.start({})
+    for done in pieces:
+        bar.advance(done, 8)
+    found = bar.settle()
+    assert found is not None and found.seconds == (3.0 if len(pieces) == 1 else 5.0) and found.first == "8 of 8 req"
 
 
 def test_durations_are_short() -> None:

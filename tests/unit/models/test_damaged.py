@@ -16,14 +16,11 @@ from safetensors.torch import load_file, save_file
 from anchorctx.cli.main import main
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
-from anchorctx.evals import subject
-from anchorctx.evals.config import EvalConfig
-from anchorctx.evals.evaluators.precision import models
-from anchorctx.evals.evaluators.precision.config import Arithmetic
 from anchorctx.models import ModelConfig, build_config, load_model
 from anchorctx.models.load import check_weights, read_config
 from anchorctx.plan.config import PlanConfig
 from anchorctx.plan.planner import Planner
+from anchorctx.testing.readers import evaluation, plan, precision, train, train_sharded
 from anchorctx.testing.tiny import ARCHITECTURES, text_model
 from anchorctx.train import export
 
@@ -50,29 +47,6 @@ def wrong_shape(weights: Weights) -> None:
 
 def unknown(weights: Weights) -> None:
     weights[OTHER] = torch.zeros(2)
-
-
-def train(path: Path) -> None:
-    load_model(ModelConfig(path=str(path)))
-
-
-def train_sharded(path: Path) -> None:
-    """What a run under ZeRO 3 does before transformers hands out the shares."""
-    check_weights(str(path), build_config(ModelConfig(path=str(path))))
-
-
-def plan(path: Path) -> None:
-    Planner(PlanConfig(model=ModelConfig(path=str(path)), row_length=512))
-
-
-def evaluation(path: Path) -> None:
-    config = EvalConfig(model=str(path), out_dir="x")
-    (model,) = subject.models_of(config)
-    subject.load(model, subject.read_config(model), subject.read_tokenizer(model), config)
-
-
-def precision(path: Path) -> None:
-    models.load(models.open_checkpoint(str(path), {}, "cpu"), models.Weights.trained, Arithmetic.float32, 0)
 
 
 def kvcomm(path: Path) -> None:
