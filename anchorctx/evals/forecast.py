@@ -96,7 +96,9 @@ class Bar:
 
     def _forecast(self, done: int, whole: int) -> None:
         now = time.monotonic()
-        if self._first is None and done < whole:
+        # Several processes end a dry run together: lm-eval may give one of them a single piece.
+        at_once = self._dry_run and rank_and_size()[1] > 1
+        if self._first is None and done < whole and not at_once:
             self._first, self._begun = (now - self._begun, done), now
             return
         before, earlier = self._first or (0.0, 0)
