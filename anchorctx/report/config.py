@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from anchorctx.layout import Pattern
+from anchorctx.records.wandb_run import WandbMode
 from anchorctx.settings import Count, Positive
 
 
@@ -24,6 +25,14 @@ class ReportConfig:
     """Which row of a packed set to draw."""
     pattern: str | None = None
     """Draw it under this pattern: anchor, anchor_reset, full, intra_doc, intra_doc_reset; null is the runs' own."""
+    wandb: WandbMode = WandbMode.disabled
+    """Also send figures and tables to Weights & Biases: disabled, offline (a folder beside `out`) or online."""
+    project: str = "anchorctx"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; null is the account's own."""
+    group: str | None = None
+    """W&B group."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,12 +16,14 @@ from markupsafe import Markup
 
 from anchorctx.errors import UserError
 from anchorctx.records.files import write_bytes
-from anchorctx.report.blocks import Build
+from anchorctx.records.wandb_run import WandbMode, check_wandb
+from anchorctx.report.blocks import Build, Section
 from anchorctx.report.collect import Material, TrainRun
 from anchorctx.report.config import ReportConfig
 from anchorctx.report.numbers import number, percent
 from anchorctx.report.sections import comparison, evaluations, inputs, precision, reuse, ruler, training
 from anchorctx.report.series import by_model
+from anchorctx.report.wandb_report import send_report
 
 SECTIONS: Sequence[Build] = (
     evaluations.build_retrieval,
@@ -42,17 +44,28 @@ SECTIONS: Sequence[Build] = (
 
 
 def write_report(config: ReportConfig, material: Material) -> Path:
-    """Write the page to `config.out`, whole or not at all; returns its path. UserError where that is a folder."""
+    """Write the page to `config.out`, whole or not at all, and send it to W&B if asked; returns its path.
+
+    Raises UserError where that is a folder, a section cannot be made from these rows, or W&B does not start.
+    """
     out = Path(config.out)
     if out.is_dir():
         raise UserError(f"out={out} is a folder: name a file, such as {out / 'report.html'}")
     material.pretraining_length = config.pretraining_length
     title = config.title or ", ".join(dict.fromkeys(place.argument for place in material.places)) or "anchorctx"
+    check_wandb(config.wandb, "wandb")
     # Rendered before anything is written: a section that refuses its rows leaves no new folder behind.
     page = render_page(title, material).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(out, page)
+    if config.wandb is not WandbMode.disabled:
+        send_report(config, title, build_sections(material), material)
     return out
+
+
+def build_sections(material: Material) -> list[Section]:
+    """Those that the material has something for; UserError when one cannot be made from its rows."""
+    return [section for build in SECTIONS if (section := build(material)) is not None]
 
 
 def render_page(title: str, material: Material) -> str:
@@ -65,7 +78,7 @@ def render_page(title: str, material: Material) -> str:
     content: dict[str, Any] = {
         "title": title,
         "tiles": tiles(material),
-        "sections": [section for build in SECTIONS if (section := build(material)) is not None],
+        "sections": build_sections(material),
         "style": Markup(_asset("page.css")),
         "script": Markup(_asset("page.js")),
     }

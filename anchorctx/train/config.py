@@ -15,6 +15,7 @@ from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
 from anchorctx.models.config import LossKind, MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
+from anchorctx.records.wandb_run import WandbMode
 from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Seed, check_ranges
 
 
@@ -31,16 +32,6 @@ class CheckpointConfig:
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint in `out_dir`, `never` refuses a used `out_dir`, and a
     folder names one checkpoint."""
-
-
-class WandbMode(StrEnum):
-    """Whether metrics also go to Weights & Biases."""
-
-    disabled = "disabled"
-    offline = "offline"
-    """Into `out_dir/wandb`, without an account; `wandb sync` uploads it later. Each start of a resumed run writes a
-    folder there, the newest of which holds the whole run."""
-    online = "online"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,8 +14,9 @@ from typing import Any
 
 from anchorctx.errors import UserError
 from anchorctx.records.files import write_bytes
+from anchorctx.records.wandb_run import WandbMode, check_wandb, start_wandb
 from anchorctx.train.callbacks import METRICS, Callback
-from anchorctx.train.config import LoggingConfig, WandbMode
+from anchorctx.train.config import LoggingConfig
 
 GROUPS = ("train", "val", "eval", "perf", "memory", "data")
 """What names of metrics begin with."""
@@ -25,11 +26,7 @@ LEAST = ("train/loss", "val/loss", "val/perplexity")
 
 def check_dashboards(config: LoggingConfig) -> None:
     """UserError when a package of those that `config` asks for is missing."""
-    try:
-        if config.wandb is not WandbMode.disabled:
-            import wandb  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"logging.wandb={config.wandb.value} needs wandb: pip install 'anchorctx[wandb]'") from error
+    check_wandb(config.wandb, "logging.wandb")
     try:
         if config.tensorboard:
             import torch.utils.tensorboard  # noqa: F401
@@ -61,28 +58,20 @@ class Wandb:
     """Sends rows to Weights & Biases; a resumed run continues the same W&B run."""
 
     def __init__(self, out_dir: Path, config: LoggingConfig, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-        import wandb
-
-        try:
-            self._run = wandb.init(
-                entity=config.entity,
-                project=config.project,
-                name=config.name or out_dir.name,
-                group=config.group,
-                tags=list(config.tags),
-                notes=config.notes,
-                id=_run_id(out_dir),
-                resume="allow",
-                mode=config.wandb.value,
-                dir=str(out_dir),
-                config=settings | {"run": facts},
-            )
-        except wandb.Error as error:
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            raise UserError(
-                f"logging.wandb={config.wandb.value} cannot start ({reason}): run `wandb login`, or set "
-                "logging.wandb=offline and upload later with `wandb sync`"
-            ) from error
+        self._run = start_wandb(
+            config.wandb,
+            "logging.wandb",
+            entity=config.entity,
+            project=config.project,
+            name=config.name or out_dir.name,
+            group=config.group,
+            tags=list(config.tags),
+            notes=config.notes,
+            id=_run_id(out_dir),
+            resume="allow",
+            dir=str(out_dir),
+            config=settings | {"run": facts},
+        )
         self._run.define_metric("tokens")
         for group in GROUPS:
             self._run.define_metric(f"{group}/*", step_metric="tokens")

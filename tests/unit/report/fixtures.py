@@ -190,3 +190,14 @@ def _reuse_row(metric: str, value: float, at: dict[str, Any], **more: Any) -> Re
 
 def _stamped(row: Result, mark: str) -> Result:
     return dataclasses.replace(row, manifest=mark)
+
+
+def make_project(root: Path) -> Path:
+    """One project with everything."""
+    make_run(root / "run")
+    make_packed(root / "packed" / "abc123")
+    make_evaluation(root / "eval" / "z_before", "before", 0.2)
+    make_evaluation(root / "eval" / "after", "after", 0.9, "2026-11-22T10:00:00+00:00")
+    make_precision(root / "precision", "after")
+    make_reuse(root / "reuse", "after")
+    return root

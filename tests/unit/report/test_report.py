@@ -29,6 +29,7 @@ from .fixtures import (
     make_evaluation,
     make_packed,
     make_precision,
+    make_project,
     make_reuse,
     make_run,
     reuse_rows,
@@ -39,15 +40,7 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """One project with everything."""
-    root = tmp_path / "mine"
-    make_run(root / "run")
-    make_packed(root / "packed" / "abc123")
-    make_evaluation(root / "eval" / "z_before", "before", 0.2)
-    make_evaluation(root / "eval" / "after", "after", 0.9, "2026-11-22T10:00:00+00:00")
-    make_precision(root / "precision", "after")
-    make_reuse(root / "reuse", "after")
-    return root
+    return make_project(tmp_path / "mine")
 
 
 class Check(html.parser.HTMLParser):
