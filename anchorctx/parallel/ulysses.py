@@ -63,6 +63,23 @@ def check_sizes(config: PretrainedConfig, sequence: int, world: int | None = Non
         )
 
 
+def check_alike(model: PreTrainedModel) -> None:
+    """UserError for a model whose layers have different key heads or head dimensions (MiMo, Gemma 4).
+
+    DeepSpeed exchanges one shape for all layers.
+    """
+    # as transformers names them: query heads a key head, and the dimension of a head
+    names = ("num_key_value_groups", "head_dim")
+    attentions = [m for m in model.get_decoder().modules() if all(hasattr(m, name) for name in names)]
+    sizes = sorted({tuple(getattr(module, name) for name in names) for module in attentions})
+    if len(sizes) > 1:
+        shown = " and ".join(f"{groups} query heads a key head of {dim}" for groups, dim in sizes)
+        raise UserError(
+            f"{type(model).__name__} has layers with {shown}, which parallel.sequence_parallel cannot exchange: set it "
+            "to 1"
+        )
+
+
 def check_core(name: str) -> None:
     """UserError when an attention of this name would be wrong under sequence parallelism, with the reason."""
     if not name.startswith("anchor"):
@@ -80,6 +97,7 @@ def enable(model: PreTrainedModel, mesh: Mesh) -> None:
     assert core is not None
     check_core(core)
     check_sizes(model.config, mesh.sequence, mesh.ranks.world)
+    check_alike(model)
     alone = ALL_ATTENTION_FUNCTIONS[core]
     UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=_facts(model.config, core),

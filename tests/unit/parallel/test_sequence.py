@@ -15,6 +15,7 @@ from anchorctx.parallel.config import ParallelConfig
 from anchorctx.parallel.dist import Ranks
 from anchorctx.parallel.mesh import Mesh, check_heads, nearest, sequence_sizes
 from anchorctx.parallel.sharder import padded, shard_batch
+from anchorctx.testing import decoders
 from anchorctx.testing.tiny import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -111,6 +112,20 @@ def test_rope_that_depends_on_the_length_in_sight_is_refused() -> None:
     ulysses.check_sizes(config, 1)
     with pytest.raises(UserError, match="rope.type=dynamic cannot run under sequence parallelism.*use yarn"):
         ulysses.check_sizes(config, 2)
+
+
+@pytest.mark.parametrize("name", ["mimo_v2_flash", "gemma4_text"])
+def test_layers_of_several_shapes_are_refused(name: str) -> None:
+    model = decoders.build(decoders.tiny(name), "eager")
+    with pytest.raises(UserError, match=r"layers with .* query heads a key head.* set it to 1"):
+        ulysses.check_alike(model)
+
+
+def test_layers_of_one_shape_pass() -> None:
+    ulysses.check_alike(ARCHITECTURES["llama"].build())
+    config = decoders.tiny("llama4")  # what reads images takes no part
+    config.vision_config.hidden_size *= 2
+    ulysses.check_alike(decoders.build(config, "eager"))
 
 
 def test_the_registration_is_told_what_some_architectures_leave_out() -> None:
