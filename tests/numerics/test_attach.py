@@ -6,10 +6,13 @@ Tolerance: float64 throughout. Measured over all cases: logits of up to 3.3 diff
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from anchorctx.integrations import attach
@@ -154,6 +157,29 @@ def test_activations_that_are_recomputed() -> None:
     checkpoint_activations(model.train())
     with true_float64():
         model(**batches()["trl"]).loss.backward()
+        alone(plain, Pattern.anchor, "trl")[1].backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert (one.grad - other.grad).abs().max() < TOLERANCE * max(1.0, other.grad.abs().max().item())
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_under_distributed_data_parallel(attached_first: bool, one_process: None) -> None:
+    model, plain = model_of("llama"), model_of("llama")
+    if attached_first:
+        attach(model, row_length=ROW)
+    wrapped = DistributedDataParallel(model)
+    if not attached_first:
+        attach(wrapped, row_length=ROW)
+    with true_float64():
+        wrapped(**batches()["trl"]).loss.backward()
         alone(plain, Pattern.anchor, "trl")[1].backward()
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert one.grad is not None and other.grad is not None
