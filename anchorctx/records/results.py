@@ -15,7 +15,7 @@ from anchorctx.errors import UserError
 FILE = "results.jsonl"
 ABOUT = frozenset(
     ("loss_nats", "documents", "facts", "bos", "style", "distractors", "checkpoints", "asked")
-    + ("values", "problems", "by_construction", "device", "head_dim", "theta", "sentence", "recommendation")
+    + ("values", "counts", "problems", "by_construction", "device", "head_dim", "theta", "sentence", "recommendation")
 )
 """Names in a row's context that say how its number came about; all others say which number it is."""
 COUNTS = ("tokens", "rows")

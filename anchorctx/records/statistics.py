@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anchorctx.records.results import Result
+from anchorctx.records.results import Result, ratio_interval
 
 Z = 1.959964
 """97.5 % quantile of the normal distribution."""
 PAIRED_T = "paired t"
+PAIRED_RATIO = "paired documents"
 INTERVALS = "two intervals"
 SIGN_FLIP = "sign flips over cells"
 EXACT_FLIPS = 14
@@ -37,14 +38,19 @@ class Difference:
 def difference(baseline: Result, other: Result) -> Difference | None:
     """The difference between two models in one number; None if the spread of either is unknown.
 
-    Paired Student's t over `values` of the same items where both rows have them. Else from the two 95 % intervals, as
+    Paired Student's t over `values` of the same items where both rows have them; of perplexities, whose values are
+    documents' mean losses, each document weighs by its `counts` of tokens. Else from the two 95 % intervals, as
     if independent: the interval by MOVER (Zou & Donner 2008; for Wilson's intervals Newcombe 1998), the probability by
     the normal deviate that the side towards zero implies. Perplexities are compared by their logarithms.
     """
     is_ratio = baseline.metric.startswith("perplexity")
     pair = _values(baseline), _values(other)
     if len(pair[0]) == len(pair[1]) >= 2:
-        return _paired(*pair)
+        counts = other.context.get("counts")
+        if not is_ratio:
+            return _paired(*pair)
+        if counts and counts == baseline.context.get("counts"):
+            return _paired_ratio(*pair, counts)
     if None in (baseline.low, baseline.high, other.low, other.high):
         return None
     a, b = _levels(baseline, is_ratio), _levels(other, is_ratio)
@@ -118,6 +124,16 @@ def _paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     half = student_quantile(len(moved) - 1) * error
     p = student_p(mean / error, len(moved) - 1) if error else float(mean == 0)
     return Difference(mean, mean - half, mean + half, p, PAIRED_T)
+
+
+def _paired_ratio(a: Sequence[float], b: Sequence[float], counts: Sequence[int]) -> Difference:
+    """The ratio of two perplexities: `a` and `b` are documents' mean losses in nats, `counts` their tokens."""
+    sums = [(y - x) * count for x, y, count in zip(a, b, counts, strict=True)]
+    ends = ratio_interval(sums, counts)
+    assert ends is not None
+    mean, half = math.fsum(sums) / sum(counts), (ends[1] - ends[0]) / 2
+    p = math.erfc(abs(mean) / half * Z / math.sqrt(2)) if half else float(mean == 0)
+    return Difference(math.exp(mean), math.exp(ends[0]), math.exp(ends[1]), p, PAIRED_RATIO, is_ratio=True)
 
 
 def _sign_flips(moved: np.ndarray) -> float:

@@ -207,6 +207,8 @@ def perplexity_row(metric: str, sums: np.ndarray, counts: np.ndarray, unit: Unit
     ends = ratio_interval(sums.tolist(), counts.tolist())
     low, high = (None, None) if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
     context = unit | {"documents": documents, "tokens": tokens, "loss_nats": mean}
+    # By document, so that two models that read the same can be compared in pairs.
+    context |= {"values": (sums / counts).tolist(), "counts": counts.astype(int).tolist()}
     return Result(metric=metric, value=math.exp(mean), unit="1", n=documents, low=low, high=high, context=context)
 
 

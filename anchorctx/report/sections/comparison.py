@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from anchorctx.records.results import Result
-from anchorctx.records.statistics import INTERVALS, PAIRED_T, SIGN_FLIP, Difference, difference, holm, over_cells
+from anchorctx.records.statistics import (
+    INTERVALS,
+    PAIRED_RATIO,
+    PAIRED_T,
+    SIGN_FLIP,
+    Difference,
+    difference,
+    holm,
+    over_cells,
+)
 from anchorctx.report.blocks import Cell, Section, Table, measured, text_cell
 from anchorctx.report.collect import Material
 from anchorctx.report.sections import precision, reuse, ruler
@@ -20,6 +29,7 @@ FEW = 8
 """Cells of a metric that are listed one by one; where there are more, only all of them together."""
 TESTS = {
     PAIRED_T: "Student's t over the same items in both",
+    PAIRED_RATIO: "the losses of the same documents in both, each by its number of tokens",
     INTERVALS: "from the two 95 % intervals as if independent, which is cautious where the items were the same",
     SIGN_FLIP: "random signs of the differences of all cells (task, length, depth) of one metric",
 }

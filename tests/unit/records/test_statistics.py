@@ -71,6 +71,36 @@ def test_perplexities_are_compared_as_ratios():
     assert found.low == pytest.approx(2 / 1.25**2**0.5) and found.high == pytest.approx(2 * 1.25**2**0.5)
 
 
+def test_perplexities_of_the_same_documents_are_compared_in_pairs():
+    """Documents differ by far more than the models: in pairs the difference shows, from the intervals it does not.
+
+    By simulation: 95 % intervals hold the true ratio in 93 to 97 % of 2,000 draws of 40 documents.
+    """
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(2000):
+        counts, level = rng.integers(100, 4000, 40), rng.normal(2.5, 0.5, 40)
+        a, b = ((level + shift + rng.normal(0, 0.05, 40)) for shift in (0.0, -0.02))
+        rows = [
+            result(
+                float(np.exp((x * counts).sum() / counts.sum())),
+                3.0,
+                metric="perplexity",
+                values=x.tolist(),
+                counts=counts.tolist(),
+            )
+            for x in (a, b)
+        ]
+        found = difference(*rows)
+        assert found is not None and found.is_ratio and found.test == "paired documents"
+        assert found.value == pytest.approx(rows[1].value / rows[0].value)
+        assert (found.p < 0.05) == (not found.low <= 1 <= found.high)
+        held += found.low <= np.exp(-0.02) <= found.high
+    assert 0.93 < held / 2000 < 0.97
+    other = result(12.0, 3.0, metric="perplexity", values=[2.5, 2.6], counts=[5, 6])
+    apart = difference(result(12.5, 3.0, metric="perplexity", values=[2.5, 2.6], counts=[5, 7]), other)
+    assert apart is not None and apart.test == "two intervals"  # not the same text: another tokenizer
+
+
 def test_without_a_spread_nothing_is_said():
     assert difference(result(1.0), result(2.0, 0.1)) is None
     same = difference(share(5, 5), share(5, 5))

@@ -15,7 +15,7 @@ from anchorctx.errors import UserError
 from anchorctx.evals import scoring as forward
 from anchorctx.evals.base import Subject
 from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
-from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity, encode, windows
+from anchorctx.evals.evaluators.perplexity import ContextPerplexity, Perplexity, encode, perplexity_row, windows
 from anchorctx.evals.scoring import score
 from anchorctx.evals.subject import attention_name
 from anchorctx.testing.tiny import ARCHITECTURES, BASE
@@ -203,3 +203,10 @@ def test_a_corpus_of_short_documents_has_no_context(tokenizer: PreTrainedTokeniz
     evaluator = ContextPerplexity(ContextConfig(lengths=[300]), TEXTS[:3])
     with pytest.raises(UserError, match="none of the 3 held-out documents has the 300 tokens"):
         evaluator.check(tokenizer)
+
+
+def test_a_row_has_what_each_document_says():
+    row = perplexity_row("perplexity", np.array([6.0, 0.0, 2.0]), np.array([3.0, 0.0, 4.0]), {})
+    assert row.context["values"] == [2.0, 0.5] and row.context["counts"] == [3, 4]  # the second has no tokens here
+    assert row.context["loss_nats"] == pytest.approx(8 / 7) and row.n == 2
+    assert not row.where  # how the number came about, not which number it is
