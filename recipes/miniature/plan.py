@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chain.stage import ANCHORCTX, Stage, flow
 from recipe import CORPORA, arm_of, seeds_of
-from stage import ANCHORCTX, BUDGETS, HERE, QUICKSTART, SHORT, Stage, budget_of, flow, made_by, model_of
+from stage import BUDGETS, HERE, QUICKSTART, SHORT, budget_of, made_by, model_of
 
 
 def stages(recipe: dict[str, Any], out: Path) -> list[Stage]:

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash scripts/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
+export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD/recipes${PYTHONPATH:+:$PYTHONPATH}" PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error HF_HUB_OFFLINE=1
 case ${SCALE:-full} in
 full) recipe=recipe.yaml out=${OUT:-runs/miniature} ;;
 ci) recipe=recipe_ci.yaml out=${OUT:-runs/miniature_ci} ;;

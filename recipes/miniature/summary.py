@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chain.claims_figure import claims_figure
 from claims import CLAIMS
-from figures import claims_figure, reuse_figure, trained_figure
+from figures import reuse_figure, trained_figure
 from recipe import read_recipe, seeds_of
 from tables import by_length, depth, precision, reuse, ruler, shown, speed, table, training, variation
 from verdicts import Estimate, Rows

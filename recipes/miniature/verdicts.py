@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chain.verdict import answer
+
 from anchorctx.errors import UserError
 from anchorctx.records.results import Result, mean_interval, read_results
 
@@ -38,12 +40,8 @@ class Estimate:
         `supported`: the interval is above 0 and the mean at least `margin`. `not supported`: the interval is below
         `margin`, or below 0. `undecided`: anything else, and fewer than three seeds.
         """
-        if len(self.values) < LEAST or self.interval is None:
-            return "undecided"
-        low, high = self.interval
-        if low > 0 and self.mean >= margin:
-            return "supported"
-        return "not supported" if high < margin or high < 0 else "undecided"
+        known = len(self.values) >= LEAST and self.interval is not None
+        return answer(self.mean, self.interval if known else None, margin)
 
 
 class Rows:

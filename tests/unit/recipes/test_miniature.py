@@ -25,6 +25,7 @@ MINIATURE = ROOT / "recipes" / "miniature"
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch):
     """Imports a script of the recipe, or of scripts/, as it is imported when it is run."""
+    monkeypatch.syspath_prepend(str(MINIATURE.parent))
     monkeypatch.syspath_prepend(str(MINIATURE))
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
@@ -180,7 +181,7 @@ def test_what_a_stage_rests_on_is_in_its_fingerprint_and_where_it_runs_is_not(mo
     plan = module("plan")
 
     def of(recipe: dict, out: str) -> dict[str, str]:
-        return module("stage").fingerprints(plan.stages(recipe, Path(out)), Path(out))
+        return module("chain.stage").fingerprints(plan.stages(recipe, Path(out)), Path(out))
 
     before = of(recipe, "out")
     assert of(recipe, "/elsewhere/out") == before
@@ -211,7 +212,7 @@ def test_an_arm_says_what_it_has_of_its_own(module) -> None:
 
 
 def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Path, capsys) -> None:
-    stage, run = module("stage"), module("run")
+    stage, run = module("chain.stage"), module("chain.runner")
     write = [sys.executable, "-c", f"open(r'{tmp_path / 'made'}', 'a').write('x')"]
     stages = [stage.Stage("a/one", [write], 1), stage.Stage("b", [write], 1, ["a/one"])]
     run.Runner(stages, tmp_path, 2).run()
