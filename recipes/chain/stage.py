@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class Stage:
 def fingerprints(todo: list[Stage], out: Path) -> dict[str, str]:
     """By stage: what changes with its commands and those of all that it needs, but not with where these are run."""
     found: dict[str, str] = {}
-    places = {sys.executable: "python", f"{RECIPES}/": "RECIPES/", f"{out}/": "OUT/"}
+    packages = sysconfig.get_paths()["purelib"]
+    places = {sys.executable: "python", packages: "PACKAGES", f"{RECIPES}/": "RECIPES/", f"{out}/": "OUT/"}
     for stage in todo:
         words = [word for command in stage.commands for word in command]
         for place, name in places.items():

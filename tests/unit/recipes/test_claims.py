@@ -179,6 +179,7 @@ def of_reuse(model: str) -> Iterator[Result]:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(MINIATURE.parent))
     monkeypatch.syspath_prepend(str(MINIATURE))
     return {name: importlib.import_module(name) for name in ("claims", "recipe", "verdicts")}
 
