@@ -40,6 +40,12 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     if config.attention != "auto" and config.attention not in BACKENDS:
         raise UserError(f"model.attention={config.attention} is unknown: choose auto, {', '.join(BACKENDS)}")
     hf_config = build_config(config)
+    if quantised := getattr(hf_config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UserError(
+            f"model {config.path} is quantised ({method}), and cannot be trained: name the checkpoint in 16 or 32 bits "
+            "that it was made of"
+        )
     options: dict[str, Any] = {
         "dtype": getattr(torch, config.dtype.value),
         "attn_implementation": implementation(config.attention),

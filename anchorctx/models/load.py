@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,9 +31,15 @@ from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
 from anchorctx.models.generation import drop_unused
 from anchorctx.models.gguf import folder_of, is_gguf
+from anchorctx.models.unreadable import unreadable
 from anchorctx.models.weights import refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
 
 logger = logging.getLogger(__name__)
+
+OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""transformers would ask on the terminal whether to run a repository's code; here none is run."""
+COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 def local_folder(path: str, *, weights: bool = False) -> Path | None:
@@ -73,8 +79,9 @@ def read_config(path: str, fields: Mapping[str, Any] | None = None) -> Pretraine
     """
     folder = local_folder(path)
     with _reading(path):
-        found: Any = AutoConfig.from_pretrained(folder or path, return_unused_kwargs=True, **(fields or {}))
+        found: Any = AutoConfig.from_pretrained(folder or path, return_unused_kwargs=True, **OWN_CODE, **(fields or {}))
     config, unknown = found
+    _check_counts(path, config.get_text_config() if not config.is_encoder_decoder else config)
     for name in unknown:
         near = difflib.get_close_matches(name, config.to_dict(), 1)
         hint = f"did you mean {near[0]}?" if near else "its config.json lists what it has"
@@ -89,7 +96,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer; UserError when there is none."""
     folder = local_folder(path)
     with _reading(path):
-        return AutoTokenizer.from_pretrained(folder or path)
+        return AutoTokenizer.from_pretrained(folder or path, **OWN_CODE)
 
 
 def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
@@ -106,10 +113,11 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
         UserError: nothing to read, or weights that are missing or of another shape; unknown weights are logged.
     """
     folder = local_folder(path, weights=True)
-    if folder is not None:
-        weight_files(folder)  # says which of them is missing
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with both shapes
+    options |= OWN_CODE | _generation(path, folder)
     with _reading(path), _without_report():
+        if folder is not None:
+            weight_files(folder)  # says which of them is missing
         found: Any = AutoModelForCausalLM.from_pretrained(folder or path, config=config, **options)
     model, info = found
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: a folder's is refused before
@@ -143,6 +151,28 @@ def check_weights(path: str, config: PretrainedConfig) -> None:
         # On the meta device: names and shapes are compared, and no weight takes memory.
         _, info = kind.from_pretrained(None, config=config, state_dict=weights, **options)
     _judge(path, kind, info)
+
+
+def _generation(path: str, folder: Path | None) -> dict[str, GenerationConfig]:
+    """What to give from_pretrained where the folder's own contradicts itself, which must not stop anybody."""
+    if folder is None or not (folder / GENERATION_CONFIG_NAME).is_file():
+        return {}
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # OSError for no JSON, ValueError for what does not go together
+        logger.warning("model %s: its %s is left out (%s)", path, GENERATION_CONFIG_NAME, reason(error, first=True))
+        return {"generation_config": GenerationConfig()}
+    return {}
+
+
+def _check_counts(path: str, config: PretrainedConfig) -> None:
+    """UserError for fewer than one of what every model has: transformers builds one without layers."""
+    for name in COUNTS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise UserError(
+                f"model {path} has {name}={value} in its config.json, where there is at least 1: correct it"
+            )
 
 
 def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: str) -> None:
@@ -225,13 +255,10 @@ def _reading(path: str) -> Iterator[None]:
     """Make a library's error while reading `path` one sentence."""
     try:
         yield
-    except (torch.OutOfMemoryError, UserError):
+    except (torch.OutOfMemoryError, MemoryError, UserError):
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"model {path} cannot be loaded ({reason(error, first=True)}): name a folder with a model and its "
-            "tokenizer, or a model that the hub gives you (check its name, or download it first)"
-        ) from error
+    except Exception as error:  # of a KeyError for an unknown scaling to tokenizers' own, a plain Exception
+        raise unreadable(path, error) from error
 
 
 @contextlib.contextmanager
