@@ -66,8 +66,22 @@ def build_config(config: ModelConfig) -> PretrainedConfig:
     check_architecture(hf_config)
     for layer in layer_configs(hf_config.get_text_config()):
         _check_heads({name: getattr(layer, name, None) for name in HEAD_FIELDS})
+    _set_dropout(hf_config, config.no_dropout)
     apply_rope(hf_config, config.rope, config.max_length, trained=bool(config.path))
     return hf_config
+
+
+def _set_dropout(config: PretrainedConfig, none: bool) -> None:
+    """Take all dropout out where `none` asks for it; UserError where attention has some otherwise."""
+    text = config.get_text_config()
+    for name, value in {n: v for n, v in vars(text).items() if "drop" in n and isinstance(v, float) and v}.items():
+        if none:
+            setattr(text, name, 0.0)
+        elif "att" in name:  # attention_dropout, attn_pdrop, attention_probs_dropout_prob
+            raise UserError(
+                f"model type {config.model_type} has {name}={value:g}, which no attention backend computes: set "
+                "model.no_dropout=true to train without dropout"
+            )
 
 
 def freeze_other_modalities(model: PreTrainedModel) -> None:

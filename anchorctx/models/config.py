@@ -79,6 +79,9 @@ class ModelConfig:
     """Rotate queries and keys in float32, or in the activations' dtype as transformers does (bfloat16)."""
     max_length: Annotated[int, Ge(1), KEEPS] | None = None
     """New maximum length in tokens, written into the exported configuration; None keeps the checkpoint's."""
+    no_dropout: bool = False
+    """Train without dropout, whatever the checkpoint says; needed where it has some in attention, which no backend
+    computes."""
     attention: str = "auto"
     """Attention backend: auto, flash_attn, torch_varlen, cpu, flex or reference."""
     seed: int = 0

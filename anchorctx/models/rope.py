@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PretrainedConfig
 from anchorctx.errors import UserError
 from anchorctx.models.config import KEEPS, RopeConfig, RopeType
 from anchorctx.settings import check_ranges
+
+logger = logging.getLogger(__name__)
 
 STRETCHED = ("linear", "dynamic", "yarn")
 """Scalings that reach `factor` times the original length and no further (Llama 3.1 itself exceeds that for llama3)."""
@@ -157,6 +160,13 @@ def _write_length(config: PretrainedConfig, rope: RopeConfig, max_length: int | 
                 f"{parameters['factor']:g} reaches: raise model.rope.factor to {math.ceil(max_length / original)}"
             )
         max_length = max_length or longest
+    elif kind in STRETCHED and max_length is not None and max_length > int(original * parameters.get("factor", 1)):
+        logger.warning(
+            "model.max_length=%d is beyond the %d positions that the checkpoint's %s scaling of %d by %g reaches: the "
+            "ones behind are learnt with the new theta alone, or set model.rope.type=%s and model.rope.factor=%d",
+            *(max_length, original * parameters["factor"], kind, original, parameters["factor"]),
+            *(kind, math.ceil(max_length / original)),
+        )
     if kind == "dynamic":
         config.max_position_embeddings = original
     elif max_length is not None:
