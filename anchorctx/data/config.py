@@ -12,6 +12,7 @@ from anchorctx.data.engine import EngineName
 from anchorctx.data.packing.config import PackConfig
 from anchorctx.data.packing.mixture import MixtureConfig
 from anchorctx.data.sources.source import SourceConfig
+from anchorctx.data.tokens.tokenizer import SpecialTokens
 from anchorctx.errors import UserError
 from anchorctx.settings import Seed, check_ranges
 
@@ -45,6 +46,8 @@ class PrepareConfig:
     """How much of which source."""
     weights: LossWeights = LossWeights.uniform
     """Loss weights: uniform or facts."""
+    special_tokens: SpecialTokens = SpecialTokens.text
+    """What becomes of a special token's name in a document, such as </s>: text, or control (it is that token)."""
     append_eos: bool = True
     """End each document with EOS, unless it ends so already, where the tokenizer has one; it is trained like any
     token."""

@@ -86,7 +86,7 @@ class Preparation:
         self.tokens_folder = Path(config.out_dir) / TOKENS
         self.ingest = Ingest(
             root=self.tokens_folder,
-            encoder=Encoder.of(self.tokenizer),
+            encoder=Encoder.of(self.tokenizer, config.special_tokens),
             tokenizer=tokenizer_fingerprint(self.tokenizer),
             vocab_size=self.vocab_size,
             eos=self.special.eos if config.append_eos else None,
@@ -121,6 +121,7 @@ class Preparation:
             "pack": pack,
             "weights": config.weights,
             "append_eos": config.append_eos,
+            "special_tokens": config.special_tokens,
             "seed": config.seed if config.pack.interleave > 1 else 0,
         }
         if config.mixture.weights or config.mixture.deduplicate:
@@ -153,6 +154,9 @@ class Preparation:
         print(accounting.table(config.row_length))
         for reason, count in sorted(corpus.skipped().items()):
             print(f"skipped rows: {count:,} ({reason})")
+        if written := corpus.written():
+            became = {"text": "text", "control": "the tokens themselves"}[config.special_tokens.value]
+            print(f"names of special tokens in documents: {written:,}, which became {became}")
         print(f"packed set: {self.folder}, {accounting.rows:,} rows, in {time.perf_counter() - began:.1f} s")
         return PackedSet.open(self.folder, verify=False)
 
@@ -259,6 +263,7 @@ class Preparation:
             mixture=plan.report(accounting.content),
             document_lengths={str(2**i): int(histogram[i]) for i in np.flatnonzero(histogram).tolist()},
             skipped_rows=dict(corpus.skipped()),
+            written_special_tokens=corpus.written(),
         )
 
 

@@ -42,6 +42,10 @@ class Corpus:
         """Rows of all sources that were left out, by reason."""
         return sum((part.skipped for part in self.parts), Counter())
 
+    def written(self) -> int:
+        """Names of special tokens in the documents of all sources."""
+        return sum(part.facts["written"] for part in self.parts)
+
     def length_histogram(self) -> np.ndarray:
         """(64,) int64: entry i counts the documents of 2**i to 2**(i+1) - 1 tokens, an appended EOS left out."""
         counts = np.zeros(64, np.int64)

@@ -45,6 +45,8 @@ class Tokens:
     """Its domain; empty when unknown."""
     trained: np.ndarray | None = None
     """(n,) bool: tokens that are to be predicted, as labels of a pre-tokenised source say; None: all."""
+    written: int = 0
+    """How many names of special tokens stood in its text."""
 
     def part(self, start: int, end: int, domain: str) -> Tokens:
         """Tokens start..end, a document of their own."""
@@ -77,6 +79,8 @@ class Reading:
     on_bad_row: OnBadRow = OnBadRow.fail
     documents: int = 0
     """Documents yielded."""
+    written: int = 0
+    """Names of special tokens in them."""
     bytes_read: int = 0
     """Bytes of files read (compressed, where they are), for progress."""
     skipped: Counter[str] = field(default_factory=Counter)

@@ -8,7 +8,9 @@ Workers import `tokenizers` and numpy, neither transformers nor torch.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 from array import array
 from collections import deque
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from anchorctx.data.sources.documents import Document, Tokens
-from anchorctx.data.tokens.tokenizer import serialized
+from anchorctx.data.tokens.tokenizer import SpecialTokens, serialized
 from anchorctx.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ ENCODING_THREADS = 2
 """Batches that the tokenizers library's threads work on at the same time, so that they have work while one of them
 finishes the last long text of a batch."""
 
-Encoded = tuple[np.ndarray, np.ndarray]
-"""Token ids of several texts end to end, uint32, and the number of tokens of each, int64."""
+Encoded = tuple[np.ndarray, np.ndarray, list[int]]
+"""Token ids of several texts end to end, uint32, the number of tokens of each, int64, and how many names of special
+tokens stand in each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,19 @@ class Encoder:
     """The fast tokenizer as JSON; None when it is a slow one."""
     slow: PreTrainedTokenizerBase | None
     """The tokenizer itself where it is a slow one."""
+    special: SpecialTokens = SpecialTokens.text
+    """What becomes of special tokens' names in a text."""
+    names: tuple[str, ...] = ()
+    """These names."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = SpecialTokens.text) -> Encoder:
         """The tokenizer's encoder."""
         rules = serialized(tokenizer)
-        return cls(rules, tokenizer if rules is None else None)
+        names = set(tokenizer.all_special_tokens)
+        if rules is not None:
+            names |= {token["content"] for token in json.loads(rules)["added_tokens"] if token["special"]}
+        return cls(rules, tokenizer if rules is None else None, special, tuple(sorted(names, key=len, reverse=True)))
 
 
 def default_workers(size: int | None) -> int:
@@ -99,7 +109,7 @@ def tokenize(documents: Iterable[Document], encoder: Encoder, workers: int = 1) 
 def _executor(encoder: Encoder, workers: int) -> Iterator[tuple[Executor, Callable[[list[str]], Encoded]]]:
     """Where batches are encoded, and the function that does it."""
     if encoder.rules is not None and workers > 1:
-        pool: Executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder.rules,))
+        pool: Executor = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder,))
         encode = _encode_in_worker
     else:
         pool, encode = ThreadPoolExecutor(ENCODING_THREADS, thread_name_prefix="tokenize"), _encoding(encoder)
@@ -111,42 +121,57 @@ def _executor(encoder: Encoder, workers: int) -> Iterator[tuple[Executor, Callab
 
 def _encoding(encoder: Encoder) -> Callable[[list[str]], Encoded]:
     if encoder.rules is not None:
-        return partial(_encode, _fast(encoder.rules))
-    slow = encoder.slow
+        return partial(_encode, _fast(encoder.rules, encoder.special is SpecialTokens.text), encoder.names)
+    slow, options = encoder.slow, {"split_special_tokens": encoder.special is SpecialTokens.text, "verbose": False}
     assert slow is not None
-    return lambda texts: _flat([slow.encode(text, add_special_tokens=False, verbose=False) for text in texts])
+    return lambda texts: _flat(
+        [slow.encode(text, add_special_tokens=False, **options) for text in texts], _written(encoder.names, texts)
+    )
 
 
 @lru_cache(maxsize=2)  # a worker tokenises one part after the other
-def _fast(rules: str) -> Tokenizer:
+def _fast(rules: str, as_text: bool) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(rules)
+    tokenizer = Tokenizer.from_str(rules)
+    tokenizer.encode_special_tokens = as_text  # which the rules do not hold
+    return tokenizer
 
 
-_worker: Tokenizer | None = None
+_worker: Callable[[list[str]], Encoded] | None = None
 
 
-def _start_worker(rules: str) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
-    _worker = _fast(rules)
+    _worker = _encoding(encoder)
 
 
 def _encode_in_worker(texts: list[str]) -> Encoded:
     assert _worker is not None
-    return _encode(_worker, texts)
+    return _worker(texts)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
-    return _flat([encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)])
+def _encode(tokenizer: Tokenizer, names: tuple[str, ...], texts: list[str]) -> Encoded:
+    lists = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return _flat(lists, _written(names, texts))
 
 
-def _flat(lists: list[list[int]]) -> Encoded:
+@lru_cache(maxsize=2)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, names)))  # the longest first, of those that begin alike
+
+
+def _written(names: tuple[str, ...], texts: list[str]) -> list[int]:
+    """How many names of special tokens stand in each text."""
+    return [len(_pattern(names).findall(text)) if names else 0 for text in texts]
+
+
+def _flat(lists: list[list[int]], written: list[int]) -> Encoded:
     lengths = np.array([len(ids) for ids in lists], dtype=np.int64)
     flat = [np.frombuffer(array("I", ids), np.uint32) for ids in lists]  # a third of the time of np.array(ids)
-    return np.concatenate(flat), lengths
+    return np.concatenate(flat), lengths, written
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -163,8 +188,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _unpack(batch: list[Document], future: Future[Encoded]) -> Iterator[Tokens]:
-    flat, lengths = future.result()
+    flat, lengths, written = future.result()
     # lengths = [3, 2, 4]: cut at [3, 5] into ids 0..3, 3..5 and 5..9
     parts = np.split(flat, np.cumsum(lengths)[:-1])
-    for document, ids in zip(batch, parts, strict=True):
-        yield Tokens(ids, document.source, document.domain)
+    for document, ids, count in zip(batch, parts, written, strict=True):
+        yield Tokens(ids, document.source, document.domain, written=count)

@@ -67,6 +67,7 @@ class Ingest:
             "tokenizer": self.tokenizer,
             "eos": self.eos,
             "facts": self.facts is not None,
+            "special_tokens": self.encoder.special.value,
         }
         return self.root / fingerprint(identity)
 
@@ -117,6 +118,7 @@ class Ingest:
         for document in documents:
             counted.documents += 1
             if self._is_usable(document, counted):
+                counted.written += document.written
                 writer.add(document, self._weights(document))
             yield
             if writer.tokens >= STRETCH_TOKENS:

@@ -197,6 +197,7 @@ class TokenWriter:
             "weights": self._weights is not None,
             "domains": list(self._domains),
             "read": reading.documents,
+            "written": reading.written,
             "skipped": dict(reading.skipped),
             "is_last": is_last,
             "is_clean": is_clean,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from anchorctx.errors import UserError
@@ -11,6 +12,15 @@ from anchorctx.records.manifest import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class SpecialTokens(StrEnum):
+    """What becomes of a special token's name in a document, such as `</s>` in a page about tokenizers."""
+
+    text = "text"
+    """It is text, like any other."""
+    control = "control"
+    """It is that token: ends a document, begins a turn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,20 +36,23 @@ def test_any_number_of_workers_gives_the_tokenizers_own_ids(
     assert {tokens.domain for tokens in found} == {"d"}
     for tokens, text in zip(found, texts(), strict=True):
         assert tokens.ids.dtype == np.uint32
-        assert tokens.ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+        expected = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokens.ids.tolist() == expected and tokens.written == text.count("</s>")
 
 
 def test_a_tokenizer_without_a_fast_backend(tokenizer: PreTrainedTokenizerFast) -> None:
     class Slow:
         is_fast = False
+        all_special_tokens = ("b",)
 
         def encode(self, text: str, **options: object) -> list[int]:
-            assert options == {"add_special_tokens": False, "verbose": False}
+            assert options == {"add_special_tokens": False, "verbose": False, "split_special_tokens": True}
             return [ord(c) for c in text]
 
     texts = [Document("ab", "x"), Document("c", "y")]
     found = list(tokenize(texts, Encoder.of(Slow()), workers=4))  # type: ignore[arg-type]
     assert [tokens.ids.tolist() for tokens in found] == [[97, 98], [99]]
+    assert [tokens.written for tokens in found] == [1, 0]
 
 
 def test_documents_are_read_as_they_are_needed(
