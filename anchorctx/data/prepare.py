@@ -38,7 +38,7 @@ from anchorctx.data.tokens.ingest import Ingest, ReadingBar, SourcePart, run_par
 from anchorctx.data.tokens.store import TokenPart
 from anchorctx.data.tokens.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
-from anchorctx.records.files import in_use, remove_unused, sole_writer
+from anchorctx.records.locks import in_use, remove_unused, sole_writer
 from anchorctx.records.manifest import FILE, build_manifest, fingerprint
 
 CODE_VERSION = 2

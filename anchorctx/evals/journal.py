@@ -14,12 +14,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from anchorctx.errors import UserError
 from anchorctx.evals.base import Unit
 from anchorctx.evals.config import EvaluatedModel
-from anchorctx.records.files import lock_folder, write_bytes
+from anchorctx.records.files import write_bytes
+from anchorctx.records.locks import lock_folder
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
 from anchorctx.records.results import FILE, Result, append_results, mean_interval, read_results
 
@@ -33,8 +33,7 @@ class Journal:
 
     def __init__(self, out_dir: Path) -> None:
         self.path = out_dir / FILE
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(out_dir)
+        self._lock = lock_folder(out_dir)
         try:
             _mend(self.path)
             self.rows = list(read_results(self.path)) if self.path.exists() else []
@@ -127,15 +126,6 @@ def _manifest(line: bytes) -> Any:
         return json.loads(line).get("manifest")
     except (ValueError, AttributeError):
         return None
-
-
-def _lock(out_dir: Path) -> IO[str]:
-    try:
-        return lock_folder(out_dir)
-    except BlockingIOError:
-        raise UserError(
-            f"out_dir={out_dir} is being written by another evaluation: wait for it, or choose another out_dir"
-        ) from None
 
 
 # -- averages over checkpoints ----------------------------------------------------------------------------------------
