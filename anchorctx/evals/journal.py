@@ -18,10 +18,10 @@ from typing import Any
 
 from anchorctx.evals.base import Unit
 from anchorctx.evals.config import EvaluatedModel
-from anchorctx.records.files import write_bytes
+from anchorctx.records.disk import Writing
 from anchorctx.records.locks import lock_folder
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
-from anchorctx.records.results import FILE, Result, append_results, mean_interval, read_results
+from anchorctx.records.results import FILE, Result, append_results, mean_interval, mend_results
 
 MANIFESTS = "manifests"
 CODE = ("evals", "kvcomm", "models", "attention", "data", "parallel", "layout.py", "flops.py")
@@ -35,8 +35,7 @@ class Journal:
         self.path = out_dir / FILE
         self._lock = lock_folder(out_dir)
         try:
-            _mend(self.path)
-            self.rows = list(read_results(self.path)) if self.path.exists() else []
+            self.rows = mend_results(self.path)
         except BaseException:
             self.close()
             raise
@@ -55,8 +54,9 @@ class Journal:
         key = self.key(identity)
         path = self.path.parent / MANIFESTS / f"{key}.json"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {"hash": key, "identity": identity, "first_measured": facts})
+            with Writing("a manifest", path.parent, intact=f"all rows so far are in {FILE}"):
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"hash": key, "identity": identity, "first_measured": facts})
         return key
 
     def close(self) -> None:
@@ -104,28 +104,6 @@ def run_facts(command: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_of(row: Result, label: str, unit: Unit) -> bool:
     return all(row.context.get(key) == value for key, value in {"model": label, **unit}.items())
-
-
-def _mend(path: Path) -> None:
-    """Cut off a line that a crash left unfinished, with the rows of its manifest before it: they may be of its unit."""
-    # Lines A A B B B| with the last B unfinished: keeps A A. Rows of whole units of B are lost with them and are only
-    # measured again; half a unit that stayed would pass for a whole one.
-    text = path.read_bytes() if path.is_file() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole == text:
-        return
-    lines = whole.splitlines(keepends=True)
-    torn = [_manifest(line) for line in lines[-1:]]
-    while lines and _manifest(lines[-1]) in torn:
-        lines.pop()
-    write_bytes(path, b"".join(lines))
-
-
-def _manifest(line: bytes) -> Any:
-    try:
-        return json.loads(line).get("manifest")
-    except (ValueError, AttributeError):
-        return None
 
 
 # -- averages over checkpoints ----------------------------------------------------------------------------------------
