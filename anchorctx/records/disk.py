@@ -74,9 +74,13 @@ class Writing:
         if isinstance(error, UserError) or not isinstance(error, Exception):
             return None  # Ctrl-C while a full disk was being dealt with stays Ctrl-C
         for link in _chain(error):
-            number = _number(link)
-            if number is not None and self._is_here(link, number):
+            number, name = _number(link), getattr(link, "filename", None)
+            if number is None:
+                continue
+            if not isinstance(name, str | bytes) or self._is_here(name):
                 return DiskError(self.sentence(*REASONS[number]))
+            if number in OF_WRITES:  # elsewhere: a cache or a folder for temporary files
+                return DiskError(_writing(name, self.intact).sentence(*REASONS[number]))
         if any(NO_NUMBER.search(str(link)) for link in _chain(error)):
             return DiskError(self.sentence("the disk took less than it was given: it is most likely full", FREE))
         return None
@@ -84,19 +88,32 @@ class Writing:
     def sentence(self, reason: str, remedy: str) -> str:
         """What the user reads."""
         needed, free = self.needed, free_space(self.folder)
-        room = [f"{size(needed)} needed"] if needed is not None else []
+        room = [f"{size(needed)} needed"] if needed else []
         room += [f"{size(free)} free"] if free is not None else []
         parts = [f"{self.what} cannot be written to {self.folder}: {reason}"]
         parts += [f" ({', '.join(room)})"] if room else []
         return "".join([*parts, f"; {self.intact}" if self.intact else "", f": {remedy}"])
 
-    def _is_here(self, error: BaseException, number: int) -> bool:
-        """Whether it can be about this folder: input that may not be read has a name of its own."""
-        name = getattr(error, "filename", None)
-        if number in OF_WRITES or not isinstance(name, str | bytes):
-            return True
-        path, folder = Path(os.path.abspath(os.fsdecode(name))), Path(os.path.abspath(self.folder))
-        return path.is_relative_to(folder) or folder.is_relative_to(path.parent)
+    def _is_here(self, name: str | bytes) -> bool:
+        """Whether the file is in this folder, in the hidden one that becomes it, or a folder above that is to be made.
+
+        Input that may not be read is not.
+        """
+        path, folder = (Path(os.path.abspath(os.fsdecode(one))) for one in (name, self.folder))
+        hidden = str(path).startswith(f"{folder.parent / f'.{folder.name}.'}")
+        return hidden or path.is_relative_to(folder) or folder.is_relative_to(path)
+
+
+def refused_write(error: BaseException) -> DiskError | None:
+    """The DiskError of an error that came through to the command line; None where it is something else."""
+    for link in _chain(error):
+        number, name = _number(link), getattr(link, "filename", None)
+        if number in OF_WRITES:
+            reason, remedy = REASONS[number]
+            if isinstance(name, str | bytes):
+                return DiskError(_writing(name).sentence(reason, remedy))
+            return DiskError(f"the standard output or a file cannot be written: {reason}: {remedy}")
+    return None
 
 
 def need_space(folder: Path, needed: int, what: str, intact: str = "") -> None:
@@ -128,6 +145,11 @@ def size(count: int) -> str:
     # 999,949 bytes are 999.9 kB, 999,950 would be 1,000.0: the next unit
     power = next((power for power in (1, 2, 3) if count < 999.95 * 1000**power), 4)
     return f"{count / 1000**power:,.1f} {'kMGT'[power - 1]}B"
+
+
+def _writing(name: str | bytes, intact: str = "") -> Writing:
+    path = Path(os.fsdecode(name))
+    return Writing(path.name, path.parent, intact=intact)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -151,7 +151,8 @@ class TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_files()
+        with suppress(OSError):  # of what a full disk did not take, and which is removed now
+            self._close_files()
         self._staged.discard()
 
     def add(self, document: Tokens, weights: np.ndarray | None) -> None:
@@ -206,9 +207,10 @@ class TokenWriter:
         return self._staged.publish()
 
     def _close_files(self) -> None:
-        self._tokens.close()
-        if self._weights is not None:
-            self._weights.close()
+        with ExitStack() as files:  # both are closed, also where one cannot write its last bytes
+            files.enter_context(self._tokens)
+            if self._weights is not None:
+                files.enter_context(self._weights)
 
 
 def _digest(content: bytes, trained: np.ndarray | None) -> bytes:

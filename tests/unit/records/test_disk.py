@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 
 from anchorctx.errors import UserError
 from anchorctx.records import disk
-from anchorctx.records.disk import DiskError, Writing, free_space, need_space, size
+from anchorctx.records.disk import DiskError, Writing, free_space, need_space, refused_write, size
 from anchorctx.records.files import append_bytes, write_bytes
 
 NUMBERS = np.zeros(200_000)
@@ -63,7 +63,7 @@ def test_a_limit_on_the_size_of_files_is_recognised_whoever_writes(name: str, tm
     ("error", "said"),
     [
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the quota is used up"),
-        (OSError(errno.EROFS, "Read-only file system", "/elsewhere/x"), "the file system is read-only"),
+        (OSError(errno.EROFS, "Read-only file system"), "the file system is read-only"),
         (OSError(errno.EIO, "Input/output error"), "the disk reports an input/output error"),
     ],
     ids=["quota", "read-only", "input/output"],
@@ -93,11 +93,33 @@ def test_other_errors_pass(error: BaseException | None, tmp_path: Path) -> None:
     assert raised.value is error
 
 
+def test_a_full_disk_elsewhere_is_not_said_of_this_folder(tmp_path: Path) -> None:
+    with pytest.raises(
+        DiskError, match="cache.json cannot be written to /elsewhere: the disk is full.*; all is well: "
+    ):
+        with Writing("the set", tmp_path / "out", intact="all is well"):
+            raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/cache.json")
+    with pytest.raises(DiskError, match=f"the set cannot be written to {tmp_path}/out: "):
+        with Writing("the set", tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / ".out.ab12.partial" / "tokens.bin"))
+
+
+def test_an_error_that_nobody_explained_is_told_by_the_command_line(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "kvcomm.md"))
+    assert str(refused_write(full)).startswith(f"kvcomm.md cannot be written to {tmp_path}: the disk is full (")
+    nameless = OSError(errno.ENOSPC, "No space left on device")
+    assert "the standard output or a file cannot be written: the disk is full" in str(refused_write(nameless))
+    assert refused_write(OSError(errno.ENOENT, "No such file or directory", "x")) is None
+    assert refused_write(PermissionError(errno.EACCES, "Permission denied", "corpus.jsonl")) is None  # read, perhaps
+
+
 def test_a_right_to_write_that_is_missing_is_said_of_the_folder_alone(tmp_path: Path) -> None:
     out = tmp_path / "above" / "out"
-    for refused in (out / "manifest.json", out, out.parent):
+    for refused in (out / "manifest.json", out, out.parent, out.parent / ".out.ab12.partial" / "x"):
         with pytest.raises(DiskError, match="this user may not write there"), Writing("the set", out):
             raise PermissionError(errno.EACCES, "Permission denied", str(refused))
+    with pytest.raises(PermissionError), Writing("the set", out):  # input beside it
+        raise PermissionError(errno.EACCES, "Permission denied", str(out.parent / "corpus.jsonl"))
 
 
 def test_space_is_asked_for_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
