@@ -176,6 +176,8 @@ def kvcomm(config: KvcommConfig) -> int:
     """Evaluate KV reuse, print the table and draw; 0, or 1 when the gate's arm is beyond its bounds."""
     from anchorctx.evals.distribute import is_first
     from anchorctx.evals.shortcuts import evaluate_reuse
+    from anchorctx.records.disk import Writing
+    from anchorctx.records.files import write_bytes
     from anchorctx.report.figures.reuse import draw_reuse
     from anchorctx.report.sections.reuse import reuse_table
 
@@ -183,8 +185,9 @@ def kvcomm(config: KvcommConfig) -> int:
     verdict = outcome.verdict
     if is_first():
         table, out = reuse_table(outcome.rows), Path(config.out_dir)
-        (out / "kvcomm.md").write_text(table + "\n")
         print(f"\n{table}\n")
+        with Writing("the table", out, intact="all rows are in results.jsonl"):
+            write_bytes(out / "kvcomm.md", f"{table}\n".encode())
         for path in draw_reuse(outcome.rows, out):
             print(f"drawn: {path}")
         if verdict is not None:

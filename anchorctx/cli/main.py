@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from anchorctx.errors import InterruptedRun, UserError
+from anchorctx.records.disk import refused_write
 from anchorctx.records.table import text_table
 
 logger = logging.getLogger(__name__)
@@ -125,14 +126,30 @@ def _guarded(command: str, argv: list[str]) -> int:
         print(f"anchorctx {command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint about stdout at the exit either
+        _drop_output()
         return 141  # 128 + SIGPIPE
-    except OSError as error:
-        if error.filename is None:
-            raise  # not about a file that the user named: a traceback tells more
-        print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+    except Exception as error:
+        print(f"anchorctx {command}: {_about_a_file(error)}", file=sys.stderr, flush=True)
+        _drop_output()
         return 2
     return code
+
+
+def _about_a_file(error: Exception) -> str:
+    """What an error says of a file, or of the disk; others are raised again, since their tracebacks tell more."""
+    if (refused := refused_write(error)) is not None:
+        return str(refused)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    raise error
+
+
+def _drop_output() -> None:
+    """What standard output, which may be a file on a full disk, does not take is not tried again at the exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _set_up_logging() -> None:

@@ -94,6 +94,8 @@ class RayEngine:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from error
+            if isinstance(error.cause, OSError):  # a full disk, for which the preparation has a sentence
+                raise error.cause from error
             raise
         except self._ray.exceptions.WorkerCrashedError as error:
             raise UserError(

@@ -19,7 +19,7 @@ from anchorctx.data.packing.config import LongDocuments, PackConfig, Policy
 from anchorctx.data.packing.pieces import Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows
 from anchorctx.data.prepare import Preparation
-from anchorctx.records.files import in_use
+from anchorctx.records.locks import in_use
 from anchorctx.records.table import text_table
 
 BAR_WIDTH = 40

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from anchorctx.data.config import LossWeights, PrepareConfig
 from anchorctx.data.engine import Engine, open_engine
 from anchorctx.data.packed_set import PackedSet, ShardFiles, ShardWriter, rows_per_shard, write_shard
-from anchorctx.data.packing.accounting import Accounting
+from anchorctx.data.packing.accounting import CAME, Accounting
 from anchorctx.data.packing.assemble import RowShape, Workspace, assemble
-from anchorctx.data.packing.config import Policy
+from anchorctx.data.packing.config import LongDocuments, Policy
 from anchorctx.data.packing.mixture import MixtureBy, check_names
 from anchorctx.data.packing.pieces import Rows, Tags
 from anchorctx.data.packing.planning import Corpus, DocumentPlan, plan_rows, shards_of
@@ -35,16 +35,18 @@ from anchorctx.data.sources.facts import FactTokens
 from anchorctx.data.sources.source import open_sources
 from anchorctx.data.tokens.encode import Encoder, tokenize
 from anchorctx.data.tokens.ingest import Ingest, ReadingBar, SourcePart, run_part
-from anchorctx.data.tokens.store import TokenPart
+from anchorctx.data.tokens.store import TokenPart, token_dtype
 from anchorctx.data.tokens.tokenizer import SpecialIds, load_tokenizer, tokenizer_fingerprint, vocab_size
 from anchorctx.errors import UserError
-from anchorctx.records.files import in_use, remove_unused, sole_writer
+from anchorctx.records.disk import Writing, need_space
+from anchorctx.records.locks import in_use, remove_unused, sole_writer
 from anchorctx.records.manifest import FILE, build_manifest, fingerprint
 
 CODE_VERSION = 2
 """To be raised when the same inputs would give other rows, so that old packed sets are not taken for new ones."""
 TOKENS = ".tokens"
 """Folder of the token stores, in `out_dir`."""
+KEPT = f"documents that were tokenised by then are kept in {TOKENS}"
 
 
 def prepare(config: PrepareConfig) -> PackedSet:
@@ -57,8 +59,8 @@ def prepare(config: PrepareConfig) -> PackedSet:
     folder = preparation.folder
     if packed := _existing(folder):
         return packed
-    with sole_writer(folder):  # another process may have made it while we waited
-        return _existing(folder) or preparation.run()
+    with Writing("the packed set", Path(config.out_dir), intact=KEPT), sole_writer(folder):
+        return _existing(folder) or preparation.run()  # another process may have made it while we waited
 
 
 def _existing(folder: Path) -> PackedSet | None:
@@ -142,7 +144,10 @@ class Preparation:
             with in_use(self.tokens_folder), open_engine(config.engine, config.workers) as engine:
                 corpus = self.corpus(engine)
                 plan = DocumentPlan(corpus, config.mixture)
-                with ShardWriter(self.folder, config.row_length, self.vocab_size, config.anchor_len) as writer:
+                needed = self._needed(plan)
+                need_space(self.folder, needed, "the packed set", KEPT)
+                shards = ShardWriter(self.folder, config.row_length, self.vocab_size, config.anchor_len)
+                with Writing("the packed set", self.folder, needed, KEPT), shards as writer:
                     accounting = self._write(engine, corpus, plan, writer)
                     self._check(accounting, writer)
                     self.tokenizer.save_pretrained(writer.folder / "tokenizer")
@@ -231,6 +236,15 @@ class Preparation:
                 accounting.merge_rows(counted)
                 bar.update(len(shard) * self.config.row_length)
         return accounting
+
+    def _needed(self, plan: DocumentPlan) -> int:
+        """The least bytes that the set will take; only packing itself shows how much of a corpus it drops: then 0."""
+        pack, accounting = self.config.pack, plan.accounting()
+        if pack.long_documents is not LongDocuments.split or pack.min_length > 1:
+            return 0
+        # 10 tokens of uint16 and weights of at least one byte: 30 bytes, before anchors, tags and padding
+        kept = sum(accounting.total(name) for name in CAME) - sum(accounting.total_dropped.values())
+        return kept * (np.dtype(token_dtype(self.vocab_size)).itemsize + 1)
 
     def _check(self, accounting: Accounting, writer: ShardWriter) -> None:
         """UserError when nothing would be trained; RuntimeError unless every token is accounted for."""

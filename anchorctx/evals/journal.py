@@ -14,14 +14,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from anchorctx.errors import UserError
 from anchorctx.evals.base import Unit
 from anchorctx.evals.config import EvaluatedModel
-from anchorctx.records.files import lock_folder, write_bytes
+from anchorctx.records.disk import Writing
+from anchorctx.records.locks import lock_folder
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
-from anchorctx.records.results import FILE, Result, append_results, mean_interval, read_results
+from anchorctx.records.results import FILE, Result, append_results, mean_interval, mend_results
 
 MANIFESTS = "manifests"
 CODE = ("evals", "kvcomm", "models", "attention", "data", "parallel", "layout.py", "flops.py")
@@ -33,11 +33,9 @@ class Journal:
 
     def __init__(self, out_dir: Path) -> None:
         self.path = out_dir / FILE
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(out_dir)
+        self._lock = lock_folder(out_dir)
         try:
-            _mend(self.path)
-            self.rows = list(read_results(self.path)) if self.path.exists() else []
+            self.rows = mend_results(self.path)
         except BaseException:
             self.close()
             raise
@@ -56,8 +54,9 @@ class Journal:
         key = self.key(identity)
         path = self.path.parent / MANIFESTS / f"{key}.json"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {"hash": key, "identity": identity, "first_measured": facts})
+            with Writing("a manifest", path.parent, intact=f"all rows so far are in {FILE}"):
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"hash": key, "identity": identity, "first_measured": facts})
         return key
 
     def close(self) -> None:
@@ -105,37 +104,6 @@ def run_facts(command: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def _is_of(row: Result, label: str, unit: Unit) -> bool:
     return all(row.context.get(key) == value for key, value in {"model": label, **unit}.items())
-
-
-def _mend(path: Path) -> None:
-    """Cut off a line that a crash left unfinished, with the rows of its manifest before it: they may be of its unit."""
-    # Lines A A B B B| with the last B unfinished: keeps A A. Rows of whole units of B are lost with them and are only
-    # measured again; half a unit that stayed would pass for a whole one.
-    text = path.read_bytes() if path.is_file() else b""
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole == text:
-        return
-    lines = whole.splitlines(keepends=True)
-    torn = [_manifest(line) for line in lines[-1:]]
-    while lines and _manifest(lines[-1]) in torn:
-        lines.pop()
-    write_bytes(path, b"".join(lines))
-
-
-def _manifest(line: bytes) -> Any:
-    try:
-        return json.loads(line).get("manifest")
-    except (ValueError, AttributeError):
-        return None
-
-
-def _lock(out_dir: Path) -> IO[str]:
-    try:
-        return lock_folder(out_dir)
-    except BlockingIOError:
-        raise UserError(
-            f"out_dir={out_dir} is being written by another evaluation: wait for it, or choose another out_dir"
-        ) from None
 
 
 # -- averages over checkpoints ----------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from anchorctx.errors import UserError
 from anchorctx.models.gguf_tokenizer import convert_tokenizer
-from anchorctx.records.files import StagedFolder, sampled_digest, sole_writer
+from anchorctx.records.files import StagedFolder, sampled_digest
+from anchorctx.records.locks import sole_writer
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from anchorctx.models.generation import drop_unused
 from anchorctx.models.rope import full_parameters, reach
-from anchorctx.records.files import follow_umask
+from anchorctx.records.files import follow_umask, write_bytes
 from anchorctx.records.manifest import read_json
 
 logger = logging.getLogger(__name__)
@@ -117,4 +117,4 @@ def _older_tokenizer(fields: dict[str, Any], longest: int) -> dict[str, Any]:
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     fields = change(read_json(path))
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_bytes(path, (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode())

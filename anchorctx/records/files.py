@@ -1,42 +1,87 @@
-"""Files and folders that appear whole, and locks on folders.
+"""Files and folders that appear whole, and lines that are appended whole; all are on disk when they appear.
 
 Whatever takes long to write is written under a hidden name in the same folder and renamed at the end, so that no reader
-sees half of it. Locks are the kernel's (`flock`): a killed process leaves none behind. The `filelock` package is not
-used: it has no shared locks, cannot lock a folder, and on a file system without `flock` falls back to marker files,
-which outlive a killed process. Here a file system without locks stops nobody: two processes may then do the same work,
-and the first to finish wins.
+sees half of it. Errors are OSErrors that name the file; `records.disk` makes a sentence of them.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
-import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
-logger = logging.getLogger(__name__)
+from anchorctx.records.locks import flock, missing_parents, remove_empty
 
-LOCK = ".lock"
-"""The lock file inside a folder that is locked."""
 BLOCK, BLOCKS = 2**16, 64
 """Bytes of a block, and how many of them, spread evenly over a file, stand for it."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write the file under a temporary name in the same folder and rename it to `path`."""
+    """Write the file under a temporary name in the same folder and rename it to `path`; it is on disk on return."""
     # renaming is atomic only within a file system, which another folder may not share
     beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with _naming(path):
+        try:
+            with beside.open("wb", buffering=0) as file:
+                _write_all(file.fileno(), content)
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+
+
+def append_bytes(path: Path, content: bytes, sync: bool = True) -> None:
+    """Append to a file, made if needed, all of `content` or nothing; with `sync` it is on disk on return."""
+    with _naming(path), path.open("ab", buffering=0) as file:
+        before = os.fstat(file.fileno()).st_size
+        try:
+            _write_all(file.fileno(), content)
+            if sync:
+                os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), before)
+            raise
+
+
+def sync_file(path: Path) -> None:
+    """Have the file, or the names in the folder, on disk on return.
+
+    A file system that promises space before it looks for it (NFS, btrfs) says here that there is none.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
+        with _naming(path):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot for a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """A disk that is nearly full takes a part of a write and says so by its length alone."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors name the file: that of a write has no name, and that of a temporary file says little."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -83,7 +128,7 @@ class StagedFolder:
     def __init__(self, final: Path, marker: str) -> None:
         """`final` is the name it will have; the folder is whole when it holds the file `marker`."""
         self._final, self._marker = final, marker
-        self._made = [folder for folder in final.parents if not folder.exists()]
+        self._made = missing_parents(final)
         for abandoned in final.parent.glob(f".{final.name}.*.partial"):
             _remove_unless_locked(abandoned)
         self.folder, self._lock = _create(final)
@@ -91,6 +136,8 @@ class StagedFolder:
 
     def publish(self) -> Path:
         """Rename the folder, unless another writer was first; returns the folder under its final name."""
+        for path in [*self.folder.rglob("*"), self.folder]:
+            sync_file(path)
         if self._final.exists() and not (self._final / self._marker).is_file():
             shutil.rmtree(self._final)  # never whole, so nobody reads it
         try:
@@ -98,6 +145,8 @@ class StagedFolder:
         except OSError:  # a folder that is not empty cannot be replaced: fine if it is another writer's whole one
             if not (self._final / self._marker).is_file():
                 raise
+        with suppress(OSError):  # it is there and whole: only a power failure could undo the renaming
+            sync_file(self._final.parent)
         self.discard()
         return self._final
 
@@ -107,75 +156,7 @@ class StagedFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        _remove_empty(self._made)
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Lock `folder` until the returned file is closed or the process dies; BlockingIOError when another holds it."""
-    file = (folder / LOCK).open("a")
-    try:
-        _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise
-    return file
-
-
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold the right to make `folder`, which need not exist; logs and waits while another process holds it."""
-    made = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    with path.open("a") as file:
-        try:
-            _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that prepares %s", folder)
-            _flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # those who wait have it open, and first look whether `folder` exists by now
-            _remove_empty(made)
-
-
-@contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    """Keep `remove_unused` from removing anything in `folder`; any number of processes may use it at a time."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOCK).open("a") as file:
-            _flock(file, fcntl.LOCK_SH)
-            if (folder / LOCK).exists():  # else another process has just removed the folder
-                yield
-                return
-
-
-def remove_unused(folder: Path, names: Iterable[str]) -> None:
-    """Remove these sub-folders, and `folder` itself if nothing else is in it, unless another process uses it."""
-    if not folder.is_dir():
-        return
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # in use, or no way to know
-            return
-        for name in names:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        if [path.name for path in folder.iterdir()] == [LOCK]:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flock(file: IO[str] | int, kind: int) -> bool:
-    """Lock the file; False where the file system has no locks, BlockingIOError when another process is in the way."""
-    try:
-        fcntl.flock(file, kind)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
+        remove_empty(self._made)
 
 
 def _create(final: Path) -> tuple[Path, int | None]:
@@ -183,33 +164,34 @@ def _create(final: Path) -> tuple[Path, int | None]:
     while True:
         folder = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.partial")
         folder.mkdir(parents=True)
-        descriptor = _locked(folder)
-        if folder.exists():  # else another writer took it for an abandoned one before it was locked
-            return folder, descriptor
-        if descriptor is not None:
-            os.close(descriptor)
+        try:
+            return folder, _locked(folder)
+        except (BlockingIOError, FileNotFoundError):  # another writer takes it for an abandoned one, and removes it
+            continue
 
 
 def _remove_unless_locked(folder: Path) -> None:
-    descriptor = _locked(folder)
-    if descriptor is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+    with suppress(OSError):
+        descriptor = _locked(folder)
+        if descriptor is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that locks the folder until it is closed or the process dies; None when there is none to get."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(BlockingIOError):
-            if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                return descriptor
+    """A descriptor that locks the folder until it is closed or the process dies; None where there are no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FileNotFoundError: it was removed meanwhile.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            folder.stat()  # it may have been removed, by who thought it abandoned, before it was locked
+            return descriptor
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)
     return None
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders, innermost first, up to the first that is not empty."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()

@@ -1,16 +1,24 @@
-"""Result rows: what an evaluation measured, one JSON object a line in `results.jsonl`, which `report` reads."""
+"""Result rows: what an evaluation measured, one JSON object a line in `results.jsonl`, which `report` reads.
+
+Rows that are measured together are written together, and each says which of how many it is. So whoever finds the file
+after a crash or a copy that broke off can tell whole measurements from the beginnings of others.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from anchorctx.errors import UserError
+from anchorctx.records.disk import Writing
+from anchorctx.records.files import append_bytes, write_bytes
 
 FILE = "results.jsonl"
 ABOUT = frozenset(
@@ -22,6 +30,13 @@ COUNTS = ("tokens", "rows")
 """Names of which a number says how it came about, and a word, such as `rows: intra_doc`, which number it is."""
 TEXT = ("documents", "tokens")
 """Names that count the text that a number was measured on."""
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    **{"metric": (str,), "unit": (str,), "manifest": (str,), "value": (int, float), "n": (int,)},
+    **{"low": (int, float, NoneType), "high": (int, float, NoneType), "context": (dict,), "part": (list, NoneType)},
+}
+"""What JSON has of a row's fields."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +59,8 @@ class Result:
     """Hash of the manifest of the run that measured it."""
     context: dict[str, Any] = field(default_factory=dict)
     """What tells rows apart, and how the number came about: model, length in tokens, documents read."""
+    part: tuple[int, int] | None = field(default=None, compare=False)
+    """Its number, from 1 on, among the rows that were written with it, and how many those are; None: not written."""
 
     @property
     def model(self) -> str:
@@ -102,27 +119,88 @@ def _is_about(key: str, value: Any) -> bool:
 
 
 def append_results(path: Path, results: Iterable[Result]) -> None:
-    """Append rows to the JSON-lines file `path`, made with its folder if needed; they are on disk on return."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(asdict(result)) + "\n" for result in results)
-    # one unbuffered write, so that the rows of two processes do not mix
-    with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
-        os.fsync(file.fileno())
+    """Append rows that belong together to `path`, made with its folder if needed: all on disk on return, or none.
+
+    Raises:
+        DiskError: there is no room for them, or no right to write.
+    """
+    rows = list(results)
+    numbered = (dataclasses.replace(row, part=(i, len(rows))) for i, row in enumerate(rows, 1))
+    text = "".join(json.dumps(asdict(row)) + "\n" for row in numbered).encode()
+    with Writing("result rows", path.parent, len(text), f"the rows before them are in {path.name}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        append_bytes(path, text)
 
 
 def read_results(path: Path) -> Iterator[Result]:
-    """Yield the rows of `path` in order; UserError for a missing file or a line that is not a result row."""
+    """Yield the rows of `path` in order, without a last line that is unfinished.
+
+    Raises:
+        UserError: the file is missing, or another line is not a result row.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not a file of results: evaluate a model first, with anchorctx eval out_dir=...")
-    with path.open(encoding="utf-8") as file:
+    yield from (row for _, row in _rows(path))
+
+
+def mend_results(path: Path) -> list[Result]:
+    """The rows of whole measurements; those of others are removed from the file, which need not exist.
+
+    Raises:
+        UserError: a line other than the last is not a result row.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    kept: list[tuple[bytes, Result]] = []
+    together: list[tuple[bytes, Result]] = []
+    for line, row in _rows(path) if content else ():
+        # parts 1/1, 1/3, 2/3, 1/2, 2/2: the first is whole, two of three are not, and the last two are
+        number, count = row.part or (1, 1)
+        before = together[-1][1] if together else row
+        if number > 1 and (before.part, before.manifest) != ((number - 1, count), row.manifest):
+            together = []
+            continue
+        together = [*(together if number > 1 else ()), (line, row)]
+        if number == count:
+            kept, together = kept + together, []
+    whole = b"".join(line + b"\n" for line, _ in kept)
+    if whole != content:
+        lines = content.count(b"\n") + (not content.endswith(b"\n")) - len(kept)
+        if lines:
+            logger.warning("%s: %d lines of unfinished measurements are removed, to be measured again", path, lines)
+        with Writing("result rows", path.parent, len(whole), f"{path.name} is as it was"):
+            write_bytes(path, whole)
+    return [row for _, row in kept]
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, Result]]:
+    """Lines without their ends, and what they hold; a last one without its end counts if it is whole."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield Result(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                yield line.rstrip(b"\n"), _parse(line)
+            except (ValueError, TypeError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    logger.warning("%s ends in the middle of a row, which is left out", path)
+                    return
                 raise UserError(
                     f"{path}:{number} is no result row ({error}): delete the line or evaluate again"
                 ) from None
+
+
+def _parse(line: bytes) -> Result:
+    """The row of a line; ValueError or TypeError where it is none."""
+    value = json.loads(line)
+    row = Result(**value)
+    for name, kinds in FIELDS.items():
+        found = getattr(row, name)
+        if not isinstance(found, kinds) or isinstance(found, bool):
+            raise TypeError(f"{name}={found!r:.40}")
+    if row.part is None:
+        return row
+    number, count = row.part
+    if not 1 <= int(number) <= int(count):
+        raise ValueError(f"part={row.part!r:.40}")
+    return dataclasses.replace(row, part=(int(number), int(count)))
 
 
 def ratio_interval(sums: Sequence[float], counts: Sequence[float], z: float = 1.959964) -> tuple[float, float] | None:

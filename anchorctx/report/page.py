@@ -15,6 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from anchorctx.errors import UserError
+from anchorctx.records.disk import Writing
 from anchorctx.records.files import write_bytes
 from anchorctx.records.wandb_run import WandbMode, check_wandb
 from anchorctx.report.blocks import Build, Section
@@ -56,8 +57,9 @@ def write_report(config: ReportConfig, material: Material) -> Path:
     check_wandb(config.wandb, "wandb")
     # Rendered before anything is written: a section that refuses its rows leaves no new folder behind.
     page = render_page(title, material).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(out, page)
+    with Writing("the page", out.parent, len(page), "an earlier one is as it was" if out.exists() else ""):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(out, page)
     if config.wandb is not WandbMode.disabled:
         send_report(config, title, build_sections(material), material)
     return out

@@ -6,6 +6,7 @@ Names are grouped the way dashboards draw them: train/, val/, eval/, perf/, memo
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchorctx.records.files import write_bytes
+from anchorctx.records.disk import Writing
+from anchorctx.records.files import append_bytes, write_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -52,20 +54,20 @@ class JsonlMetrics:
     """Appends rows to `metrics.jsonl`; on a resume first drops the rows that are to be computed again."""
 
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
-        path = out_dir / METRICS
+        self._path = out_dir / METRICS
+        self._writing = Writing("metrics", out_dir, intact="the complete checkpoints are intact")
         # A run killed after step 7, whose checkpoint is of step 5, computes 6 and 7 again: their rows go.
-        kept = [line for line in _whole_lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
-        write_bytes(path, "".join(kept).encode())
-        self._file = path.open("a")
+        kept = [line for line in _lines(self._path) if resumed_step and _step(line) <= resumed_step]
+        with self._writing:
+            write_bytes(self._path, b"".join(kept))
 
     def log(self, row: dict[str, float]) -> None:
-        """Write the row at once, so that a killed run keeps it."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """Write the row at once, so that a killed run keeps it; DiskError where it does not fit, and nothing of it."""
+        with self._writing:
+            append_bytes(self._path, f"{json.dumps(row)}\n".encode(), sync=False)  # a checkpoint has what must last
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is left to write."""
 
 
 class ProgressBar:
@@ -88,8 +90,14 @@ class ProgressBar:
         self._bar.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[bytes]:
     """Whole lines of a file that may be missing or end in half a line."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
+
+
+def _step(line: bytes) -> float:
+    """The step of a row; infinite for a line that damage made none of, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

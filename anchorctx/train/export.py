@@ -20,7 +20,9 @@ from anchorctx.errors import UserError
 from anchorctx.models.load import fill, read_config, read_tokenizer
 from anchorctx.models.save import save_model
 from anchorctx.models.weights import untie
-from anchorctx.records.files import StagedFolder
+from anchorctx.records.disk import Writing, need_space
+from anchorctx.records.files import StagedFolder, write_bytes
+from anchorctx.records.locks import sole_writer
 from anchorctx.train import checkpoint, hub
 from anchorctx.train.card import model_card
 from anchorctx.train.config import ExportConfig
@@ -29,31 +31,51 @@ from anchorctx.train.loop import MODEL
 WRAPPER = "model."
 """What `CausalLMLoss` puts before the names of the weights."""
 LOST = "the export does not reproduce the checkpoint"
+INTACT = "the run and its checkpoints are intact"
 Weights = dict[str, torch.Tensor]
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the Hugging Face folder, and push it where `push_to` asks for it; returns the folder."""
+    """Write the Hugging Face folder, and push it where `push_to` asks for it; returns the folder.
+
+    Raises:
+        UserError: there is nothing to export, the folder exists, another process writes it, or there is no room for it.
+    """
     out, run = Path(config.out_dir), Path(config.run)
-    if out.exists():
-        raise UserError(f"out_dir={out} exists already: remove it, or choose another")
-    folder = _checkpoint(run, config.step)
-    if config.push_to is not None:
-        hub.check(config.push_to)
-    disable_progress_bar()  # avoid a second progress bar
-    model, trained = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
-    # Another export into the same folder writes beside it too, and the first to finish wins.
-    staged = StagedFolder(out, marker="config.json")
-    try:
-        save_model(model, staged.folder, read_tokenizer(str(run / MODEL)))
-        verify_export(model, trained, staged.folder)
-        (staged.folder / "README.md").write_text(model_card(run, folder, model, out.name), encoding="utf-8")
-        staged.publish()
-    finally:
-        staged.discard()
+    with Writing("the export", out, intact=INTACT), sole_writer(out, "out_dir"):
+        if out.exists():
+            raise UserError(f"out_dir={out} exists already: remove it, or choose another")
+        folder = _checkpoint(run, config.step)
+        if config.push_to is not None:
+            hub.check(config.push_to)
+        disable_progress_bar()  # avoid a second progress bar
+        model, trained = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
+        _write(model, trained, run, folder, out)
     if config.push_to is not None:
         hub.push(out, config.push_to)
     return out
+
+
+def _write(model: PreTrainedModel, trained: Weights, run: Path, folder: Path, out: Path) -> None:
+    """Write `out` from the checkpoint `folder` of `run`; it appears when it is whole."""
+    needed = _size(model)
+    need_space(out, needed, "the export", INTACT)
+    staged = StagedFolder(out, marker="config.json")
+    with Writing("the export", out, needed, INTACT):
+        try:
+            save_model(model, staged.folder, read_tokenizer(str(run / MODEL)))
+            verify_export(model, trained, staged.folder)
+            card = model_card(run, folder, model, out.name)
+            write_bytes(staged.folder / "README.md", card.encode())
+            staged.publish()
+        finally:
+            staged.discard()
+
+
+def _size(model: PreTrainedModel) -> int:
+    """Bytes of the weights on disk; those of a head that is tied to the embeddings are there once."""
+    weights = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 
 def verify_export(model: PreTrainedModel, trained: Weights, folder: Path, tokens: int = 64) -> None:

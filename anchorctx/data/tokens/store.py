@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -141,7 +141,11 @@ class TokenWriter:
         self._staged = StagedFolder(folder, FILE)
         self._dtype = np.dtype(token_dtype(vocab_size))
         self._eos = None if eos is None else np.array([eos], self._dtype).tobytes()
-        self._tokens = (self._staged.folder / "tokens.bin").open("wb")
+        try:
+            self._tokens = (self._staged.folder / "tokens.bin").open("wb")
+        except BaseException:
+            self._staged.discard()
+            raise
         self._weights: BinaryIO | None = None  # opened by the first document, if it has some: then all have
         self._documents: list[tuple[int, int, int, int, bytes]] = []
         self._domains: dict[str, int] = {}
@@ -151,7 +155,8 @@ class TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_files()
+        with suppress(OSError):  # of what a full disk did not take, and which is removed now
+            self._close_files()
         self._staged.discard()
 
     def add(self, document: Tokens, weights: np.ndarray | None) -> None:
@@ -207,9 +212,10 @@ class TokenWriter:
         return self._staged.publish()
 
     def _close_files(self) -> None:
-        self._tokens.close()
-        if self._weights is not None:
-            self._weights.close()
+        with ExitStack() as files:  # both are closed, also where one cannot write its last bytes
+            files.callback(self._tokens.close)
+            if self._weights is not None:
+                files.callback(self._weights.close)
 
 
 def _digest(content: bytes, trained: np.ndarray | None) -> bytes:

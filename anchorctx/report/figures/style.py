@@ -7,9 +7,13 @@ sheet, so that a figure follows the reader's light or dark theme. matplotlib is 
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from anchorctx.records.disk import Writing
+from anchorctx.records.files import write_bytes
 
 GREY, BLUE, ORANGE, GREEN, PINK, SKY = "#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 SERIES = (GREY, BLUE, ORANGE, GREEN, PINK, SKY)
@@ -80,9 +84,12 @@ def blank_figure(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write the figure, with its folder if needed; returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight")
+    """Write the figure, with its folder if needed, whole or not at all; returns `path`."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."), bbox_inches="tight")
+    with Writing("a picture", path.parent, content.tell()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content.getvalue())
     return path
 
 

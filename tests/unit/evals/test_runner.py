@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -158,23 +159,23 @@ def test_a_later_step_of_training_has_another_identity(folder: Path, tmp_path: P
     assert found[0]["files"] != found[1]["files"] and found[0]["config"] == found[1]["config"]
 
 
-def test_a_half_written_results_file_is_mended_and_another_one_is_named(
-    folder: Path, corpus: SourceConfig, tmp_path: Path
-):
+def test_a_torn_results_file_is_mended_and_a_damaged_one_is_named(folder: Path, corpus: SourceConfig, tmp_path: Path):
     first = evaluate(config(folder, tmp_path, corpus))
     path = tmp_path / "results.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:3]) + lines[3][:40])  # killed in the middle of the last row
-    assert evaluate(config(folder, tmp_path, corpus)) == first
-    assert list(read_results(path)) == first
-    path.write_text("".join(lines[:2]) + "what is this\n" + lines[3])
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)  # perplexity's two, written together, and two of retrieval
+    for kept, half in ((3, 40), (2, 1), (1, 0)):
+        path.write_bytes(b"".join(lines[:kept]) + lines[kept][:half])
+        assert evaluate(config(folder, tmp_path, corpus)) == first
+        assert path.read_bytes() == whole
+    path.write_bytes(b"".join([*lines[:2], b"what is this\n", lines[3]]))
     with pytest.raises(UserError, match="results.jsonl:3 is no result row"):
         evaluate(config(folder, tmp_path, corpus))
 
 
 def test_two_evaluations_cannot_write_one_folder(folder: Path, corpus: SourceConfig, tmp_path: Path):
     held = Journal(tmp_path)
-    with pytest.raises(UserError, match="is being written by another evaluation"):
+    with pytest.raises(UserError, match=f"out_dir={tmp_path} is being written by process {os.getpid()} on "):
         evaluate(config(folder, tmp_path, corpus))
     held.close()
     evaluate(config(folder, tmp_path, corpus))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from anchorctx.errors import UserError
-from anchorctx.records.results import Result, Rows, append_results, read_results, wilson_interval
+from anchorctx.records.results import Result, Rows, append_results, mend_results, read_results, wilson_interval
 
 
 def test_rows_come_back_as_written_and_are_appended(tmp_path: Path):
@@ -27,6 +28,65 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path):
         list(read_results(path))
     with pytest.raises(UserError, match="is not a file of results"):
         list(read_results(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"metric": "a"', "[" * 100_000, "\x00\x00", '"a"', "7", '{"metric": 1, "value": 0.5, "unit": "1", "n": 10}']
+    + ['{"metric": "a", "value": "0.5", "unit": "1", "n": 10}', '{"metric": "a", "value": 1, "unit": "1", "n": true}']
+    + ['{"metric": "a", "value": 0.5, "unit": "1", "n": 10, "part": [3, 2]}', "\udcff"],
+    ids=lambda line: line[:30].encode("unicode_escape").decode(),
+)
+def test_whatever_is_no_row_is_refused_by_all_readers(tmp_path: Path, line: str):
+    path = tmp_path / "results.jsonl"
+    append_results(path, [Result(metric="a", value=0.5, unit="1", n=10)])
+    path.write_bytes(path.read_bytes() + line.encode(errors="surrogateescape") + b"\n")
+    for read in (mend_results, lambda path: list(read_results(path))):
+        with pytest.raises(UserError, match="results.jsonl:2 is no result row"):
+            read(path)
+
+
+def batches() -> list[list[Result]]:
+    """Two evaluations, `a` of two measurements and `b` of one, of one to three rows each."""
+    return [
+        [Result(metric="m", value=i + j, unit="1", n=1, manifest=name, context={"i": i, "j": j}) for j in range(rows)]
+        for i, (name, rows) in enumerate((("a", 2), ("a", 1), ("b", 3)))
+    ]
+
+
+def test_a_file_torn_at_any_byte_keeps_every_whole_measurement_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # some thousand of them are not what this is about
+    path = tmp_path / "results.jsonl"
+    ends = []
+    for rows in batches():
+        append_results(path, rows)
+        ends.append(path.stat().st_size - 1)  # a last line may lack its end
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        kept = [rows for rows, end in zip(batches(), ends, strict=True) if end <= cut]
+        assert len(list(read_results(path))) >= sum(map(len, kept))  # readers leave out no more than half a row
+        assert mend_results(path) == sum(kept, []) == list(read_results(path))
+        for rows in batches()[len(kept) :]:
+            append_results(path, rows)
+        assert path.read_bytes() == whole
+
+
+def test_rows_that_were_removed_by_hand_take_their_measurement_with_them(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    for rows in batches():
+        append_results(path, rows)
+    lines, rows = path.read_text().splitlines(keepends=True), batches()
+    for gone, left in {0: rows[1:], 1: rows[1:], 2: rows[::2], 3: rows[:2], 4: rows[:2], 5: rows[:2]}.items():
+        path.write_text("".join(line for i, line in enumerate(lines) if i != gone))
+        assert mend_results(path) == sum(left, [])
+    path.write_text("".join(lines[1::-1] + lines[2:]))
+    assert mend_results(path) == sum(rows[1:], [])  # nor do they count in another order
+    untold = ['{"metric": "m", "value": 1, "unit": "1", "n": 1, "context": {}}\n'] * 2  # by an earlier version
+    path.write_text("".join(untold + lines[:1]))
+    assert len(mend_results(path)) == 2 and path.read_text() == "".join(untold)
 
 
 @pytest.mark.parametrize(
