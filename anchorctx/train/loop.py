@@ -35,8 +35,7 @@ from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train.balance import Balance
 from anchorctx.train.build import build_model, build_module
 from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar
-from anchorctx.train.checkpoints import compare, folders, read, states
-from anchorctx.train.checkpoints.write import Writer
+from anchorctx.train.checkpoints import folders, read, run
 from anchorctx.train.config import TrainConfig
 from anchorctx.train.dashboards import check_dashboards, dashboards
 from anchorctx.train.determinism import deterministic
@@ -88,12 +87,12 @@ class Trainer:
         rows = config.rows_per_step(self.packed.row_length)
         tokens = config.piece_tokens(self.packed.row_length, int(self.packed.manifest["anchor_len"]))
         self.run_id = folders.run_id(self.out_dir)
-        self.resumed = self._resume()
+        self.resumed = run.resume(config, self.packed, self.run_id, ranks)
         self.tokenizer = trained_tokenizer(config, self.packed)
         set_seed(config.seed)
         model = build_model(config, self.mesh)
         if self.resumed is not None:
-            self._check_model(self.resumed, model)
+            run.check_model(self.resumed, model)
         check_length(model.config, self.packed.row_length)
         check_vocabulary(model, self.packed.manifest["vocab_size"])
         check_attention(model, config.model.attention, ranks.device)
@@ -137,7 +136,7 @@ class Trainer:
         )
         if self.resumed is not None:
             read.load(self.engine, self.resumed, ranks)
-        self.writer = self._writer()
+        self.writer = run.writer(config, self.run_id, ranks, self.resumed)
         router = self.engine.module.router
         self.balance = Balance(router, ranks.device, state.router_fractions if state else None) if router else None
         self.callbacks = self._callbacks()
@@ -270,17 +269,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from every rank; the last one is there on return."""
-        model = self.engine.module.model
-        state = folders.State(
+        state = run.state_of(
+            self.config,
+            self.packed,
+            self.engine.module.model,
             step=self.step,
             tokens=self.tokens,
             rows=self.loader.rows_before(self.step),
             processes=self.ranks.world,
-            identity=self._identity(),
-            schedule=self._schedule(),
-            model=compare.configuration(model.config),
-            shapes=states.shapes_of(model),
-            tied=states.tied_names(model),
             router_fractions=self.balance.fractions if self.balance else None,
         )
         self.writer.save(self.engine, state, wait=self.stopping or self.step == self.config.steps)
@@ -319,50 +315,6 @@ class Trainer:
                     f"data.validation has {key}={theirs}, but data.train has {ours}: prepare both with the same {key}"
                 )
         return packed
-
-    def _resume(self) -> read.Found | None:
-        """The checkpoint to go on from, verified; UserError where this run cannot."""
-        wanted = self.config.checkpoint
-        root = self.out_dir / folders.CHECKPOINTS
-        found = read.find(root, wanted.resume, run=self.run_id, trust=wanted.trust, ranks=self.ranks)
-        if found is not None:
-            compare.check_same_run(found.state, self._identity(), found.folder)
-            compare.say_changes(found.state, self._schedule(), found.folder)
-        return found
-
-    def _check_model(self, found: read.Found, model: PreTrainedModel) -> None:
-        """UserError unless the checkpoint is of this very model, and holds all of it."""
-        shapes = states.shapes_of(model)
-        compare.check_same_model(found.state, model.config, shapes, found.folder)
-        found.shards.check(shapes)
-
-    def _writer(self) -> Writer:
-        root = self.out_dir / folders.CHECKPOINTS
-        damaged = self.resumed.damaged if self.resumed else frozenset()
-        return Writer(root, self.run_id or "", self.ranks, self.config.checkpoint, damaged)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and the run that continues it."""
-        return {
-            "corpus": self.packed.fingerprint,
-            "tokenizer": self.packed.manifest["tokenizer_fingerprint"],
-            "pattern": self.config.pattern.value,
-            "seed": self.config.seed,
-            "shuffle": self.config.data.shuffle,
-            "balance": self.config.data.balance,
-            "rope": dataclasses.asdict(self.config.model.rope),
-            "rope_dtype": self.config.model.rope_dtype.value,
-            "dtype": self.config.model.dtype.value,
-        }
-
-    def _schedule(self) -> dict[str, Any]:
-        """What may change between a checkpoint and the run that continues it, and is then said."""
-        settings = {f"optim.{name}": value for name, value in dataclasses.asdict(self.config.optim).items()}
-        settings |= {"steps": self.config.steps, "tokens_per_step": self.config.tokens_per_step}
-        settings |= {"deterministic": self.config.deterministic}
-        for name in ("zero_stage", "offload_optimizer", "offload_parameters"):
-            settings[f"parallel.{name}"] = getattr(self.config.parallel, name)
-        return settings | {"anchor_visible": self.config.anchor_visible.value}
 
     def _write_run(self, model: PreTrainedModel) -> None:
         """The manifest, and what the export needs beside the weights; before the first step."""

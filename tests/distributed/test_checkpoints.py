@@ -38,7 +38,7 @@ def stopped(launcher: Launcher, run: Path, name: str, step: int = 4) -> Path:
     return copy
 
 
-def states(run: Path, step: int = 6) -> dict[str, np.ndarray]:
+def states(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step_{step:08d}" / "states_00000.safetensors")
 
 
@@ -46,8 +46,8 @@ def files(run: Path) -> dict[str, bytes]:
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_another_stage_goes_on_bit_for_bit(launcher: Launcher, whole: dict[int, Path]) -> None:
-    """float32 on one process: the stages compute the same, so that what differs would be what was not carried over."""
+def test_another_stage_goes_on(launcher: Launcher, whole: dict[int, Path]) -> None:
+    """The same stage bit for bit, and 1 and 2, which compute alike; 3 takes the gradient's norm in another order."""
     pairs = [(1, 1), (2, 2), (3, 3), (1, 3), (3, 2), (2, 1)]
     runs = [(stopped(launcher, whole[old], f"from{old}to{new}").name, new) for old, new in pairs]
     done = launcher.several(1, [(name, *SHORT, *STAGES[new]) for name, new in runs])
@@ -56,7 +56,10 @@ def test_another_stage_goes_on_bit_for_bit(launcher: Launcher, whole: dict[int, 
         assert (f"parallel.zero_stage={new} (was {old})" in result["stderr"]) == (old != new)
         found, expected = states(launcher.root / name), states(whole[old])
         assert found.keys() == expected.keys()
-        assert all(found[key].equal(expected[key]) for key in expected), name
+        if (old == 3) == (new == 3):
+            assert all(found[key].equal(expected[key]) for key in expected), name
+        worst = max(float((found[key] - expected[key]).abs().max() / expected[key].abs().max()) for key in expected)
+        assert worst < 2e-6, name  # of the largest number of each tensor; 6e-7 measured
 
 
 REFUSED = [

@@ -56,6 +56,15 @@ def write_digested_json(path: Path, value: object) -> File:
     return file.entry
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the names in the folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fault(path: Path, expected: File) -> str | None:
     """What is wrong with a file, as the end of a sentence that begins with its name; None for nothing."""
     if not path.is_file():

@@ -9,7 +9,7 @@ Only tensors and JSON are read, so that no file of a checkpoint can run code, wh
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +102,19 @@ def load(engine: Any, found: Found, ranks: dist.Ranks) -> None:
 
 def newest(folders: list[Path], *, run: str | None, trust: bool, ranks: dist.Ranks) -> Found | None:
     """The newest of `folders` (oldest first) that is intact, verified; None where there are none. As `find` else."""
-    passed: list[Path] = []
+    passed: dict[Path, UserError] = {}
     for folder in reversed(folders):
         try:
             found = verified(folder, run=run, trust=trust, ranks=ranks)
         except UserError as error:
-            reason = error
             if ranks.is_main:
                 logger.warning("passing over %s: %s", folder.name, error)
-            passed.append(folder)
+            passed[folder] = error
             continue
-        return Found(found.folder, found.state, found.shards, frozenset(passed))
-    if passed:
+        return replace(found, damaged=frozenset(passed))
+    for folder, error in passed.items():
         raise UserError(
-            f"none of the {len(passed)} checkpoints in {passed[0].parent} can be used ({reason}): restore one, or "
+            f"none of the {len(passed)} checkpoints in {folder.parent} can be used ({error}): restore one, or "
             "move them away or choose another out_dir to start anew"
         )
     return None

@@ -74,7 +74,7 @@ def write(path: Path, fragments: Iterable[Fragment], updates: int) -> File:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             tensor = flat[name].detach().to("cpu").contiguous()
-            file.write(memoryview(tensor.view(torch.uint8).numpy()))
+            file.write(tensor.view(torch.uint8).numpy().data)
     return file.entry
 
 

@@ -21,7 +21,7 @@ from anchorctx.parallel import dist
 from anchorctx.records.manifest import write_json
 from anchorctx.records.typed import read_typed
 from anchorctx.train.checkpoints import rng, states, tensors
-from anchorctx.train.checkpoints.digest import write_digested_json
+from anchorctx.train.checkpoints.digest import sync_folder, write_digested_json
 from anchorctx.train.checkpoints.folders import (
     MARKER,
     STATE,
@@ -104,21 +104,26 @@ class Writer:
         """Wait until the checkpoint on its way is there; raises what went wrong with it, on every rank."""
         if (writing := self._writing) is None:
             return
+        assert writing.thread is not None
         writing.own.wait()
-        failed = dist.total([float(writing.error is not None)], self._ranks.device)[0]
+        failed = self._has_failed(writing)
         if failed:
             writing.given_up.set()
-        assert writing.thread is not None
         writing.thread.join()
         self._writing = None
-        if writing.error is not None:
-            raise writing.error
-        if failed:
+        if not failed and not self._has_failed(writing):  # again: rank 0 may have failed at the end
+            return
+        if self._ranks.is_main:
+            shutil.rmtree(partial_folder(writing.folder), ignore_errors=True)  # half of one only fills the disk
+        if isinstance(writing.error, OSError):
             raise UserError(
-                f"{writing.folder} was not written, because another process could not write its part: see its message; "
-                "the checkpoints before are intact"
-            )
-        dist.barrier()
+                f"{writing.folder} cannot be written ({writing.error.strerror or writing.error}): make room on the "
+                "disk and type the same command again; the checkpoints before are intact"
+            ) from writing.error
+        raise writing.error or UserError(
+            f"{writing.folder} was not written, because another process could not write its part: see its message; "
+            "the checkpoints before are intact"
+        )
 
     def close(self) -> None:
         """Let the checkpoint on its way become whole, where the training ended for another reason; raises nothing."""
@@ -126,6 +131,10 @@ class Writer:
             writing.thread.join(PATIENCE_S)
             writing.given_up.set()  # another rank is gone
             writing.thread.join()
+
+    def _has_failed(self, writing: _Writing) -> bool:
+        """On any rank; each must ask."""
+        return dist.total([float(writing.error is not None)], self._ranks.device)[0] > 0
 
     def _write(self, writing: _Writing, fragments: list[Fragment], updates: int, random: dict[str, Any]) -> None:
         """In the thread: this rank's files, and by rank 0 all that makes them a checkpoint."""
@@ -157,9 +166,11 @@ class Writer:
                 time.sleep(LOOK_S)
             files |= read_typed(path, dict[str, File], "it was just written: the disk is damaged")
             path.unlink()
-        write_json(partial / MARKER, dataclasses.asdict(Marker(self._run, dict(sorted(files.items())))))
+        write_digested_json(partial / MARKER, dataclasses.asdict(Marker(self._run, dict(sorted(files.items())))))
         shutil.rmtree(writing.folder, ignore_errors=True)
+        sync_folder(partial)
         partial.rename(writing.folder)
+        sync_folder(self._root)  # on the disk before older ones go
         prune(self._root, self._config, writing.folder, self._damaged)
 
 
