@@ -28,7 +28,8 @@ from anchorctx.data.tokens.store import token_dtype
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout
 from anchorctx.records.files import StagedFolder, file_sha256
-from anchorctx.records.manifest import FILE, read_manifest, write_json
+from anchorctx.records.manifest import FILE, write_json
+from anchorctx.records.typed import read_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,27 @@ def write_shard(folder: Path, number: int, shard: Shard) -> ShardFiles:
 def rows_per_shard(row_length: int) -> int:
     """Rows of a shard, by default."""
     return max(SHARD_TOKENS // row_length, 1)
+
+
+@dataclass
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class _Manifest:
+    """What the manifest of a packed set must have."""
+
+    fingerprint: str
+    vocab_size: int
+    row_length: int
+    anchor_len: int
+    rows: int
+    rows_per_shard: int
+    files: dict[str, _File]
+    tokenizer_fingerprint: str | None = None
+    """A set that is trained on has it; one that was made by hand may not."""
 
 
 class ShardWriter:
@@ -122,6 +144,7 @@ class ShardWriter:
         files |= {path.relative_to(folder).as_posix(): _entry(path) for path in others}
         rows = len(index["trained"])
         facts = {"rows": rows, "rows_per_shard": self._rows_per_shard, "anchor_len": self._anchor_len}
+        facts |= {"vocab_size": self._vocab_size}
         write_json(folder / FILE, {**manifest, **facts, "files": dict(sorted(files.items()))})
         return self._staged.publish()
 
@@ -157,14 +180,12 @@ class PackedSet:
         `verify` compares every file's checksum. Raises UserError when there is no whole, unchanged set.
         """
         folder = _locate(Path(path))
-        try:
-            manifest = read_manifest(folder)
-        except ValueError as error:
-            raise UserError(f"{folder / FILE} is not valid JSON: remove {folder} and prepare it again") from error
-        if not {"fingerprint", "row_length", "rows_per_shard", "files"} <= set(manifest):
-            raise UserError(f"{folder} is no packed set: name a folder that anchorctx prepare made")
+        remedy = f"name a packed set that anchorctx prepare made, or remove {folder} and prepare it again"
+        manifest = read_fields(folder / FILE, _Manifest, remedy)
         for name, expected in manifest["files"].items():
             file = folder / name
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{folder / FILE} names {name}, which is not in its folder: {remedy}")
             if not file.is_file() or file.stat().st_size != expected["bytes"]:
                 raise UserError(f"{file} is missing or cut short: remove {folder} and prepare it again")
             if verify and file_sha256(file) != expected["sha256"]:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from anchorctx.records.disk import Writing
 from anchorctx.records.locks import lock_folder
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
 from anchorctx.records.results import FILE, Result, append_results, mean_interval, mend_results
+from anchorctx.records.typed import read_typed
 
 MANIFESTS = "manifests"
 CODE = ("evals", "kvcomm", "models", "attention", "data", "parallel", "layout.py", "flops.py")
@@ -76,10 +78,29 @@ def begun(out_dir: str, evaluation: str, label: str) -> dict[str, Any] | None:
     """
     files = sorted((Path(out_dir) / MANIFESTS).glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in files:
-        found = json.loads(path.read_text()).get("identity", {})
-        if found.get("evaluation") == evaluation and found.get("model", {}).get("label") == label:
-            return found["settings"]
+        found = read_typed(path, _Manifest, "remove it to measure anew what it describes").identity
+        if found.evaluation == evaluation and found.model is not None and found.model.label == label:
+            return found.settings
     return None
+
+
+@dataclass
+class _Model:
+    label: str
+
+
+@dataclass
+class _Identity:
+    evaluation: str
+    model: _Model | None = None  # averages have none
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Manifest:
+    """What the manifest of an evaluation must have."""
+
+    identity: _Identity
 
 
 def code_fingerprint() -> str:

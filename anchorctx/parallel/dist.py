@@ -10,11 +10,13 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """DeepSpeed's extension for reductions on a CPU."""
@@ -103,6 +105,15 @@ def highest(value: float, device: torch.device) -> float:
     tensor = torch.tensor(value, dtype=torch.float64, device=device)
     torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MAX)
     return tensor.item()
+
+
+def gathered(value: T, ranks: Ranks) -> list[T]:
+    """Every process's value, in the order of ranks."""
+    if ranks.world == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world
+    torch_dist.all_gather_object(values, value)
+    return values
 
 
 def _say_what_is_waited_for() -> None:

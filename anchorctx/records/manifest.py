@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorctx.records.files import write_bytes
+from anchorctx.records.typed import read_typed
 
 PACKAGES = (
     "torch",
@@ -53,8 +54,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a folder's `manifest.json`; FileNotFoundError where there is none."""
-    return read_json(folder / FILE)
+    """Read a folder's `manifest.json`; FileNotFoundError where there is none, UserError where it is no JSON object."""
+    return read_typed(folder / FILE, dict[str, Any], "restore it, or name another folder")
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
@@ -74,8 +75,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically; what JSON does not know, such as a path, is written as `str` shows it."""
-    write_bytes(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
+    """Write `value` as JSON, atomically (`to_json`)."""
+    write_bytes(path, to_json(value))
+
+
+def to_json(value: Any) -> bytes:
+    """A JSON file's content; what JSON does not know, such as a path, is written as `str` shows it."""
+    return (json.dumps(value, indent=2, default=str) + "\n").encode()
 
 
 def _revision() -> dict[str, Any]:

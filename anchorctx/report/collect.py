@@ -15,6 +15,7 @@ from anchorctx.records.manifest import FILE as MANIFEST
 from anchorctx.records.manifest import manifest_hash
 from anchorctx.records.results import FILE as RESULTS
 from anchorctx.records.results import Result, read_results
+from anchorctx.records.typed import read_typed
 
 METRICS = "metrics.jsonl"
 MANIFESTS = "manifests"
@@ -179,13 +180,7 @@ def _places(folder: Path, argument: str) -> Iterator[Place]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}): remove it, or leave its folder out") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no manifest, it holds a {type(value).__name__}: leave its folder out")
-    return value
+    return read_typed(path, dict[str, Any], "remove it, or leave its folder out")
 
 
 def _named(found: Sequence[tuple[Result, Place]]) -> list[Row]:

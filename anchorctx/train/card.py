@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel
 
 from anchorctx.layout import Pattern
 from anchorctx.models.rope import full_parameters, reach
-from anchorctx.records.manifest import read_manifest
-from anchorctx.train import checkpoint
+from anchorctx.records.manifest import FILE
+from anchorctx.records.typed import read_fields
 from anchorctx.train.callbacks import METRICS
+from anchorctx.train.checkpoints.folders import State
 
 ATTENTION = {
     Pattern.anchor: "AnchorAttention: a document sees itself and the row's first token, the anchor",
@@ -65,16 +67,60 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer
 """
 
 
-def model_card(run: Path, folder: Path, model: PreTrainedModel, name: str) -> str:
+@dataclass
+class _Model:
+    path: str | None
+    config: dict[str, Any] | None
+    dtype: str
+    rope_dtype: str
+
+
+@dataclass
+class _Optim:
+    betas: list[float]
+    weight_decay: float
+    clip: float
+    lr: float
+    schedule: str
+    warmup_steps: int
+
+
+@dataclass
+class _Config:
+    pattern: Pattern
+    steps: int
+    tokens_per_step: int
+    seed: int
+    model: _Model
+    optim: _Optim
+
+
+@dataclass
+class _Packed:
+    fingerprint: str
+    rows: int
+    row_length: int
+
+
+@dataclass
+class _Run:
+    """What a card needs of a run's manifest."""
+
+    config: _Config
+    data: _Packed
+    versions: dict[str, str | None]
+
+
+def model_card(run: Path, state: State, model: PreTrainedModel, name: str) -> str:
     """The card of the model that `folder`, a checkpoint of `run`, became; Markdown with the hub's header.
 
     Args:
         run: `out_dir` of the training run.
-        folder: one of its checkpoints.
+        state: of one of its checkpoints.
         model: with the configuration that is exported.
         name: what to call it.
     """
-    manifest, state = read_manifest(run), checkpoint.read_state(folder)
+    manifest = read_fields(run / FILE, _Run, "restore it: the model's card tells what it says")
     config, packed = manifest["config"], manifest["data"]
     on_hub, base = _base(config["model"])
     pattern = Pattern(config["pattern"])
@@ -88,7 +134,7 @@ def model_card(run: Path, folder: Path, model: PreTrainedModel, name: str) -> st
         anchored=ANCHORED if pattern in (Pattern.anchor, Pattern.anchor_reset) else "",
         training=_table(_training(config, state, model, manifest), "setting", "value"),
         data=_table(_data(packed), "tokens", "number"),
-        figures=_figures(run / METRICS, state["step"]),
+        figures=_figures(run / METRICS, state.step),
     )
 
 
@@ -104,7 +150,7 @@ def _base(model: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def _training(
-    config: dict[str, Any], state: dict[str, Any], model: PreTrainedModel, manifest: dict[str, Any]
+    config: dict[str, Any], state: State, model: PreTrainedModel, manifest: dict[str, Any]
 ) -> Iterable[tuple[str, object]]:
     text, optim = model.config.get_text_config(), config["optim"]
     rope = full_parameters(text)
@@ -113,15 +159,15 @@ def _training(
     yield "RoPE", f"theta {rope['rope_theta']:g}" + ("" if kind == "default" else f", {kind} by {rope.get('factor')}")
     yield "rotation in", config["model"]["rope_dtype"]
     yield "weights and activations in", config["model"]["dtype"]
-    yield "steps", f"{state['step']:,} of {config['steps']:,}, of {config['tokens_per_step']:,} tokens"
-    yield "trained tokens", f"{state['tokens']:,}"
+    yield "steps", f"{state.step:,} of {config['steps']:,}, of {config['tokens_per_step']:,} tokens"
+    yield "trained tokens", f"{state.tokens:,}"
     yield (
         "optimizer",
         f"AdamW, betas {optim['betas']}, weight decay {optim['weight_decay']}, clip {optim['clip']}",
     )
     yield "learning rate", f"{optim['lr']}, {optim['schedule']}, {optim['warmup_steps']} steps of warm-up"
     yield "seed", config["seed"]
-    yield "processes", state["processes"]
+    yield "processes", state.processes
     yield "software", ", ".join(f"{k} {v}" for k, v in manifest["versions"].items() if k in ("torch", "transformers"))
 
 

@@ -32,6 +32,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint in `out_dir`, `never` refuses a used `out_dir`, and a
     folder names one checkpoint."""
+    trust: bool = False
+    """Also resume from a checkpoint that another run wrote, which is refused otherwise, since it is likely a mistake.
+    No file of a checkpoint can run code, trusted or not, and a damaged one is always refused."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,7 +219,9 @@ class ExportConfig:
     out_dir: str = "???"
     """Folder to write; must not exist."""
     step: Count | None = None
-    """Which checkpoint; None is the newest complete one."""
+    """Which checkpoint; None is the newest that is intact."""
+    trust: bool = False
+    """Also export a checkpoint that another run wrote into the folder."""
     dtype: ExportDtype = ExportDtype.float32
     """Data type of the exported weights; the checkpoint's own are float32."""
     push_to: str | None = None

@@ -6,9 +6,6 @@ beside, loaded back, compared with the weights that were trained, and only then 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +17,17 @@ from anchorctx.errors import UserError
 from anchorctx.models.load import fill, read_config, read_tokenizer
 from anchorctx.models.save import save_model
 from anchorctx.models.weights import untie
+from anchorctx.parallel.dist import Ranks
 from anchorctx.records.disk import Writing, need_space
 from anchorctx.records.files import StagedFolder, write_bytes
 from anchorctx.records.locks import sole_writer
-from anchorctx.train import checkpoint, hub
+from anchorctx.train import hub
 from anchorctx.train.card import model_card
+from anchorctx.train.checkpoints import folders, read
 from anchorctx.train.config import ExportConfig
 from anchorctx.train.loop import MODEL
 
-WRAPPER = "model."
-"""What `CausalLMLoss` puts before the names of the weights."""
+ALONE = Ranks(0, 1, torch.device("cpu"))
 LOST = "the export does not reproduce the checkpoint"
 INTACT = "the run and its checkpoints are intact"
 Weights = dict[str, torch.Tensor]
@@ -45,19 +43,19 @@ def export(config: ExportConfig) -> Path:
     with Writing("the export", out, intact=INTACT), sole_writer(out, "out_dir"):
         if out.exists():
             raise UserError(f"out_dir={out} exists already: remove it, or choose another")
-        folder = _checkpoint(run, config.step)
+        found = _checkpoint(run, config.step, config.trust)
         if config.push_to is not None:
             hub.check(config.push_to)
         disable_progress_bar()  # avoid a second progress bar
-        model, trained = _restore(run / MODEL, folder, getattr(torch, config.dtype.value))
-        _write(model, trained, run, folder, out)
+        model, trained = _restore(run / MODEL, gather(found), str(found.folder), getattr(torch, config.dtype.value))
+        _write(model, trained, run, found, out)
     if config.push_to is not None:
         hub.push(out, config.push_to)
     return out
 
 
-def _write(model: PreTrainedModel, trained: Weights, run: Path, folder: Path, out: Path) -> None:
-    """Write `out` from the checkpoint `folder` of `run`; it appears when it is whole."""
+def _write(model: PreTrainedModel, trained: Weights, run: Path, found: read.Found, out: Path) -> None:
+    """Write `out` from the checkpoint `found` of `run`; it appears when it is whole."""
     needed = _size(model)
     need_space(out, needed, "the export", INTACT)
     staged = StagedFolder(out, marker="config.json")
@@ -65,7 +63,7 @@ def _write(model: PreTrainedModel, trained: Weights, run: Path, folder: Path, ou
         try:
             save_model(model, staged.folder, read_tokenizer(str(run / MODEL)))
             verify_export(model, trained, staged.folder)
-            card = model_card(run, folder, model, out.name)
+            card = model_card(run, found.state, model, out.name)
             write_bytes(staged.folder / "README.md", card.encode())
             staged.publish()
         finally:
@@ -117,27 +115,31 @@ def _positions(model: PreTrainedModel) -> dict[str, Any]:
     return fields
 
 
-def _checkpoint(run: Path, step: int | None) -> Path:
-    root = run / "checkpoints"
-    found = checkpoint.complete(root)
-    if not found:
+def _checkpoint(run: Path, step: int | None, trust: bool) -> read.Found:
+    """The run's checkpoint, verified: the newest that is intact, or that of a step."""
+    root = run / folders.CHECKPOINTS
+    complete = folders.complete(root)
+    if not complete:
         raise UserError(f"run={run} has no complete checkpoint: name the out_dir of a training run that wrote one")
-    folder = found[-1] if step is None else checkpoint.step_folder(root, step)
-    if folder not in found:
-        steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in found)
+    run_id = folders.run_id(run)
+    if step is None:
+        found = read.newest(complete, run=run_id, trust=trust, ranks=ALONE)
+        assert found is not None
+        return found
+    folder = folders.step_folder(root, step)
+    if folder not in complete:
+        steps = ", ".join(str(folders.step_of(path)) for path in complete)
         raise UserError(f"step={step} is not among the complete checkpoints of {run}: choose one of {steps}")
-    checkpoint.read_state(folder)
-    return folder
+    return read.verified(folder, run=run_id, trust=trust, ranks=ALONE)
 
 
-def _restore(model_folder: Path, folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
-    """The model with the checkpoint's weights, gathered from every rank's shards at any ZeRO stage; and these weights.
+def _restore(model_folder: Path, weights: Weights, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
+    """The model with a checkpoint's weights (of the folder `source`); and these weights.
 
     Both in `dtype`, but for what a model keeps in float32.
     """
     config = read_config(str(model_folder))
-    weights = {name.removeprefix(WRAPPER): tensor for name, tensor in _gather(folder).items()}
-    untie(str(folder), config, weights)  # of a run that took the contradiction over from what it was given
+    untie(source, config, weights)  # of a run that took the contradiction over from what it was given
     # Built in its dtype rather than cast: a cast would round the rotary frequencies, which stay float32, too.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (model_folder / "generation_config.json").is_file():
@@ -145,15 +147,12 @@ def _restore(model_folder: Path, folder: Path, dtype: torch.dtype) -> tuple[PreT
     needed = model.state_dict()
     for name in weights.keys() & needed.keys():
         weights[name] = weights[name].to(needed[name].dtype)
-    fill(model, weights, str(folder))
+    fill(model, weights, source)
     return model, {name: weight for name, weight in weights.items() if name in needed}
 
 
-def _gather(folder: Path) -> Weights:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # gathering needs no device, and DeepSpeed warns when it finds none
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its own progress
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=checkpoint.ENGINE)
-    assert weights is not None
-    return dict(weights)
+def gather(found: read.Found) -> Weights:
+    """All weights of a checkpoint, in float32 where they were trained, by their names in the model; tied ones twice."""
+    found.shards.check(found.state.shapes)
+    weights = {name: found.shards.whole(name, shape) for name, shape in found.state.shapes.items()}
+    return weights | {name: weights[stored] for name, stored in found.state.tied.items()}

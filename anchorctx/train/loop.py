@@ -32,10 +32,10 @@ from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Shard, shard_batch
 from anchorctx.parallel.ulysses import exchanged_bytes
 from anchorctx.records.manifest import build_manifest, write_manifest
-from anchorctx.train import checkpoint
 from anchorctx.train.balance import Balance
 from anchorctx.train.build import build_model, build_module
 from anchorctx.train.callbacks import Callback, JsonlMetrics, Probe, ProgressBar
+from anchorctx.train.checkpoints import folders, read, run
 from anchorctx.train.config import TrainConfig
 from anchorctx.train.dashboards import check_dashboards, dashboards
 from anchorctx.train.determinism import deterministic
@@ -56,9 +56,13 @@ def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
     ranks = dist.start(config.parallel.timeout_s)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        lock = checkpoint.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
+        lock = folders.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
         with lock, deterministic(config.deterministic):
-            Trainer(config, ranks, probes).fit()
+            trainer = Trainer(config, ranks, probes)
+            try:
+                trainer.fit()
+            finally:
+                trainer.writer.close()
     finally:
         signal.signal(signal.SIGTERM, handler)
         ulysses.release()
@@ -82,11 +86,13 @@ class Trainer:
         self.mesh = Mesh.of(ranks, config.parallel.sequence_parallel)
         rows = config.rows_per_step(self.packed.row_length)
         tokens = config.piece_tokens(self.packed.row_length, int(self.packed.manifest["anchor_len"]))
-        self.resume_from = checkpoint.find(self.out_dir / "checkpoints", config.checkpoint.resume)
-        state = self._resume_state()
+        self.run_id = folders.run_id(self.out_dir)
+        self.resumed = run.resume(config, self.packed, self.run_id, ranks)
         self.tokenizer = trained_tokenizer(config, self.packed)
         set_seed(config.seed)
         model = build_model(config, self.mesh)
+        if self.resumed is not None:
+            run.check_model(self.resumed, model)
         check_length(model.config, self.packed.row_length)
         check_vocabulary(model, self.packed.manifest["vocab_size"])
         check_attention(model, config.model.attention, ranks.device)
@@ -117,8 +123,9 @@ class Trainer:
             shuffle=config.data.shuffle,
             balance=config.data.balance,
         )
-        self.step, self.tokens = int(state["step"]), int(state["tokens"])
-        self.loader.resume_at(self.step, self.tokens, state.get("rows"))
+        state = self.resumed.state if self.resumed else None
+        self.step, self.tokens = (state.step, state.tokens) if state else (0, 0)
+        self.loader.resume_at(self.step, self.tokens, state.rows if state else None)
         self._write_run(model)
         self.engine = build_engine(
             build_module(config, model, self.mesh, tokens, self.packed.row_length),
@@ -127,10 +134,11 @@ class Trainer:
             ranks,
             dtype=model.dtype,
         )
-        if self.resume_from is not None:
-            checkpoint.load(self.engine, self.resume_from, ranks, int(state["processes"]))
+        if self.resumed is not None:
+            read.load(self.engine, self.resumed, ranks)
+        self.writer = run.writer(config, self.run_id, ranks, self.resumed)
         router = self.engine.module.router
-        self.balance = Balance(router, ranks.device, state.get("router_fractions")) if router else None
+        self.balance = Balance(router, ranks.device, state.router_fractions if state else None) if router else None
         self.callbacks = self._callbacks()
         self.interrupted = False  # this process was asked to end
         self.stopping = False  # all processes agreed to
@@ -260,13 +268,18 @@ class Trainer:
         return found
 
     def save(self) -> None:
-        """Write a checkpoint from every rank."""
-        rows = self.loader.rows_before(self.step)
-        state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
-        state |= {"processes": self.ranks.world, "schedule": self._schedule()}
-        if self.balance is not None:
-            state["router_fractions"] = self.balance.fractions
-        checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
+        """Write a checkpoint from every rank; the last one is there on return."""
+        state = run.state_of(
+            self.config,
+            self.packed,
+            self.engine.module.model,
+            step=self.step,
+            tokens=self.tokens,
+            rows=self.loader.rows_before(self.step),
+            processes=self.ranks.world,
+            router_fractions=self.balance.fractions if self.balance else None,
+        )
+        self.writer.save(self.engine, state, wait=self.stopping or self.step == self.config.steps)
 
     def _shard(self, batch: Batch) -> Shard:
         mesh = self.mesh if batch.spread else Mesh(self.ranks, 1)
@@ -303,43 +316,19 @@ class Trainer:
                 )
         return packed
 
-    def _resume_state(self) -> dict[str, Any]:
-        if self.resume_from is None:
-            return {"step": 0, "tokens": 0}
-        state = checkpoint.read_state(self.resume_from)
-        checkpoint.check_same_run(state, self._identity(), self.resume_from)
-        checkpoint.say_changes(state, self._schedule(), self.resume_from)
-        return state
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and the run that continues it."""
-        return {
-            "corpus": self.packed.fingerprint,
-            "tokenizer": self.packed.manifest["tokenizer_fingerprint"],
-            "pattern": self.config.pattern.value,
-            "seed": self.config.seed,
-            "shuffle": self.config.data.shuffle,
-            "balance": self.config.data.balance,
-            "zero_stage": self.config.parallel.zero_stage,
-            "rope": dataclasses.asdict(self.config.model.rope),
-            "rope_dtype": self.config.model.rope_dtype.value,
-            "dtype": self.config.model.dtype.value,
-        }
-
-    def _schedule(self) -> dict[str, Any]:
-        """What may change between a checkpoint and the run that continues it, and is then said."""
-        settings = {f"optim.{name}": value for name, value in dataclasses.asdict(self.config.optim).items()}
-        settings |= {"steps": self.config.steps, "tokens_per_step": self.config.tokens_per_step}
-        settings |= {"deterministic": self.config.deterministic}
-        return settings | {"anchor_visible": self.config.anchor_visible.value}
-
     def _write_run(self, model: PreTrainedModel) -> None:
         """The manifest, and what the export needs beside the weights; before the first step."""
         if not self.ranks.is_main:
             return
         config = dataclasses.asdict(self.config)
-        manifest = build_manifest("train", config, data=self.packed.manifest, resumed_step=self.step or None)
-        write_manifest(self.out_dir if not self.step else self.out_dir / f"resumed_{self.step:08d}", manifest)
+        first, self.run_id = self.run_id is None, self.run_id or folders.new_run_id()
+        facts = {"run": self.run_id, "data": self.packed.manifest, "resumed_step": self.step or None}
+        manifest = build_manifest("train", config, **facts)
+        # the run's own manifest names its checkpoints, also where it begins with another run's
+        if first or not self.step:
+            write_manifest(self.out_dir, manifest)
+        if self.step:
+            write_manifest(self.out_dir / f"resumed_{self.step:08d}", manifest)
         model.config.save_pretrained(self.out_dir / MODEL)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(self.out_dir / MODEL)

@@ -13,8 +13,9 @@ import yaml
 
 from anchorctx.models import ModelConfig, load_model, save_model
 from anchorctx.testing.tiny import ARCHITECTURES
-from anchorctx.train import checkpoint
-from anchorctx.train.export import _gather
+from anchorctx.train.checkpoints.folders import complete, run_id
+from anchorctx.train.checkpoints.read import verified
+from anchorctx.train.export import ALONE, gather
 
 from .runs import MODEL, Launcher, curve, metrics, torchrun
 
@@ -60,8 +61,9 @@ def settings(case: tuple) -> tuple[str, ...]:
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    newest = checkpoint.complete(run / "checkpoints")[-1]
-    return {name: tensor.detach().float().numpy() for name, tensor in _gather(newest).items()}
+    newest = complete(run / "checkpoints")[-1]
+    found = verified(newest, run=run_id(run), trust=False, ranks=ALONE)
+    return {name: tensor.float().numpy() for name, tensor in gather(found).items()}
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from anchorctx.data.sources.documents import Reading, Tokens
 from anchorctx.errors import UserError
 from anchorctx.records.files import StagedFolder
-from anchorctx.records.manifest import read_json, write_json
+from anchorctx.records.manifest import write_json
+from anchorctx.records.typed import read_fields
 
 FILE = "part.json"
 DOCUMENT = np.dtype(
@@ -46,6 +47,22 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
+@dataclass
+class _Facts:
+    """What `part.json` must have."""
+
+    documents: int
+    tokens: int
+    dtype: Literal["uint16", "uint32"]
+    weights: bool
+    domains: list[str]
+    read: int
+    skipped: dict[str, int]
+    is_last: bool
+    is_clean: bool
+    bytes: dict[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class TokenPart:
     """A stretch that was tokenised; its arrays are read when they are asked for."""
@@ -57,7 +74,7 @@ class TokenPart:
     @classmethod
     def open(cls, folder: Path) -> TokenPart:
         """Open a whole part; UserError when a file is missing or cut short."""
-        facts = read_json(folder / FILE)
+        facts = read_fields(folder / FILE, _Facts, f"remove {folder} and prepare again")
         for name, size in facts["bytes"].items():
             file = folder / name
             if not file.is_file() or file.stat().st_size != size:

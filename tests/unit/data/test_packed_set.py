@@ -201,9 +201,12 @@ def test_a_short_or_missing_file_is_noticed(packed: PackedSet, name: str, verify
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("{", "manifest.json is not valid JSON: remove"),
-        (json.dumps({"command": "train"}), "is no packed set: name a folder that anchorctx prepare made"),
-        ("[]", "is no packed set"),
+        ("{", "Invalid JSON"),
+        (
+            json.dumps({"command": "train"}),
+            "fingerprint: Field required.: name a packed set that anchorctx prepare made, or remove",
+        ),
+        ("[]", "manifest.json is not of the form that anchorctx writes .Input should be an object"),
     ],
 )
 def test_a_manifest_of_something_else(tmp_path: Path, content: str, sentence: str) -> None:

@@ -110,22 +110,19 @@ def test_damaged_checkpoints(
 def test_a_damaged_run(
     damage: Callable[[Weights], None],
     folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Export reads DeepSpeed's states beside the run's configuration."""
-    weights = {f"{export.WRAPPER}{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
-    kept = weights.pop(f"{export.WRAPPER}{NAME}")
-    state = {NAME: kept}
+    """Export reads a checkpoint's weights beside the run's configuration."""
+    weights = load_file(folder / "model.safetensors")
+    state = {NAME: weights.pop(NAME)}
     damage(state)
-    weights |= {f"{export.WRAPPER}{name}": weight for name, weight in state.items()}
-    monkeypatch.setattr(export, "_gather", lambda folder: weights)
+    weights |= state
     if damage is unknown:
-        export._restore(folder, Path("step_1"), torch.float32)
+        export._restore(folder, weights, "step_1", torch.float32)
         assert "model step_1 has 1 weight that LlamaForCausalLM does not know" in caplog.text
         return
     with pytest.raises(UserError) as error:
-        export._restore(folder, Path("step_1"), torch.float32)
+        export._restore(folder, weights, "step_1", torch.float32)
     assert LACKS in str(error.value) if damage is missing else SHAPE.search(str(error.value))
 
 

@@ -285,8 +285,8 @@ def test_mistakes_are_one_sentence(project: Path, words: list[str], message: str
     [
         ("run/metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 2}\n', r"metrics.jsonl:2 is no row of metrics"),
         ("run/metrics.jsonl", "[1]\n", r"metrics.jsonl:1 is no row"),
-        ("run/manifest.json", "{", "manifest.json is no JSON"),
-        ("run/manifest.json", "[]", "is no manifest, it holds a list"),
+        ("run/manifest.json", "{", "manifest.json is not of the form that anchorctx writes .Invalid JSON"),
+        ("run/manifest.json", "[]", "is not of the form that anchorctx writes .Input should be an object"),
         ("eval/after/results.jsonl", "nonsense\n", r"results.jsonl:1 is no result row"),
     ],
 )

@@ -21,8 +21,11 @@ from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig, RopeConfig, load_model
 from anchorctx.records.manifest import build_manifest, write_json, write_manifest
 from anchorctx.testing.tiny import save, text_model, word_tokenizer
-from anchorctx.train import export as module
 from anchorctx.train import hub
+from anchorctx.train.checkpoints.digest import write_digested_json
+from anchorctx.train.checkpoints.folders import Marker, State
+from anchorctx.train.checkpoints.states import shapes_of, tied_names
+from anchorctx.train.checkpoints.tensors import Fragment, file_name, write
 from anchorctx.train.config import DataConfig, ExportConfig, ExportDtype, TrainConfig
 from anchorctx.train.export import export
 from anchorctx.train.loop import MODEL
@@ -46,8 +49,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedSet:
 
 
 @pytest.fixture
-def run(tmp_path: Path, packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a run to step 2 leaves, but for DeepSpeed's states, in whose place the model's weights are gathered."""
+def run(tmp_path: Path, packed: PackedSet) -> Path:
+    """What a run of one process to step 2 leaves, but for the optimizer's states."""
     tokenizer, run = word_tokenizer(40), tmp_path / "run"
     tokenizer.model_max_length = 64
     base = save(text_model(tokenizer, 64), tokenizer, tmp_path / "base")
@@ -58,17 +61,21 @@ def run(tmp_path: Path, packed: PackedSet, monkeypatch: pytest.MonkeyPatch) -> P
         model=ModelConfig(path=str(base), rope=rope, max_length=128),
         steps=4,
     )
-    write_manifest(run, build_manifest("train", dataclasses.asdict(config), data=packed.manifest))
+    write_manifest(run, build_manifest("train", dataclasses.asdict(config), data=packed.manifest, run="ab12"))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
     step = run / "checkpoints" / "step_00000002"
     step.mkdir(parents=True)
-    write_json(step / "state.json", {"step": 2, "tokens": 60, "processes": 1})
-    write_json(step / "COMPLETE", {})
     model = load_model(config.model)
     model.config.save_pretrained(run / MODEL)
     tokenizer.save_pretrained(run / MODEL)
-    weights = {f"{module.WRAPPER}{name}": weight for name, weight in model.state_dict().items()}
-    monkeypatch.setattr(module, "_gather", lambda _: {name: w.clone() for name, w in weights.items()})
+    facts = {"identity": {}, "schedule": {}, "model": {}, "shapes": shapes_of(model), "tied": tied_names(model)}
+    state = State(step=2, tokens=60, rows=2, processes=1, **facts)
+    weights = [Fragment(name, 0, {"weight": weight.detach().view(-1)}) for name, weight in model.named_parameters()]
+    files = {
+        "state.json": write_digested_json(step / "state.json", dataclasses.asdict(state)),
+        file_name(0): write(step / file_name(0), weights, 2),
+    }
+    write_json(step / "COMPLETE", dataclasses.asdict(Marker("ab12", files)))
     return run
 
 
@@ -80,6 +87,26 @@ def test_an_export_is_whole(dtype: ExportDtype, run: Path, tmp_path: Path) -> No
     assert model.config.max_position_embeddings == tokenizer.model_max_length == 128
     assert tokenizer("w5 w6").input_ids == [5, 6]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_foreign_or_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None:
+    config = ExportConfig(run=str(run), out_dir=str(tmp_path / "out"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_json(run / "manifest.json", manifest | {"run": "cd34"})
+    config.step = 2
+    with pytest.raises(UserError, match=r"step_00000002 was written by another run .* .an export: trust=true"):
+        export(config)
+    config.trust = True
+    assert export(config).is_dir()
+    shard = run / "checkpoints" / "step_00000002" / file_name(0)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    config.out_dir = str(tmp_path / "other")
+    with pytest.raises(UserError, match="states_00000.safetensors was changed after it was written"):
+        export(config)
+    config.step = None
+    with pytest.raises(UserError, match="none of the 1 checkpoints in .* can be used"):
+        export(config)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_card_says_what_the_run_knows(run: Path, tmp_path: Path, packed: PackedSet) -> None:
