@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from anchorctx import interrupt
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Unit
 from anchorctx.evals.config import EvaluatedModel
@@ -66,8 +67,9 @@ class Journal:
 
     def add(self, rows: list[Result]) -> None:
         """Append a unit's rows; they are on disk, all together, on return."""
-        append_results(self.path, rows)
-        self.rows += rows
+        with interrupt.deferred(then_end=True):
+            append_results(self.path, rows)
+            self.rows += rows
 
 
 def begun(out_dir: str, evaluation: str, label: str) -> dict[str, Any] | None:

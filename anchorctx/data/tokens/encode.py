@@ -9,7 +9,6 @@ Workers import `tokenizers` and numpy, neither transformers nor torch.
 from __future__ import annotations
 
 import os
-import signal
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anchorctx import interrupt
 from anchorctx.data.sources.documents import Document, Tokens
 from anchorctx.data.tokens.tokenizer import serialized
 from anchorctx.errors import UserError
@@ -130,7 +130,7 @@ _worker: Tokenizer | None = None
 def _start_worker(rules: str) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
+    interrupt.ignore_all()
     _worker = _fast(rules)
 
 
