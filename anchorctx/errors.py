@@ -18,8 +18,19 @@ class InterruptedRun(BaseException):
         self.reason, self.code, self.how = reason, code, how
 
 
+LOST = 3
+"""Exit code of a process that waits for others in vain."""
+
+
 class LostProcesses(Exception):
-    """Other processes of the job do not answer any more; the message says which, and what they did last."""
+    """Other processes of the job have ended, or do not answer any more; the message says which.
+
+    `code` is the exit code: `LOST`, or that of the process that failed first, which has said why.
+    """
+
+    def __init__(self, message: str, code: int = LOST) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BackendUnavailableError(UserError):

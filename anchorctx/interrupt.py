@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from anchorctx.errors import InterruptedRun
 
@@ -34,7 +34,6 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(slots=True)
 class _State:
-    listening: bool = False
     code: int = 0
     """The exit code of the first request."""
     deadline: float = float("inf")
@@ -42,7 +41,7 @@ class _State:
     deferrals: int = 0
     raised: bool = False
     bell: int = -1
-    """The pipe through which the kernel's signals reach the thread that counts them."""
+    """The pipe through which signals reach the thread that counts them; -1 while nobody listens."""
 
 
 _state = _State()
@@ -51,15 +50,17 @@ _state = _State()
 @contextmanager
 def listening() -> Iterator[None]:
     """Take signals as requests to end while the block lasts; nothing within another such block or another thread."""
-    if _state.listening or threading.current_thread() is not threading.main_thread():
+    global _state
+    if _state.bell >= 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) is not signal.SIG_IGN}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     read, bell = os.pipe()
     os.set_blocking(bell, False)
-    _begin(bell)
+    _state = _State(bell=bell)
     # The main thread may be in a collective for half an hour, and Python calls no handler meanwhile: a thread counts.
-    threading.Thread(target=_count, args=(read,), name="signals", daemon=True).start()
+    threading.Thread(target=_count, args=(read, _state), name="signals", daemon=True).start()
     others = signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
     for number in before:
         signal.signal(number, _on_signal)
@@ -70,20 +71,25 @@ def listening() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(others)
+        _state = _State()
         os.close(bell)
-        _begin()
 
 
 @contextmanager
-def deferred(*, then_end: bool = False) -> Iterator[None]:
-    """Let the block finish before a request ends anything; `then_end` where nobody looks for `requested` behind it."""
+def deferred() -> Iterator[None]:
+    """Let the block finish before a request ends the work."""
     _state.deferrals += 1
     try:
         yield
     finally:
         _state.deferrals -= 1
-    if then_end and _state.code:
+    if _state.code and not _state.deferrals:
         _end()
+
+
+def defer() -> None:
+    """From now on only note requests: the work looks for `requested` and ends by itself."""
+    _state.deferrals += 1
 
 
 def limit(hours: float | None) -> None:
@@ -130,11 +136,6 @@ def ignore_all() -> None:
     end_with_parent()
 
 
-def _begin(bell: int = -1) -> None:
-    _state.listening, _state.bell = bell >= 0, bell
-    _state.code, _state.deadline, _state.deferrals, _state.raised = 0, float("inf"), 0, False
-
-
 def _on_signal(number: int, _: Any) -> None:
     # asyncio, in some libraries, takes the descriptor for its own loop and leaves none behind
     if signal.set_wakeup_fd(_state.bell, warn_on_full_buffer=False) != _state.bell:
@@ -150,32 +151,29 @@ def _end() -> None:
         raise InterruptedRun(reason(_state.code), _state.code)
 
 
-def _count(read: int) -> None:
+def _count(read: int, state: _State) -> None:
     """Leave at the second request; ends when the pipe is closed."""
     first = float("inf")
     while numbers := os.read(read, 64):
         for number in (number for number in numbers if number in SIGNALS):
             first, now = min(first, time.monotonic()), time.monotonic()
-            _state.code = _state.code or 128 + number
+            state.code = state.code or 128 + number
             if now - first >= ONE_REQUEST_S:
-                _leave(number)
+                os.write(2, f"\nleft at once, at a second signal ({signal.Signals(number).name})\n".encode())
+                os._exit(state.code)
     os.close(read)
-
-
-def _leave(number: int) -> NoReturn:
-    os.write(2, f"\nleft at once, at a second signal ({signal.Signals(number).name})\n".encode())
-    os._exit(_state.code)
 
 
 def _forget() -> None:
     """In a forked child, which shares the pipe: what it is told concerns it alone."""
-    if _state.listening:
+    global _state
+    if _state.bell >= 0:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             if signal.getsignal(number) is _on_signal:
                 default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, default)
-        _begin()
+        _state = _State()
 
 
 os.register_at_fork(after_in_child=_forget)

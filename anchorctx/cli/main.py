@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from anchorctx import interrupt
-from anchorctx.errors import InterruptedRun, LostProcesses, UserError
+from anchorctx.errors import LOST, InterruptedRun, LostProcesses, UserError
 from anchorctx.records.table import text_table
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,6 @@ key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with
 a first run:    bash recipes/quickstart/run.sh
 """
 
-LOST = 3
-"""Exit code where other processes of the job do not answer any more."""
 GO_ON = {
     "prepare": "what was tokenised is kept, type the same command to go on",
     "train": "before training began, so that nothing is lost: type the same command again",
@@ -125,7 +123,8 @@ def _guarded(command: str, argv: list[str]) -> int:
     with interrupt.listening():
         try:
             return _told(command, argv)
-        except InterruptedRun as notice:
+        except (InterruptedRun, KeyboardInterrupt) as error:
+            notice = error if isinstance(error, InterruptedRun) else InterruptedRun(interrupt.reason(130), 130)
             if _rank() == 0:
                 how = notice.how or GO_ON.get(command, "type the same command again")
                 print(f"anchorctx {command}: {notice.reason}: {how}", file=sys.stderr, flush=True)
@@ -147,8 +146,11 @@ def _told(command: str, argv: list[str]) -> int:
         print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return 2
     except LostProcesses as error:
-        print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
-        return LOST
+        if error.code == LOST:
+            print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(PATIENCE_S)  # torchrun takes the first to end for the one that failed
+        return error.code
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint about stdout at the exit either
         return 141  # 128 + SIGPIPE

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from anchorctx import interrupt
-from anchorctx.cli.main import LOST
+from anchorctx.errors import LOST
 
 TOLD = (2, LOST, *interrupt.EXIT_CODES)
 """Exit codes of `anchorctx` after which there is nothing to add."""

@@ -67,7 +67,7 @@ class Journal:
 
     def add(self, rows: list[Result]) -> None:
         """Append a unit's rows; they are on disk, all together, on return."""
-        with interrupt.deferred(then_end=True):
+        with interrupt.deferred():
             append_results(self.path, rows)
             self.rows += rows
 

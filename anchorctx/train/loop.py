@@ -27,7 +27,7 @@ from anchorctx.flops import ModelFlops, whole_shape
 from anchorctx.models import check_attention, check_length, check_vocabulary
 from anchorctx.models.loss import check_loss
 from anchorctx.models.router import Routed
-from anchorctx.parallel import dist, ulysses
+from anchorctx.parallel import dist, presence, ulysses
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Shard, shard_batch
 from anchorctx.parallel.ulysses import exchanged_bytes
@@ -51,15 +51,16 @@ def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
     """Run (or resume) a training run in this process, one of those that torchrun started; returns `out_dir`.
 
     `probes` measure the live model on the way. Raises InterruptedRun after SIGTERM, SIGINT, SIGUSR1, SIGHUP or
-    `max_hours`, once a checkpoint is written; or at once, where no step was begun.
+    `max_hours`, once a checkpoint is written; or at once, where no step was begun. Raises LostProcesses where others of
+    the job have failed or do not answer.
     """
     config.validate()
     with interrupt.listening():
         interrupt.limit(config.max_hours)
-        ranks = dist.start(config.parallel.timeout_s)
+        ranks = dist.start(config.parallel.timeout_s + presence.MARGIN_S)
         try:
             lock = checkpoint.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
-            with lock, deterministic(config.deterministic):
+            with presence.presence(ranks, config.parallel.timeout_s), lock, deterministic(config.deterministic):
                 Trainer(config, ranks, probes).fit()
         finally:
             ulysses.release()
@@ -139,8 +140,8 @@ class Trainer:
         """Train to the last step, with validation, metrics and checkpoints on the way."""
         if self.step == 0:
             self._report(self.validate() | self.probe(always=True))
-        with interrupt.deferred():
-            self._steps()
+        interrupt.defer()
+        self._steps()
         if self.step < self.config.steps:
             code = int(dist.highest(interrupt.requested(), self.ranks.device))  # that of the ranks that were told
             raise InterruptedRun(
@@ -153,7 +154,9 @@ class Trainer:
     def _steps(self) -> None:
         """Train to the last step, or until somebody asks for the end."""
         while self.step < self.config.steps and not self.stopping:
+            presence.begin(f"step {self.step + 1}")
             row = self.train_step()
+            presence.begin(f"what follows step {self.step}")
             last = self.step == self.config.steps
             if last or self._due(self.config.validate_every):
                 row |= self.validate()
@@ -161,6 +164,7 @@ class Trainer:
             if last or self._due(self.config.logging.every) or "val/loss" in row or probed:
                 self._report(row)
             if last or self.stopping or self._due(self.config.checkpoint.every):
+                presence.begin(f"the checkpoint of step {self.step}")
                 self.save()
             self.meter.go()
         for callback in self.callbacks:
