@@ -121,8 +121,7 @@ class Presence:
                     self._closed.wait(GRACE_S)
                     self._leave("", failure["code"])
                 if time.monotonic() - self._since > self._timeout and (missing := self._missing()):
-                    first = self._fail(LOST)
-                    self._leave(self._sentence(missing) if first else "", LOST)
+                    self._leave(self._sentence(missing) if self._fail(LOST) else "", LOST)
         except RuntimeError:  # the store is gone, with the process that had it: the collectives' own limit remains
             return
 
@@ -134,15 +133,17 @@ class Presence:
         os._exit(code)
 
     def _missing(self) -> dict[int, str]:
-        """What those did last that do not answer, or are still at something earlier than this process."""
-        before = self._entries()
+        """What those did last that do not answer, or else stay at something earlier; none if this process goes on."""
+        at, before = self._count, self._entries()
         for _ in range(round(SILENCE_S / BEAT_S)):
             time.sleep(BEAT_S)
             self._write()
         now = self._entries()
-        silent = [rank for rank in now if rank in before and now[rank][0] == before[rank][0]]
-        gone = {rank: f"does not answer any more and began {now[rank][2]} last" for rank in silent}
-        behind = {r: f"is still at {now[r][2]}" for r in now if now[r][1] < self._count}
+        if self._count != at:
+            return {}
+        stays = [rank for rank in now if rank in before and now[rank][1] == before[rank][1]]
+        gone = {r: f"does not answer any more and began {now[r][2]} last" for r in stays if now[r][0] == before[r][0]}
+        behind = {r: f"is still at {now[r][2]}" for r in stays if now[r][1] < at}
         return {r: f"rank {r} ({now[r][3]}), which {what}" for r, what in sorted((gone or behind).items())}
 
     def _sentence(self, missing: dict[int, str]) -> str:
