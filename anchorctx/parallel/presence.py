@@ -136,7 +136,8 @@ class Presence:
         """What those did last that do not answer, or else stay at something earlier; none if this process goes on."""
         at, before = self._count, self._entries()
         for _ in range(round(SILENCE_S / BEAT_S)):
-            time.sleep(BEAT_S)
+            if self._closed.wait(BEAT_S):
+                return {}
             self._write()
         now = self._entries()
         if self._count != at:
