@@ -20,8 +20,9 @@ from anchorctx.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-BUILD_S = 600.0
-"""Seconds after which another program's build on another machine is over: CPU Adam takes one or two minutes."""
+BUILD_S = 1800.0
+"""Seconds after which another program's build on another machine is over: CPU Adam takes two minutes where there are
+cores for it."""
 NAME = "cpu_adam"
 TURN, BATON = ".anchorctx.lock", "lock"
 
@@ -42,16 +43,21 @@ def folder() -> Path:
     """Where torch compiles the extension; made if needed."""
     from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
+    # torch would take ~/.cache literally, and make a folder called ~
+    homeless = os.path.expanduser("~") == "~" and not {"TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"} & os.environ.keys()
+    why = "there is no home folder to put it in"
     try:
-        place = Path(_get_build_directory(NAME, verbose=False))
-        (place / TURN).touch()
+        if not homeless:
+            place = Path(_get_build_directory(NAME, verbose=False))
+            (place / TURN).touch()
+            return place
     except OSError as error:
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-        raise UserError(
-            f"parallel.offload_optimizer=true compiles DeepSpeed's CPU Adam, and nothing can be written in {root} "
-            f"({error.strerror}): set TORCH_EXTENSIONS_DIR to a folder of your own"
-        ) from None
-    return place
+        why = f"nothing can be written in {root} ({error.strerror})"
+    raise UserError(
+        f"parallel.offload_optimizer=true compiles DeepSpeed's CPU Adam, and {why}: set TORCH_EXTENSIONS_DIR to a folder "
+        "of your own"
+    )
 
 
 @contextmanager
@@ -85,8 +91,8 @@ def _take_over(baton: Path, *, died: bool) -> None:
             logger.warning("removed %s, which a killed process left", baton)
             baton.unlink(missing_ok=True)
         elif not said:
-            who = "another program holds it" if held else f"nobody here holds it, so for {BUILD_S / 60:.0f} min at most"
-            logger.warning("waiting for %s: %s", baton, who)
+            alone = f"nobody here has it, so until it is {BUILD_S / 60:.0f} min old, unless you remove it"
+            logger.warning("waiting for %s: %s", baton, "another program builds" if held else alone)
             said = True
         else:
             time.sleep(0.2)

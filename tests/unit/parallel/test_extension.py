@@ -57,7 +57,7 @@ def test_what_another_program_left_is_removed_once_no_build_takes_so_long(place:
     left(place, extension.BUILD_S - 60)
     with pytest.raises(WaitsError), extension.turn(place):
         raise AssertionError("took over a build that may be running on another machine")
-    assert "nobody here holds it, so for 10 min at most" in caplog.text
+    assert "nobody here has it, so until it is 30 min old, unless you remove it" in caplog.text
     (place / extension.TURN).write_text("")
     os.utime(place / "lock", (time.time() - extension.BUILD_S - 60,) * 2)
     with extension.turn(place):
@@ -70,7 +70,7 @@ def test_what_a_living_process_holds_is_waited_for(place: Path, impatient: None,
     os.utime(place / "lock", (time.time() - 10 * extension.BUILD_S,) * 2)
     with pytest.raises(WaitsError), extension.turn(place):
         raise AssertionError("took over a build that is running")
-    assert "another program holds it" in caplog.text
+    assert "another program builds" in caplog.text
     baton.release()
 
 
@@ -80,3 +80,14 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
     with pytest.raises(UserError, match=f"nothing can be written in {tmp_path}/file .* set TORCH_EXTENSIONS_DIR"):
         extension.folder()
+
+
+def test_without_a_home_no_folder_called_tilde_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's user without an entry in /etc/passwd (pytorch/pytorch#140765 is of the same kind)."""
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no home folder to put it in: set TORCH_EXTENSIONS_DIR"):
+        extension.folder()
+    assert not list(tmp_path.iterdir())
