@@ -22,7 +22,7 @@ FOLDERS = ("benchmarks", "docs", "examples", "recipes", "scripts", "tests")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_CODE = SOURCES + [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
 
-FOUNDATION = {"errors", "lazy", "settings", "records", "pieces", "layout", "flops"}
+FOUNDATION = {"errors", "interrupt", "lazy", "settings", "records", "pieces", "layout", "flops"}
 PARTS = {"train", "evals", "data", "models", "parallel", "plan", "report"}
 MAY_IMPORT = {
     "__main__": {"cli"},

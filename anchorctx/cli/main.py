@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from anchorctx.errors import InterruptedRun, UserError
+from anchorctx import interrupt
+from anchorctx.errors import LOST, InterruptedRun, LostProcesses, UserError
 from anchorctx.records.disk import refused_write
 from anchorctx.records.table import text_table
 
@@ -46,6 +47,15 @@ key=value       Hydra overrides; `anchorctx COMMAND --help` lists every key with
 a first run:    bash recipes/quickstart/run.sh
 """
 
+GO_ON = {
+    "prepare": "what was tokenised is kept, type the same command to go on",
+    "train": "before training began, so that nothing is lost: type the same command again",
+    "export": "no folder was left half-written, type the same command again",
+    "eval": "what was measured is kept, type the same command to go on",
+    "precision": "what was measured is kept, type the same command to go on",
+    "kvcomm": "what was measured is kept, type the same command to go on",
+}
+"""What to do after a command was told to end."""
 PATIENCE_S = 3.0
 """Most mistakes meet every process alike. The others wait so long, in seconds, before they repeat what the first one
 says: torchrun ends them meanwhile, unless the mistake is theirs alone."""
@@ -63,7 +73,10 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: its own or 0, 2 for a user's mistake, 130, 141 or 143 when cut off."""
+    """Run one command; returns the exit code: its own or 0, 2 for a user's mistake, 3 when other processes were lost.
+
+    Told to end, it is 128 and the signal's number, or 124 after `max_hours`; 141 when nobody reads the output any more.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(text_table(COMMANDS.items(), indent=2))), end="")
@@ -77,13 +90,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code; one that trained, or met a mistake, without taking the interpreter apart.
+    """End this process with an exit code, without taking the interpreter apart unless it came to its end by itself.
 
     DeepSpeed's engine lives, and gloo's threads with it, to the very end. A thread that lets go of a collective's
     tensor while the interpreter ends aborts the process, and torchrun calls a finished run failed. After a mistake
     torchrun is to see the end, and to end the other processes, before they have waited for `PATIENCE_S`.
     """
-    if "deepspeed" not in sys.modules and code != 2:
+    if "deepspeed" not in sys.modules and code not in (2, *interrupt.EXIT_CODES):
         sys.exit(code)
     atexit._run_exitfuncs()  # W&B uploads its last rows there
     sys.stdout.flush()
@@ -93,19 +106,34 @@ def leave(code: int) -> NoReturn:
 
 def entry() -> NoReturn:
     """The `anchorctx` command."""
+    interrupt.end_with_launcher()
     leave(main())
 
 
 def former_entry(command: str) -> NoReturn:
     """`python -m anchorctx.cli.COMMAND`, which goes on working until 0.2 for train and eval."""
+    interrupt.end_with_launcher()
     _set_up_logging()
     logger.info("-m anchorctx.cli.%s stops working in 0.2: type -m anchorctx %s instead", command, command)
     leave(main([command, *sys.argv[1:]]))
 
 
 def _guarded(command: str, argv: list[str]) -> int:
-    """Run a command; a user's mistake becomes one sentence on stderr."""
+    """Run a command; what ends it early becomes one sentence on stderr."""
     _set_up_logging()
+    with interrupt.listening():
+        try:
+            return _told(command, argv)
+        except (InterruptedRun, KeyboardInterrupt) as error:
+            notice = error if isinstance(error, InterruptedRun) else InterruptedRun(interrupt.reason(130), 130)
+            if _rank() == 0:
+                how = notice.how or GO_ON.get(command, "type the same command again")
+                print(f"anchorctx {command}: {notice.reason}: {how}", file=sys.stderr, flush=True)
+            return notice.code
+
+
+def _told(command: str, argv: list[str]) -> int:
+    """Run a command; a user's mistake becomes one sentence on stderr."""
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
@@ -118,13 +146,12 @@ def _guarded(command: str, argv: list[str]) -> int:
             time.sleep(PATIENCE_S)
         print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return 2
-    except InterruptedRun as notice:
-        if _rank() == 0:
-            print(f"anchorctx {command}: {notice}", file=sys.stderr, flush=True)
-        return 143  # 128 + SIGTERM: schedulers requeue it, and scripts do not take it for a finished run
-    except KeyboardInterrupt:
-        print(f"anchorctx {command}: interrupted", file=sys.stderr)
-        return 130
+    except LostProcesses as error:
+        if error.code == LOST:
+            print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(PATIENCE_S)  # torchrun takes the first to end for the one that failed
+        return error.code
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         _drop_output()
         return 141  # 128 + SIGPIPE

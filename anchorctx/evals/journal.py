@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anchorctx import interrupt
 from anchorctx.evals.base import Unit
 from anchorctx.evals.config import EvaluatedModel
 from anchorctx.records.disk import Writing
@@ -67,8 +68,9 @@ class Journal:
 
     def add(self, rows: list[Result]) -> None:
         """Append a unit's rows; they are on disk, all together, on return."""
-        append_results(self.path, rows)
-        self.rows += rows
+        with interrupt.deferred():
+            append_results(self.path, rows)
+            self.rows += rows
 
 
 def begun(out_dir: str, evaluation: str, label: str) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ class ParallelConfig:
     offload_parameters: bool = False
     """Keep the parameters in CPU memory between uses; needs zero_stage=3."""
     timeout_s: PositiveFloat = 1800.0
-    """Longest time, in seconds, that a process waits for another before the job ends."""
+    """Longest time, in seconds, that a process waits for another before the job ends, and says for which."""
 
     def validate(self) -> None:
         """Raise UserError for combinations that do not exist."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import os
 import socket
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SHARED_MEMORY = "deepspeed_shm_comm"
@@ -57,8 +54,6 @@ def start(timeout_s: float = 1800.0) -> Ranks:
     if not torch_dist.is_initialized():
         import deepspeed
 
-        if os.environ["RANK"] == "0":
-            _say_what_is_waited_for()
         # On a CPU DeepSpeed compiles an extension that reduces over shared memory, under a lock that outlives a killed
         # process and then stops every later run, in silence. gloo reduces as well, and needs no compiler.
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
@@ -114,20 +109,6 @@ def gathered(value: T, ranks: Ranks) -> list[T]:
     values: list[Any] = [None] * ranks.world
     torch_dist.all_gather_object(values, value)
     return values
-
-
-def _say_what_is_waited_for() -> None:
-    """A run killed while DeepSpeed builds its CPU optimizer (for offload) leaves a lock that later ones wait for."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    locks = {*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")}
-    for lock in sorted(lock for lock in locks if lock.parent.name != SHARED_MEMORY):
-        logger.warning(
-            "waiting while another process builds DeepSpeed's extension; if none does (a run was killed at it), "
-            "remove %s",
-            lock,
-        )
 
 
 def _free_port() -> int:

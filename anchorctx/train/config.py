@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 
 from anchorctx.data.pieces import AnchorVisible, piece_tokens
 from anchorctx.errors import UserError
@@ -149,6 +149,9 @@ class TrainConfig:
     """What a token may see: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
     steps: Positive = 2000
     """Optimizer updates."""
+    max_hours: Annotated[float, Gt(0), "null is no limit"] | None = None
+    """Hours after which this start of the run finishes its step, writes a checkpoint and ends with exit code 124, as a
+    queue's limit needs it; a resumed run counts from its own start. null is no limit."""
     tokens_per_step: Positive = 524288
     """Batch size in tokens, over all processes: a multiple of the row length."""
     micro_tokens: Annotated[int, Ge(1), "null takes a row and a sixteenth"] | None = None

@@ -10,6 +10,7 @@ import torch
 from anchorctx.flops import whole_shape
 from anchorctx.parallel.config import BUCKET, LIVE, SUBGROUP, ParallelConfig
 from anchorctx.parallel.dist import Ranks
+from anchorctx.parallel.extension import load_cpu_adam
 from anchorctx.train.config import OptimConfig
 
 
@@ -57,6 +58,8 @@ def build_engine(
     """`deepspeed.initialize` on `module`, whose forward returns the loss; returns the engine."""
     import deepspeed
 
+    if parallel.offload_optimizer:
+        load_cpu_adam()  # before processes wait for each other
     config = deepspeed_config(parallel, optim, dtype=dtype, world=ranks.world, cuda=ranks.device.type == "cuda")
     groups = parameter_groups(module.named_parameters(), optim.weight_decay)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from anchorctx import interrupt
 from anchorctx.data.loader import Batch, RowLoader, Step, check_trained, validation_batches
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.pieces import AnchorVisible, Cutting
@@ -27,7 +27,7 @@ from anchorctx.flops import ModelFlops, whole_shape
 from anchorctx.models import check_attention, check_length, check_vocabulary
 from anchorctx.models.loss import check_loss
 from anchorctx.models.router import Routed
-from anchorctx.parallel import dist, ulysses
+from anchorctx.parallel import dist, presence, ulysses
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Shard, shard_batch
 from anchorctx.parallel.ulysses import exchanged_bytes
@@ -50,23 +50,25 @@ MODEL = "model"
 def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
     """Run (or resume) a training run in this process, one of those that torchrun started; returns `out_dir`.
 
-    `probes` measure the live model on the way. Raises InterruptedRun after SIGTERM, once a checkpoint is written.
+    `probes` measure the live model on the way. Raises InterruptedRun after SIGTERM, SIGINT, SIGUSR1, SIGHUP or
+    `max_hours`, once a checkpoint is written; or at once, where no step was begun. Raises LostProcesses where others of
+    the job have failed or do not answer.
     """
     config.validate()
-    ranks = dist.start(config.parallel.timeout_s)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        lock = folders.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
-        with lock, deterministic(config.deterministic):
-            trainer = Trainer(config, ranks, probes)
-            try:
-                trainer.fit()
-            finally:
-                trainer.writer.close()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        ulysses.release()
-        dist.stop()
+    with interrupt.listening():
+        interrupt.limit(config.max_hours)
+        ranks = dist.start(config.parallel.timeout_s + presence.MARGIN_S)
+        try:
+            lock = folders.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
+            with presence.presence(ranks, config.parallel.timeout_s), lock, deterministic(config.deterministic):
+                trainer = Trainer(config, ranks, probes)
+                try:
+                    trainer.fit()
+                finally:
+                    trainer.writer.close()
+        finally:
+            ulysses.release()
+            dist.stop()
     return Path(config.out_dir)
 
 
@@ -140,16 +142,29 @@ class Trainer:
         router = self.engine.module.router
         self.balance = Balance(router, ranks.device, state.router_fractions if state else None) if router else None
         self.callbacks = self._callbacks()
-        self.interrupted = False  # this process was asked to end
-        self.stopping = False  # all processes agreed to
+        self.stopping = False  # all processes agreed to end
 
     def fit(self) -> None:
         """Train to the last step, with validation, metrics and checkpoints on the way."""
-        signal.signal(signal.SIGTERM, self._stop_soon)
         if self.step == 0:
             self._report(self.validate() | self.probe(always=True))
+        interrupt.defer()
+        self._steps()
+        if self.step < self.config.steps:
+            code = int(dist.highest(interrupt.requested(), self.ranks.device))  # that of the ranks that were told
+            raise InterruptedRun(
+                f"{interrupt.reason(code)} after step {self.step} of {self.config.steps}, with a checkpoint in "
+                f"{self.out_dir}",
+                code,
+                "type the same command to go on",
+            )
+
+    def _steps(self) -> None:
+        """Train to the last step, or until somebody asks for the end."""
         while self.step < self.config.steps and not self.stopping:
+            presence.begin(f"step {self.step + 1}")
             row = self.train_step()
+            presence.begin(f"what follows step {self.step}")
             last = self.step == self.config.steps
             if last or self._due(self.config.validate_every):
                 row |= self.validate()
@@ -157,16 +172,12 @@ class Trainer:
             if last or self._due(self.config.logging.every) or "val/loss" in row or probed:
                 self._report(row)
             if last or self.stopping or self._due(self.config.checkpoint.every):
+                presence.begin(f"the checkpoint of step {self.step}")
                 self.save()
             self.meter.go()
         for callback in self.callbacks:
             callback.close()
         dist.barrier()  # nobody leaves, which makes torchrun end the others, before all have closed
-        if self.step < self.config.steps:
-            raise InterruptedRun(
-                f"ended by SIGTERM after step {self.step} of {self.config.steps}, with a checkpoint in {self.out_dir}: "
-                "type the same command to go on"
-            )
 
     def train_step(self) -> dict[str, float]:
         """One optimizer update; returns its metrics."""
@@ -337,6 +348,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _stop_soon(self, *_: Any) -> None:
-        """SIGTERM: finish the step, write a checkpoint, end."""
-        self.interrupted = True
+    @property
+    def interrupted(self) -> bool:
+        """Was this process asked to finish the step, write a checkpoint and end?"""
+        return interrupt.requested() > 0

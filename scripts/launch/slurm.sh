@@ -8,7 +8,7 @@
 #   CPUS=64       CPU cores of a node            PORT=29500           change it where jobs share nodes
 #   DRY_RUN=1     print the command that submits, and the job's own, and stop
 #   GRACE=300     seconds before the end at which the run is told to finish its step, write a checkpoint and end;
-#                 submitted again, it goes on from there (needs a torchrun with --shutdown-timeout, such as torch 2.13's)
+#                 submitted again, it goes on from there
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/environment.sh"
@@ -17,7 +17,7 @@ options=(--job-name anchorctx --nodes "${NODES:-1}" --ntasks-per-node 1 --gpus-p
 [ -z "${PARTITION:-}" ] || options+=(--partition "$PARTITION")
 [ -z "${ACCOUNT:-}" ] || options+=(--account "$ACCOUNT")
 printf -v arguments ' %q' "$@"
-job="export NODES=\$SLURM_NNODES GPUS=${GPUS:-8} JOB=anchorctx_\$SLURM_JOB_ID DRY_RUN= TORCHRUN='--shutdown-timeout ${GRACE:-300}'
+job="export NODES=\$SLURM_NNODES GPUS=${GPUS:-8} JOB=anchorctx_\$SLURM_JOB_ID DRY_RUN=
 export HEAD=\$(scontrol show hostnames \"\$SLURM_JOB_NODELIST\" | head -n 1):${PORT:-29500}
 exec srun --kill-on-bad-exit=1 bash ${here@Q}/several_nodes.sh$arguments"
 if [ -n "${DRY_RUN:-}" ]; then

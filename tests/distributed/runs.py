@@ -61,8 +61,8 @@ class Launcher:
             *("steps=6", "validate_every=3", "optim.lr=0.01", "optim.clip=0.3", *overrides),
         ]
 
-    def command(self, name: str, processes: int, *overrides: str) -> list[str]:
-        return [*torchrun(processes), "-m", "anchorctx", "train", *self.overrides(name, *overrides)]
+    def command(self, name: str, processes: int, *overrides: str, ours: bool = False) -> list[str]:
+        return [*torchrun(processes, ours), "-m", "anchorctx", "train", *self.overrides(name, *overrides)]
 
     def run(self, name: str, processes: int, *overrides: str) -> Path:
         done = subprocess.run(self.command(name, processes, *overrides), capture_output=True, text=True, timeout=300)
@@ -79,8 +79,10 @@ class Launcher:
         return results
 
 
-def torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def torchrun(processes: int, ours: bool = False) -> list[str]:
+    """torchrun, or `ours`, which passes exit codes on."""
+    module = "anchorctx.cli.torchrun" if ours else "torch.distributed.run"
+    return [sys.executable, "-m", module, "--standalone", "--nproc_per_node", str(processes)]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

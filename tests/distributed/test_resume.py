@@ -35,7 +35,7 @@ def whole(launcher):
 def interrupt(launcher, name, how):
     """Start a run, and once it wrote a checkpoint end it by `how`(launcher process); returns its exit code."""
     process = subprocess.Popen(
-        launcher.command(name, 2, *LONG), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        launcher.command(name, 2, *LONG, ours=True), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     first = launcher.root / name / "checkpoints" / "step_00000005"
     deadline = time.monotonic() + 120
@@ -82,7 +82,7 @@ def test_kill_9_and_resume_is_bit_identical(launcher, whole, tmp_path):
 
 
 def test_sigterm_on_one_rank_saves_and_ends_cleanly(launcher, whole, tmp_path):
-    assert interrupt(launcher, "terminated", terminate_one_worker) != 0  # not a finished run, for the scripts around
+    assert interrupt(launcher, "terminated", terminate_one_worker) == 143  # not a finished run, for the scripts around
     terminated = launcher.root / "terminated"
     stopped_at = metrics(terminated)[-1]["step"]
     assert stopped_at < 60

@@ -79,4 +79,4 @@ def test_a_slurm_job_is_submitted_and_runs_on_every_node(folder: Path) -> None:
     assert (folder / "job").read_text().splitlines() == ["#!/usr/bin/env bash", *rest]
     called = (folder / "called").read_text().splitlines()[1:]
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "first:29500", "--rdzv_id", "anchorctx_12"]
-    assert called == [*NODES, "--shutdown-timeout", "120", *rendezvous, "-m", "anchorctx", "train", *WORDS]
+    assert called == [*NODES, *rendezvous, "-m", "anchorctx", "train", *WORDS]

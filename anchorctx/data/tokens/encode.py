@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anchorctx import interrupt
 from anchorctx.data.sources.documents import Document, Tokens
 from anchorctx.data.tokens.tokenizer import SpecialTokens, serialized
 from anchorctx.errors import UserError
@@ -144,7 +144,7 @@ _worker: Callable[[list[str]], Encoded] | None = None
 def _start_worker(encoder: Encoder) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends its workers
+    interrupt.ignore_all()
     _worker = _encoding(encoder)
 
 
