@@ -105,6 +105,13 @@ def highest(value: float, device: torch.device) -> float:
     return tensor.item()
 
 
+def gathered(values: torch.Tensor) -> torch.Tensor:
+    """(W, ...): `values`, on this process's device, of each of the W processes."""
+    found = [torch.empty_like(values) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(found, values.contiguous())
+    return torch.stack(found)
+
+
 def _say_what_is_waited_for() -> None:
     """A run killed while DeepSpeed builds its CPU optimizer (for offload) leaves a lock that later ones wait for."""
     from torch.utils.cpp_extension import get_default_build_root

@@ -40,6 +40,7 @@ from anchorctx.train.config import TrainConfig
 from anchorctx.train.dashboards import check_dashboards, dashboards
 from anchorctx.train.determinism import deterministic
 from anchorctx.train.engine import build_engine, set_lr
+from anchorctx.train.health import Health
 from anchorctx.train.meter import Meter
 from anchorctx.train.tokenizer import trained_tokenizer
 
@@ -129,6 +130,9 @@ class Trainer:
         )
         if self.resume_from is not None:
             checkpoint.load(self.engine, self.resume_from, ranks, int(state["processes"]))
+        self.health = Health(
+            config.health, self.engine, self.packed, ranks, self.out_dir, step=self.step, state=state.get("health")
+        )
         router = self.engine.module.router
         self.balance = Balance(router, ranks.device, state.get("router_fractions")) if router else None
         self.callbacks = self._callbacks()
@@ -161,22 +165,16 @@ class Trainer:
             )
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer update; returns its metrics."""
+        """One step, whose update `health` makes or leaves out; returns its metrics."""
         waited = time.perf_counter()
         step = self.loader.step(self.step)
         self.loading = time.perf_counter() - waited
         set_lr(self.engine, lr := self.config.optim.lr_at(self.step, self.config.steps))
-        losses = self._forward_backward(step)
-        self.engine.step()
+        loss, row = self._forward_backward(step)
+        row |= {"train/lr": lr} | self.health.update(loss, self.step + 1, step.rows)
         self.step += 1
         self.tokens += step.trained_tokens
-        norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise UserError(
-                f"the gradient norm of step {self.step} is {norm}: lower optim.lr, or see rows {list(step.rows)} of "
-                f"{self.packed.fingerprint}; the last checkpoint is intact"
-            )
-        row = losses | {"train/lr": lr, "train/grad_norm": norm}
+        self.health.check_weights(self.step)
         row |= self.meter.row(step, self.loading)
         return row | {"perf/waiting_seconds": self.waiting, "perf/exchanged_bytes": self.exchanged}
 
@@ -188,8 +186,8 @@ class Trainer:
         again = 1 / every if every else 0.0
         return exchanged_bytes(model.config, batch.layouts[0].length, model.dtype.itemsize, self.mesh.sequence, again)
 
-    def _forward_backward(self, step: Step) -> dict[str, float]:
-        """Accumulate the step's gradients; returns its losses. The caller makes the update."""
+    def _forward_backward(self, step: Step) -> tuple[float, dict[str, float]]:
+        """Accumulate the step's gradients; returns its loss and metrics. The caller makes the update."""
         if self.balance is not None:
             self.balance.begin(step.layouts)
             if self.balance.fractions is None:
@@ -216,12 +214,7 @@ class Trainer:
                 self.engine.step()  # counts the piece, no update yet
         total, stops = dist.total([summed.item() / weight, float(self.interrupted)], self.ranks.device)
         self.stopping = stops > 0  # decided together, so that no rank saves alone
-        if not math.isfinite(total):
-            raise UserError(
-                f"the loss of step {self.step} is {total}, so the update was not made: lower optim.lr, or look at rows "
-                f"{list(step.rows)} of {self.packed.fingerprint}; the last checkpoint is intact"
-            )
-        return {"train/loss": total} | ({"train/router_loss": self.balance.end()} if self.balance else {})
+        return total, {"train/router_loss": self.balance.end()} if self.balance else {}
 
     @torch.no_grad()
     def _routed(self, step: Step) -> list[Routed]:
@@ -246,6 +239,8 @@ class Trainer:
                 sums[1] += float(mine.loss_weights.sum())
         self.engine.train()
         loss, weight = dist.total(sums, ranks.device)
+        if not self.health.allows(loss / weight, self.step):
+            return {}
         return {"val/loss": loss / weight, "val/perplexity": math.exp(min(loss / weight, 700.0))}
 
     def probe(self, *, always: bool) -> dict[str, float]:
@@ -260,10 +255,11 @@ class Trainer:
         return found
 
     def save(self) -> None:
-        """Write a checkpoint from every rank."""
+        """Write a checkpoint from every rank, of weights that are checked."""
+        self.health.check_weights(self.step, always=True)
         rows = self.loader.rows_before(self.step)
         state = {"step": self.step, "tokens": self.tokens, "rows": rows, "identity": self._identity()}
-        state |= {"processes": self.ranks.world, "schedule": self._schedule()}
+        state |= {"processes": self.ranks.world, "schedule": self._schedule(), "health": self.health.state}
         if self.balance is not None:
             state["router_fractions"] = self.balance.fractions
         checkpoint.save(self.engine, self.out_dir / "checkpoints", state, self.ranks, self.config.checkpoint)
@@ -278,6 +274,7 @@ class Trainer:
     def _report(self, row: dict[str, float]) -> None:
         if "memory/peak_gib" in row:  # a step's row: on every process or on none
             row["memory/peak_gib"] = dist.highest(row["memory/peak_gib"], self.ranks.device)
+        row = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no NaN
         for callback in self.callbacks:
             callback.log({"step": self.step, "tokens": self.tokens, **row})
 
