@@ -31,7 +31,7 @@ from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
 from anchorctx.models.generation import drop_unused
 from anchorctx.models.gguf import folder_of, is_gguf
-from anchorctx.models.weights import refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
+from anchorctx.models.weights import check_finite, refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
         options: of transformers' `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
-        UserError: nothing to read, or weights that are missing or of another shape; unknown weights are logged.
+        UserError: nothing to read, or weights that are missing, not finite or of another shape; unknown ones are
+            logged.
     """
     folder = local_folder(path, weights=True)
     if folder is not None:
@@ -115,6 +116,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: a folder's is refused before
         raise UserError(f"model {path} is an adapter: merge it (peft's merge_and_unload), and name the result's folder")
     _judge(path, type(model), info)
+    check_finite(path, model)
     untie(path, model.config, dict(model.named_parameters(remove_duplicate=False)))
     drop_unused(model.generation_config)
     restore_frequencies(model)
@@ -162,6 +164,7 @@ def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: st
     }
     _judge(source, type(model), info)
     model.load_state_dict(weights, strict=False, assign=True)  # no second copy
+    check_finite(source, model)
     model.tie_weights()
 
 

