@@ -29,7 +29,7 @@ def run(launcher: Launcher, start: list[str], cases: dict[str, dict[str, Any]]) 
         given = case.pop("overrides")
         case |= {"rank": case.get("rank", 0), "overrides": launcher.overrides(name, *overrides, *given)}
     command = [*start, str(Path(__file__).with_name("bad_numbers.py")), json.dumps(list(cases.values()))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"code"')]
     assert len(found) == len(cases), done.stderr[-3000:]
     assert "OVERFLOW" not in done.stdout

@@ -13,7 +13,7 @@ import pytest
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators import perplexity
-from anchorctx.evals.evaluators.config import RetrievalConfig
+from anchorctx.evals.evaluators.config import PerplexityConfig, RetrievalConfig
 from anchorctx.evals.evaluators.perplexity import perplexity_row
 from anchorctx.evals.finite import checked
 from anchorctx.evals.runner import EvalConfig, EvalName, evaluate
@@ -61,6 +61,7 @@ def test_an_evaluation_ends_and_keeps_what_it_has(
         out_dir=str(tmp_path / "out"),
         evals=[EvalName.retrieval, EvalName.perplexity],
         corpus=SourceConfig(path=str(tmp_path / "corpus.jsonl")),
+        perplexity=PerplexityConfig(max_length=128),
         retrieval=RetrievalConfig(lengths=[64], rows=2),
     )
 

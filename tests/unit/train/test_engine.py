@@ -58,7 +58,7 @@ def test_adamw_is_fused_on_cuda_where_foreach_holds_a_temporary_of_all_weights()
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"zero_stage": 0}, "parallel.zero_stage=0 must be 1, 2 or 3"),
+        ({"zero_stage": 0}, "parallel.zero_stage=0 must be between 1 and 3"),
         ({"zero_stage": 2, "offload_parameters": True}, "needs parallel.zero_stage=3, not 2"),
     ],
 )
