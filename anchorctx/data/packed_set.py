@@ -137,8 +137,11 @@ class PackedSet:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        with np.load(folder / "rows.npz") as archive:
-            index = dict(archive)
+        try:
+            with np.load(folder / "rows.npz") as archive:
+                index = dict(archive)
+        except ValueError as error:  # a pickle, which is not opened
+            raise UserError(f"{folder / 'rows.npz'} holds no plain arrays: prepare the set again") from error
         self.row_weight: np.ndarray = index["weight"]
         """(rows,) float64: sum of the loss weights of each row."""
         self.row_trained: np.ndarray = index["trained"]
@@ -164,6 +167,10 @@ class PackedSet:
         if not {"fingerprint", "row_length", "rows_per_shard", "files"} <= set(manifest):
             raise UserError(f"{folder} is no packed set: name a folder that anchorctx prepare made")
         for name, expected in manifest["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(
+                    f"{folder / FILE} names {name}, outside its folder: it was not made by anchorctx prepare"
+                )
             file = folder / name
             if not file.is_file() or file.stat().st_size != expected["bytes"]:
                 raise UserError(f"{file} is missing or cut short: remove {folder} and prepare it again")

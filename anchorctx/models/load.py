@@ -10,12 +10,12 @@ import contextlib
 import difflib
 import functools
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -31,7 +31,15 @@ from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
 from anchorctx.models.generation import drop_unused
 from anchorctx.models.gguf import folder_of, is_gguf
-from anchorctx.models.weights import check_finite, refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
+from anchorctx.models.weights import (
+    check_files,
+    check_finite,
+    refuse_adapter,
+    tied_pairs,
+    untie,
+    untie_by_files,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +58,8 @@ def local_folder(path: str, *, weights: bool = False) -> Path | None:
             raise UserError(f"model {path} does not exist: name the folder of a Hugging Face model, or one on the hub")
         _report_hub(path)
         return None
+    if folder.is_dir():
+        check_files(path, folder)
     refuse_adapter(path, folder)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -73,7 +83,9 @@ def read_config(path: str, fields: Mapping[str, Any] | None = None) -> Pretraine
     """
     folder = local_folder(path)
     with _reading(path):
-        found: Any = AutoConfig.from_pretrained(folder or path, return_unused_kwargs=True, **(fields or {}))
+        found: Any = AutoConfig.from_pretrained(
+            folder or path, return_unused_kwargs=True, trust_remote_code=False, **(fields or {})
+        )
     config, unknown = found
     for name in unknown:
         near = difflib.get_close_matches(name, config.to_dict(), 1)
@@ -89,7 +101,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer; UserError when there is none."""
     folder = local_folder(path)
     with _reading(path):
-        return AutoTokenizer.from_pretrained(folder or path)
+        return AutoTokenizer.from_pretrained(folder or path, trust_remote_code=False)
 
 
 def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
@@ -110,6 +122,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
     if folder is not None:
         weight_files(folder)  # says which of them is missing
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with both shapes
+    options |= {"trust_remote_code": False, "weights_only": True}  # a .bin is a pickle, which may run anything
     with _reading(path), _without_report():
         found: Any = AutoModelForCausalLM.from_pretrained(folder or path, config=config, **options)
     model, info = found
@@ -230,7 +243,17 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, UserError):
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"model {path} has a file of weights that holds more than weights, which could run code, or is damaged: "
+            "get it as safetensors, from someone whom you trust"
+        ) from error
+    except Exception as error:  # of damaged files, AttributeError, KeyError, TypeError and others
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model {path} needs code of its own, which comes with it and is never run: name a checkpoint of an "
+                "architecture that transformers has"
+            ) from error
         raise UserError(
             f"model {path} cannot be loaded ({reason(error, first=True)}): name a folder with a model and its "
             "tokenizer, or a model that the hub gives you (check its name, or download it first)"
