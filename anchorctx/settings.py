@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from functools import cache
 from types import NoneType
@@ -27,11 +27,19 @@ if TYPE_CHECKING:
 
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
-Seed = Annotated[int, Ge(0)]
-"""numpy's generators take no negative seeds."""
+LONGEST = 2**31 - 1
+Length = Annotated[int, Ge(1), Le(LONGEST)]
+"""Tokens of a row or a model's positions: packed sets keep boundaries in 32 bits."""
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+"""What numpy's generators take."""
 Share = Annotated[float, Ge(0), Le(1)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
+Spread = Annotated[float, Ge(0), Le(10)]
+"""Standard deviation of a logarithm; with 10, one value in six is more than 22,000 times the median."""
+FAR = 1000
+MOST = 10**15
+"""No number of any configuration is larger, whatever its own range."""
 
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 """pydantic's names of the mistakes that count here. Types are left to OmegaConf and pyright: a caller in Python may
@@ -39,7 +47,7 @@ pass a Path for a folder."""
 
 
 def check_ranges(config: Any, section: str = "") -> None:
-    """Raise UserError for the first number of a configuration that is out of its range, NaN or infinite.
+    """Raise UserError for the first number of a configuration that is out of its range, NaN, infinite or above MOST.
 
     Args:
         config: a dataclass, with others inside.
@@ -55,6 +63,9 @@ def check_ranges(config: Any, section: str = "") -> None:
         wrong = [e for e in error.errors(include_url=False) if e["type"] in OUT_OF_RANGE]
         if wrong:
             raise UserError(_sentence(owner, wrong[0]["loc"], wrong[0]["input"], section)) from None
+    for place, value in _numbers(config):
+        if abs(value) > MOST:
+            raise UserError(_sentence(owner, place, value, section, f"at most {MOST:.0e}"))
 
 
 def shown(value: Any) -> str:
@@ -82,11 +93,24 @@ def _adapter(owner: type) -> TypeAdapter[Any]:
     return TypeAdapter(optional, config=ConfigDict(allow_inf_nan=False))
 
 
-def _sentence(owner: type, place: Sequence[int | str], value: Any, section: str) -> str:
-    """`place` is pydantic's: ("models", 1, "max_length") is models[1].max_length."""
+def _numbers(config: Any, place: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], int | float]]:
+    """Where a configuration has numbers, and which; those of a free dictionary, a model's own fields, are left out."""
+    if isinstance(config, int | float) and not isinstance(config, bool):
+        yield place, config
+    elif isinstance(config, list | tuple | dict):
+        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from _numbers(value, (*place, key))
+    elif dataclasses.is_dataclass(config):
+        for name, hint in get_type_hints(type(config)).items():
+            if Any not in (hint, *get_args(hint)):
+                yield from _numbers(getattr(config, name), (*place, name))
+
+
+def _sentence(owner: type, place: Sequence[int | str], value: Any, section: str, limits: str = "") -> str:
+    """`place` is pydantic's: ("models", 1, "max_length") is models[1].max_length; `limits` instead of the type's."""
     key = section + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    metadata = _metadata(owner, place)
-    limits = _limits(metadata)
+    metadata = () if limits else _metadata(owner, place)  # a remedy beside its range is about that
+    limits = limits or _limits(metadata, value)
     if not limits or (isinstance(value, float) and math.isinf(value)):
         limits = "a finite number"
     # metadata of workers: (Ge(1), "null chooses by the processors")
@@ -110,10 +134,12 @@ def _metadata(owner: type, place: Sequence[int | str]) -> tuple[Any, ...]:
     return getattr(hint, "__metadata__", ())
 
 
-def _limits(metadata: Sequence[Any]) -> str:
-    """`at least 1`, `between 0 and 1`, `above 0 and at most 1`."""
+def _limits(metadata: Sequence[Any], value: Any) -> str:
+    """`at least 1`, `between 0 and 1`, `above 0 and at most 1`; an end that is far away only where it is passed."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = {name: getattr(item, name) for item in metadata for name in words if hasattr(item, name)}
+    if limits.keys() == {"ge", "le"} and limits["le"] >= FAR:
+        del limits["ge" if value > limits["le"] else "le"]
     if limits.keys() == {"ge", "le"}:
         return f"between {limits['ge']} and {limits['le']}"
     return " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())

@@ -70,7 +70,11 @@ def resolve(command: str, overrides: list[str], recipe: str | None = None) -> An
     Raises UserError for an unknown key, a wrong type, a number out of range, a missing value, or a file that does
     not parse.
     """
-    config = compose_config(command, overrides, recipe)
+    return plain(compose_config(command, overrides, recipe))
+
+
+def plain(config: DictConfig) -> Any:
+    """A composed configuration as the command's dataclass; UserError as for `resolve`."""
     from omegaconf import OmegaConf
 
     missing = sorted(OmegaConf.missing_keys(config))

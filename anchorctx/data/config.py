@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from anchorctx.data.engine import EngineName
 from anchorctx.data.packing.config import PackConfig
@@ -14,7 +14,7 @@ from anchorctx.data.packing.mixture import MixtureConfig
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.data.tokens.tokenizer import SpecialTokens
 from anchorctx.errors import UserError
-from anchorctx.settings import Seed, check_ranges
+from anchorctx.settings import LONGEST, Length, Seed, check_ranges
 
 
 class LossWeights(StrEnum):
@@ -36,9 +36,9 @@ class PrepareConfig:
     """Where the documents come from, read one after the other."""
     tokenizer: str
     """Folder or hub name of the model whose tokenizer to use."""
-    row_length: int
+    row_length: Length
     """Tokens in a row, anchor included."""
-    anchor_len: Annotated[int, Ge(1), "patterns without an anchor ignore it"] = 1
+    anchor_len: Annotated[int, Ge(1), Le(LONGEST), "patterns without an anchor ignore it"] = 1
     """Anchor tokens at the start of each row."""
     pack: PackConfig = field(default_factory=PackConfig)
     """How documents become rows."""
@@ -54,7 +54,7 @@ class PrepareConfig:
     engine: EngineName = EngineName.local
     """local, or ray for a cluster (RAY_ADDRESS) whose machines all see out_dir and the sources; the result is the
     same."""
-    workers: Annotated[int, Ge(1), "use null to choose by the processors"] | None = None
+    workers: Annotated[int, Ge(1), Le(4096), "use null to choose by the processors"] | None = None
     """Tokenising processes; 1 uses threads; null chooses by the size of the corpus and the number of processors. With
     engine=ray the workers of the cluster. The result is the same."""
     keep_tokens: bool = False

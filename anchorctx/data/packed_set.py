@@ -160,8 +160,11 @@ class PackedSet:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        with np.load(folder / "rows.npz") as archive:
-            index = dict(archive)
+        try:
+            with np.load(folder / "rows.npz") as archive:
+                index = dict(archive)
+        except ValueError as error:  # a pickle, which is not opened
+            raise UserError(f"{folder / 'rows.npz'} holds no plain arrays: prepare the set again") from error
         self.row_weight: np.ndarray = index["weight"]
         """(rows,) float64: sum of the loss weights of each row."""
         self.row_trained: np.ndarray = index["trained"]
@@ -183,6 +186,10 @@ class PackedSet:
         remedy = f"name a packed set that anchorctx prepare made, or remove {folder} and prepare it again"
         manifest = read_fields(folder / FILE, _Manifest, remedy)
         for name, expected in manifest["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(
+                    f"{folder / FILE} names {name}, outside its folder: it was not made by anchorctx prepare"
+                )
             file = folder / name
             if not file.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{folder / FILE} names {name}, which is not in its folder: {remedy}")

@@ -20,7 +20,7 @@ from anchorctx.evals.evaluators.config import (
 from anchorctx.evals.evaluators.precision.config import StudyConfig
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig
 from anchorctx.models import RopeConfig
-from anchorctx.settings import Count, Positive, Seed
+from anchorctx.settings import Count, Length, Seed
 
 
 class EvalName(StrEnum):
@@ -70,7 +70,7 @@ class EvaluatedModel:
     """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Changes to the rotary position embeddings."""
-    max_length: Positive | None = None
+    max_length: Length | None = None
     """New maximum length in tokens, together with rope.theta or rope.type and rope.factor."""
 
 
@@ -95,7 +95,7 @@ class EvalConfig:
     """Fields of the model's configuration to change, such as {max_position_embeddings: 4096} to read past its limit."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Changes to the rotary position embeddings of `model`."""
-    max_length: Positive | None = None
+    max_length: Length | None = None
     """New maximum length of `model` in tokens, together with rope.theta or rope.type and rope.factor."""
     rope_dtype: RopeDtype = RopeDtype.bfloat16
     """Rotate queries and keys in float32, as training does by default, or in the activations' dtype (bfloat16), as the

@@ -34,6 +34,7 @@ from anchorctx.evals.evaluators.precision.study import Precision
 from anchorctx.evals.evaluators.retrieval import Retrieval
 from anchorctx.evals.evaluators.reuse.evaluator import Reuse
 from anchorctx.evals.evaluators.ruler import Ruler
+from anchorctx.evals.finite import checked
 from anchorctx.evals.forecast import Bar, Forecast, MeasuredError
 from anchorctx.evals.journal import Journal, average, begun, code_fingerprint, run_facts
 from anchorctx.evals.subject import (
@@ -216,7 +217,8 @@ def _all_rows(
     found = [row for (of, _), part in zip(wanted, rows, strict=True) if of is job for row in part]
     if not isinstance(job.evaluator, Concluding):
         return found
-    last = [_stamp(row, job, found[0].manifest) for row in job.evaluator.conclude(found)]
+    last = checked(job.evaluator.conclude(found), str(job.model.label))
+    last = [_stamp(row, job, found[0].manifest) for row in last]
     if journal is not None and (new := [row for row in last if row not in journal.rows]):
         journal.add(new)
     return found + last
@@ -332,7 +334,7 @@ def _stamped(
     """The rows of one unit, with the manifest and the model's label."""
     manifest = "" if journal is None else journal.open(job.identity, facts)
     found = job.evaluator.run(subject, unit, bar.advance)  # type: ignore[arg-type]  # None where it loads itself
-    return [_stamp(row, job, manifest) for row in found]
+    return [_stamp(row, job, manifest) for row in checked(found, str(job.model.label))]
 
 
 def _stamp(row: Result, job: Job, manifest: str) -> Result:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from anchorctx.attention.config import RopeDtype
 from anchorctx.errors import UserError
-from anchorctx.settings import Count, check_ranges
+from anchorctx.settings import LONGEST, Count, Seed, check_ranges
 
 SMALLEST_TILE = 128
 """Tokens of a tile of an MLP, at least: below, the calls cost more than the matrices."""
@@ -54,7 +54,7 @@ class RopeConfig:
     """Base of the frequencies, dimensionless; the paper uses 1e6 at 16K tokens, 5e6 at 64K, 1e7 at 128K."""
     factor: Annotated[float, Ge(1), KEEPS] | None = None
     """New length over original length, at least 1; needed by every scaling type."""
-    original_max_position_embeddings: Annotated[int, Ge(1), KEEPS] | None = None
+    original_max_position_embeddings: Annotated[int, Ge(1), Le(LONGEST), KEEPS] | None = None
     """Tokens that the model was trained for before scaling; None takes the checkpoint's."""
     extra: dict[str, Any] = field(default_factory=dict)
     """More of transformers' parameters (`beta_fast`, `low_freq_factor`, ...); a layer type's name (`sliding_attention`)
@@ -77,14 +77,14 @@ class ModelConfig:
     """Changes to the rotary position embeddings."""
     rope_dtype: RopeDtype = RopeDtype.float32
     """Rotate queries and keys in float32, or in the activations' dtype as transformers does (bfloat16)."""
-    max_length: Annotated[int, Ge(1), KEEPS] | None = None
+    max_length: Annotated[int, Ge(1), Le(LONGEST), KEEPS] | None = None
     """New maximum length in tokens, written into the exported configuration; None keeps the checkpoint's."""
     no_dropout: bool = False
     """Train without dropout, whatever the checkpoint says; needed where it has some in attention, which no backend
     computes."""
     attention: str = "auto"
     """Attention backend: auto, flash_attn, torch_varlen, cpu, flex or reference."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of a new model's weights."""
 
     def __post_init__(self) -> None:

@@ -32,7 +32,15 @@ from anchorctx.errors import UserError
 from anchorctx.models.generation import drop_unused
 from anchorctx.models.gguf import folder_of, is_gguf
 from anchorctx.models.unreadable import unreadable
-from anchorctx.models.weights import refuse_adapter, tied_pairs, untie, untie_by_files, weight_files
+from anchorctx.models.weights import (
+    check_files,
+    check_finite,
+    refuse_adapter,
+    tied_pairs,
+    untie,
+    untie_by_files,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +64,8 @@ def local_folder(path: str, *, weights: bool = False) -> Path | None:
             raise UserError(f"model {path} does not exist: name the folder of a Hugging Face model, or one on the hub")
         _report_hub(path)
         return None
+    if folder.is_dir():
+        check_files(path, folder)
     refuse_adapter(path, folder)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -110,11 +120,13 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
         options: of transformers' `from_pretrained`: dtype, attn_implementation, device_map.
 
     Raises:
-        UserError: nothing to read, or weights that are missing or of another shape; unknown weights are logged.
+        UserError: nothing to read, or weights that are missing, not finite or of another shape; unknown ones are
+            logged.
     """
     folder = local_folder(path, weights=True)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, with both shapes
-    options |= OWN_CODE | _generation(path, folder)
+    # a .bin is a pickle, which may run anything
+    options |= OWN_CODE | {"weights_only": True} | _generation(path, folder)
     with _reading(path), _without_report():
         if folder is not None:
             weight_files(folder)  # says which of them is missing
@@ -123,6 +135,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
     if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: a folder's is refused before
         raise UserError(f"model {path} is an adapter: merge it (peft's merge_and_unload), and name the result's folder")
     _judge(path, type(model), info)
+    check_finite(path, model)
     untie(path, model.config, dict(model.named_parameters(remove_duplicate=False)))
     drop_unused(model.generation_config)
     restore_frequencies(model)
@@ -192,6 +205,7 @@ def fill(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: st
     }
     _judge(source, type(model), info)
     model.load_state_dict(weights, strict=False, assign=True)  # no second copy
+    check_finite(source, model)
     model.tie_weights()
 
 

@@ -7,6 +7,7 @@ git-lfs pointer. The files say more than the error does.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def said(error: BaseException) -> str:
 
 def _from_error(error: Exception) -> str | None:
     text = str(error)
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "has a file of weights that holds more than weights, which could run code, or is damaged: get it as "
+            "safetensors, from someone whom you trust"
+        )
     if "trust_remote_code" in text or "custom code" in text:
         return (
             "needs code of its own from its repository, which is not run here: use a version of it whose architecture "

@@ -19,6 +19,8 @@ from anchorctx.errors import UserError
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
+POINTER = b"version https://git-lfs"
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse_adapter(path: str, folder: Path) -> None:
@@ -34,6 +36,17 @@ def refuse_adapter(path: str, folder: Path) -> None:
         )
 
 
+def check_files(path: str, folder: Path) -> None:
+    """UserError for a folder with a pipe or device in it, which would be waited for, or a pointer of git-lfs."""
+    for file in sorted(folder.iterdir()):
+        if not (file.is_file() or file.is_dir() or file.is_symlink()):
+            raise UserError(f"model {path} has {file.name}, which is no file but a pipe, socket or device: remove it")
+        if file.suffix in (".safetensors", ".bin", ".model", ".json") and file.is_file():
+            with file.open("rb") as content:
+                if content.read(len(POINTER)) == POINTER:
+                    raise UserError(f"model {path} has a pointer of git-lfs as {file.name}: fetch it with git lfs pull")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would load, in its order of preference; none where there are no weights.
 
@@ -45,6 +58,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         if (folder / index).is_file():
             shards = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+            if outside := [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]:
+                raise UserError(f"{folder / index} names {outside[0]}, outside its folder: download the model again")
             if absent := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise UserError(
                     f"model {folder} lacks {len(absent)} of its {len(shards)} files of weights (first: {absent[0]}): "
@@ -52,6 +67,23 @@ def weight_files(folder: Path) -> list[Path]:
                 )
             return [folder / shard for shard in shards]
     return []
+
+
+def check_finite(path: str, model: PreTrainedModel) -> None:
+    """UserError for weights that are NaN or infinite: whatever is measured of such a model, or trained from it, is NaN.
+
+    One pass over what this process holds, 0.3 ns a weight on a CPU; packed integers and weights elsewhere are passed.
+    """
+    for name, parameter in model.named_parameters():
+        weight = getattr(parameter, "ds_tensor", parameter)  # its share, under ZeRO 3
+        if weight.dtype not in FLOATS or weight.is_meta or not weight.numel():
+            continue
+        if not all(end.isfinite() for end in torch.aminmax(weight.detach())):  # both are NaN where any weight is
+            count = int((~weight.isfinite()).sum())
+            raise UserError(
+                f"model {path} has weights that are NaN or infinite ({count:,} of {weight.numel():,} in {name}): its "
+                "training went wrong or the file is damaged, so take an earlier checkpoint, or download it again"
+            )
 
 
 def tied_pairs(model: type[PreTrainedModel] | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from anchorctx.errors import UserError
 from anchorctx.settings import PositiveFloat, check_ranges
@@ -23,7 +23,7 @@ SUBGROUP = 250_000_000
 class ParallelConfig:
     """How the model's states are spread over processes (ZeRO, arXiv 1910.02054) and memory."""
 
-    zero_stage: int = 2
+    zero_stage: Annotated[int, Ge(1), Le(3)] = 2
     """1 shards the optimizer's states over the processes, 2 also the gradients, 3 also the parameters. 2 and 3 sum the
     gradients of micro-batches in float32, 1 in the weights' dtype."""
     sequence_parallel: Annotated[int, Ge(1), "1 is none"] = 1
@@ -39,13 +39,6 @@ class ParallelConfig:
     def validate(self) -> None:
         """Raise UserError for combinations that do not exist."""
         check_ranges(self, "parallel")
-        if self.zero_stage == 0 and self.sequence_parallel > 1:
-            raise UserError(
-                f"parallel.zero_stage=0 cannot be combined with parallel.sequence_parallel={self.sequence_parallel}: "
-                "DeepSpeed's plain data parallelism has no sequence-parallel gradients; use parallel.zero_stage=1"
-            )
-        if self.zero_stage not in (1, 2, 3):
-            raise UserError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
             raise UserError(
                 f"parallel.offload_parameters=true needs parallel.zero_stage=3, not {self.zero_stage}: "

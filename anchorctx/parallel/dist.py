@@ -111,6 +111,13 @@ def gathered(value: T, ranks: Ranks) -> list[T]:
     return values
 
 
+def stacked(values: torch.Tensor) -> torch.Tensor:
+    """(W, ...): `values`, on this process's device, of each of the W processes."""
+    found = [torch.empty_like(values) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(found, values.contiguous())
+    return torch.stack(found)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

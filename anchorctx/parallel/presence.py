@@ -34,7 +34,9 @@ MARGIN_S = 30.0
 """By how much the collectives' own limit is beyond ours, so that the sentence comes first."""
 SHOWN = 8
 """Processes that a sentence names at most."""
-CONNECTION = re.compile(r"gloo|NCCL|ncclSystemError|Connection closed by peer|Connection reset by peer|Timed out waiting")
+CONNECTION = re.compile(
+    r"gloo|NCCL|ncclSystemError|Connection closed by peer|Connection reset by peer|Timed out waiting"
+)
 """What torch says, in a RuntimeError, where a collective fails for want of another process."""
 
 _starts = 0

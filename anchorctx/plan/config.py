@@ -14,7 +14,7 @@ from anchorctx.layout import Pattern
 from anchorctx.models import ModelConfig
 from anchorctx.models.config import MemoryConfig
 from anchorctx.parallel.config import ParallelConfig
-from anchorctx.settings import NonNegativeFloat, Positive, PositiveFloat, Seed, Share, check_ranges
+from anchorctx.settings import Length, NonNegativeFloat, Positive, PositiveFloat, Seed, Share, Spread, check_ranges
 
 Rate = Annotated[float, Gt(0), Le(1)]
 """Share of a peak rate."""
@@ -30,12 +30,12 @@ class CorpusConfig:
     """Text file with the tokens of one document a line."""
     median: PositiveFloat = 800.0
     """Median tokens of a document, where neither is given."""
-    sigma: NonNegativeFloat = 1.2
+    sigma: Spread = 1.2
     """Standard deviation of the logarithm of the length."""
-    longest: Positive | None = None
+    longest: Length | None = None
     """Tokens of the longest document: drawn ones are cut there, and memory is planned for one. null is the longest of
     the rows that are looked at."""
-    rows: Positive = 64
+    rows: Annotated[int, Ge(1), Le(10**6)] = 64
     """Rows to draw, or to look at in a packed set."""
     seed: Seed = 0
     """Seed of the draw."""
@@ -84,7 +84,7 @@ class PlanConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model: `path` may also be a name that the planner knows."""
-    row_length: Positive | None = None
+    row_length: Length | None = None
     """Tokens of a row; null takes model.max_length, else the packed set's."""
     pattern: Pattern = Pattern.anchor
     """What a token may see: anchor, anchor_reset, full, intra_doc or intra_doc_reset."""
@@ -100,7 +100,7 @@ class PlanConfig:
     """Recomputation, tiles and offloading of activations."""
     gpu: str = "H100"
     """Kind of GPU."""
-    gpus: Positive = 8
+    gpus: Annotated[int, Ge(1), Le(2**20)] = 8
     """How many."""
     gpu_memory_gib: PositiveFloat | None = None
     """Memory of one, in GiB, where it differs from the kind's."""

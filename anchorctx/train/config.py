@@ -61,6 +61,50 @@ class LoggingConfig:
     """Write TensorBoard's files to `out_dir/tensorboard`."""
 
 
+class OnNonfinite(StrEnum):
+    """What becomes of a step whose loss or gradient is not finite. Its update is never made."""
+
+    fail = "fail"
+    """The run ends."""
+    skip = "skip"
+    """The run goes on with the next step, `max_skipped` times."""
+
+
+class OnSpike(StrEnum):
+    """What becomes of a step whose loss is far above those before it."""
+
+    ignore = "ignore"
+    """Nothing."""
+    log = "log"
+    """It is trained as any other, and written down."""
+    skip = "skip"
+    """Its update is not made, `max_skipped` times."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HealthConfig:
+    """What is done about bad numbers. Steps that have some are written to `out_dir/suspicious.jsonl` with their rows
+    and documents."""
+
+    on_nonfinite: OnNonfinite = OnNonfinite.fail
+    """A loss or gradient that is not finite: fail, or skip the step's update."""
+    on_spike: OnSpike = OnSpike.log
+    """A loss far above those before it: ignore, log, or skip the step's update."""
+    spike_deviations: PositiveFloat = 6.0
+    """How far, in standard deviations of the window's losses."""
+    spike_window: Annotated[int, Ge(8)] = 64
+    """Steps that a loss is compared with; the first ones of a run are compared with none."""
+    max_skipped: Count = 10
+    """Updates that are left out before the run ends."""
+    weights_every: Count = 100
+    """Steps between checks of the weights, which are also checked before each checkpoint: all finite, and the same on
+    all processes to the bit (with ZeRO 3, which gives each process a share, finite). 0 is only before checkpoints."""
+
+    def validate(self) -> None:
+        """Raise UserError for values that cannot be meant."""
+        check_ranges(self, "health")
+
+
 class Schedule(StrEnum):
     """The shape of the learning rate after warm-up."""
 
@@ -178,13 +222,15 @@ class TrainConfig:
     """Recomputation, tiles and offloading of activations."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Writing, keeping and resuming checkpoints."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """Losses, gradients and weights that are not finite, and losses that jump."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Where metrics go."""
 
     def validate(self) -> None:
         """Raise UserError for values that cannot be meant."""
         check_ranges(self)
-        for part in (self.optim, self.parallel, self.memory):
+        for part in (self.health, self.optim, self.parallel, self.memory):
             part.validate()
         if self.deterministic and self.memory.loss is LossKind.liger:
             raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,7 +39,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.clip,
-        "bf16": {"enabled": dtype is torch.bfloat16},
+        "bf16": {"enabled": dtype is torch.bfloat16, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "data_types": {"grad_accum_dtype": _accumulation_dtype(dtype, parallel.zero_stage)},
         "optimizer": {"type": "AdamW", "params": adam},
@@ -62,6 +64,7 @@ def build_engine(
         load_cpu_adam()  # before processes wait for each other
     config = deepspeed_config(parallel, optim, dtype=dtype, world=ranks.world, cuda=ranks.device.type == "cuda")
     groups = parameter_groups(module.named_parameters(), optim.weight_decay)
+    logging.getLogger("DeepSpeed").addFilter(_is_not_of_skipping)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)  # type: ignore[arg-type]
     return engine
 
@@ -83,6 +86,36 @@ def set_lr(engine: Any, lr: float) -> None:
     """Set the learning rate of the next update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def _is_not_of_skipping(record: logging.LogRecord) -> bool:
+    """DeepSpeed calls every update that is not made an overflow, also what `discard` asks for: `health` says it."""
+    return "OVERFLOW! Skipping step" not in record.getMessage()
+
+
+def update(engine: Any) -> float | None:
+    """Make the update from the gradients summed so far; returns their global norm before clipping.
+
+    None where they are not finite: the norm is the same on all processes, and none of them changes weights or states.
+    """
+    engine.step()
+    norm = float(engine.get_global_grad_norm())
+    assert engine.was_step_applied() == math.isfinite(norm), "DeepSpeed decides by the norm"
+    return norm if math.isfinite(norm) else None
+
+
+def discard(engine: Any) -> None:
+    """Drop the gradients summed so far: weights, the optimizer's states and its count of updates stay as they are."""
+    # an infinite norm makes DeepSpeed let go of all that it has summed, which lies in other places at each stage
+    infinite = torch.tensor(math.inf)
+    sharded = engine.zero_optimization_stage() == 3
+    name = "_get_norm_groups" if sharded else "scaled_global_norm"
+    setattr(engine.optimizer, name, lambda *_, **__: [infinite] if sharded else infinite)
+    try:
+        engine.step()
+    finally:
+        delattr(engine.optimizer, name)  # the class's own again
+    assert not engine.was_step_applied(), "DeepSpeed decides by the norm"
 
 
 def _accumulation_dtype(dtype: torch.dtype, stage: int) -> str:

@@ -40,6 +40,7 @@ from anchorctx.train.config import TrainConfig
 from anchorctx.train.dashboards import check_dashboards, dashboards
 from anchorctx.train.determinism import deterministic
 from anchorctx.train.engine import build_engine, set_lr
+from anchorctx.train.health import Health
 from anchorctx.train.meter import Meter
 from anchorctx.train.tokenizer import trained_tokenizer
 
@@ -139,6 +140,8 @@ class Trainer:
         if self.resumed is not None:
             read.load(self.engine, self.resumed, ranks)
         self.writer = run.writer(config, self.run_id, ranks, self.resumed)
+        found = state.health if state else None
+        self.health = Health(config.health, self.engine, self.packed, ranks, self.out_dir, step=self.step, state=found)
         router = self.engine.module.router
         self.balance = Balance(router, ranks.device, state.router_fractions if state else None) if router else None
         self.callbacks = self._callbacks()
@@ -180,22 +183,16 @@ class Trainer:
         dist.barrier()  # nobody leaves, which makes torchrun end the others, before all have closed
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer update; returns its metrics."""
+        """One step, whose update `health` makes or leaves out; returns its metrics."""
         waited = time.perf_counter()
         step = self.loader.step(self.step)
         self.loading = time.perf_counter() - waited
         set_lr(self.engine, lr := self.config.optim.lr_at(self.step, self.config.steps))
-        losses = self._forward_backward(step)
-        self.engine.step()
+        loss, row = self._forward_backward(step)
+        row |= {"train/lr": lr} | self.health.update(loss, self.step + 1, step.rows)
         self.step += 1
         self.tokens += step.trained_tokens
-        norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(norm):
-            raise UserError(
-                f"the gradient norm of step {self.step} is {norm}: lower optim.lr, or see rows {list(step.rows)} of "
-                f"{self.packed.fingerprint}; the last checkpoint is intact"
-            )
-        row = losses | {"train/lr": lr, "train/grad_norm": norm}
+        self.health.check_weights(self.step)
         row |= self.meter.row(step, self.loading)
         return row | {"perf/waiting_seconds": self.waiting, "perf/exchanged_bytes": self.exchanged}
 
@@ -207,8 +204,8 @@ class Trainer:
         again = 1 / every if every else 0.0
         return exchanged_bytes(model.config, batch.layouts[0].length, model.dtype.itemsize, self.mesh.sequence, again)
 
-    def _forward_backward(self, step: Step) -> dict[str, float]:
-        """Accumulate the step's gradients; returns its losses. The caller makes the update."""
+    def _forward_backward(self, step: Step) -> tuple[float, dict[str, float]]:
+        """Accumulate the step's gradients; returns its loss and metrics. The caller makes the update."""
         if self.balance is not None:
             self.balance.begin(step.layouts)
             if self.balance.fractions is None:
@@ -235,12 +232,7 @@ class Trainer:
                 self.engine.step()  # counts the piece, no update yet
         total, stops = dist.total([summed.item() / weight, float(self.interrupted)], self.ranks.device)
         self.stopping = stops > 0  # decided together, so that no rank saves alone
-        if not math.isfinite(total):
-            raise UserError(
-                f"the loss of step {self.step} is {total}, so the update was not made: lower optim.lr, or look at rows "
-                f"{list(step.rows)} of {self.packed.fingerprint}; the last checkpoint is intact"
-            )
-        return {"train/loss": total} | ({"train/router_loss": self.balance.end()} if self.balance else {})
+        return total, {"train/router_loss": self.balance.end()} if self.balance else {}
 
     @torch.no_grad()
     def _routed(self, step: Step) -> list[Routed]:
@@ -265,6 +257,8 @@ class Trainer:
                 sums[1] += float(mine.loss_weights.sum())
         self.engine.train()
         loss, weight = dist.total(sums, ranks.device)
+        if not self.health.allows(loss / weight, self.step):
+            return {}
         return {"val/loss": loss / weight, "val/perplexity": math.exp(min(loss / weight, 700.0))}
 
     def probe(self, *, always: bool) -> dict[str, float]:
@@ -279,7 +273,8 @@ class Trainer:
         return found
 
     def save(self) -> None:
-        """Write a checkpoint from every rank; the last one is there on return."""
+        """Write a checkpoint from every rank, of weights that are checked; the last one is there on return."""
+        self.health.check_weights(self.step, always=True)
         state = run.state_of(
             self.config,
             self.packed,
@@ -289,6 +284,7 @@ class Trainer:
             rows=self.loader.rows_before(self.step),
             processes=self.ranks.world,
             router_fractions=self.balance.fractions if self.balance else None,
+            health=self.health.state,
         )
         self.writer.save(self.engine, state, wait=self.stopping or self.step == self.config.steps)
 
@@ -302,6 +298,7 @@ class Trainer:
     def _report(self, row: dict[str, float]) -> None:
         if "memory/peak_gib" in row:  # a step's row: on every process or on none
             row["memory/peak_gib"] = dist.highest(row["memory/peak_gib"], self.ranks.device)
+        row = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no NaN
         for callback in self.callbacks:
             callback.log({"step": self.step, "tokens": self.tokens, **row})
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import pytest
 from annotated_types import Ge, Lt
 
 from anchorctx.cli.main import main
-from anchorctx.config import SCHEMAS, resolve, schema
+from anchorctx.config import SCHEMAS
 from anchorctx.data.sources.facts import NUM_KEYS
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.config import RetrievalConfig
@@ -31,6 +30,8 @@ OUT_OF_RANGE = {
         "anchor_len=0": "anchor_len=0 must be at least 1: patterns without an anchor ignore it",
         "workers=0": "workers=0 must be at least 1: use null to choose by the processors",
         "seed=-1": "seed=-1 must be at least 0; the default is 0",
+        "row_length=3000000000": "row_length=3000000000 must be at most 2147483647",
+        "mixture.tokens=9223372036854775808": "mixture.tokens=9223372036854775808 must be at most 1e+15",
         "pack.interleave=0": "pack.interleave=0 must be at least 1: use 1 for whole documents, or 2 or 3",
         "pack.buffer_tokens=-5": "pack.buffer_tokens=-5 must be at least 1: leave it at its default",
         "mixture.weights={web: nan}": "mixture.weights.web=nan must be above 0: remove the source to leave it out",
@@ -38,7 +39,7 @@ OUT_OF_RANGE = {
         "mixture.long_share={web: 1.5}": "mixture.long_share.web=1.5 must be between 0 and 1",
         "mixture.max_repeats=inf": "mixture.max_repeats=inf must be a finite number: 1 repeats nothing",
         "mixture.long_from=1": "mixture.long_from=1 must be at least 2: raise it, or use null",
-        "sources=[{path: z},{stdlib: {sigma: nan}}]": "sources[1].stdlib.sigma=nan must be at least 0",
+        "sources=[{path: z},{stdlib: {sigma: nan}}]": "sources[1].stdlib.sigma=nan must be between 0 and 10",
     },
     "plan": {
         "gpus=0": "gpus=0 must be at least 1; the default is 8",
@@ -119,24 +120,6 @@ def test_a_number_out_of_range_is_one_sentence_and_exit_code_2(
     captured = capsys.readouterr()
     assert not captured.out and captured.err.count("\n") == 1
     assert captured.err.startswith(f"anchorctx {command}: {sentence}")
-
-
-def numbers(owner: Any, prefix: str = "") -> list[str]:
-    """Keys of numbers, those within other settings too."""
-    found = []
-    for name, hint in get_type_hints(owner).items():
-        kinds = {hint, *get_args(hint)}
-        found += [f"{prefix}{name}"] if float in kinds and hint not in (list[float], dict[str, float]) else []
-        found += numbers(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else []
-    return found
-
-
-@pytest.mark.parametrize("command", SCHEMAS)
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_no_command_takes_a_number_that_is_not_finite(command: str, value: str) -> None:
-    for key in numbers(schema(command)):
-        with pytest.raises(UserError, match=rf"^{key}={value} must be "):
-            resolve(command, [*NEEDED.get(command, []), f"{key}={value}"])
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from anchorctx.errors import UserError
-from anchorctx.settings import check_ranges
+from anchorctx.settings import Positive, check_ranges
 
 
 class Policy(StrEnum):
@@ -42,7 +42,7 @@ class PackConfig:
     """best_fit, concat_split or one_per_row."""
     long_documents: LongDocuments = LongDocuments.split
     """Documents longer than a row: split, truncate or drop. What is dropped is counted."""
-    min_length: int = 1
+    min_length: Positive = 1
     """Tokens; shorter documents, and shorter pieces left over by cutting, are dropped and counted. 1 keeps all."""
     prepend_bos: bool = False
     """Begin each document, and each piece of one, with BOS, never trained."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.fields import Fields
+from anchorctx.data.sources.nature import check_regular, not_readable
 from anchorctx.data.sources.readers import COMPRESSIONS, READERS
 from anchorctx.errors import UserError
 from anchorctx.records.files import file_sha256
@@ -62,6 +63,8 @@ def find_files(path: str, kind: str | None) -> list[Path]:
             f"path={path} names no file or folder and matches none as a glob: correct it, "
             "or set format=datasets if it is the name of a Hugging Face dataset"
         )
+    for root in roots:
+        check_regular(root, f"path={root}")
     found = [file for root in roots for file in (_in_folder(root) if root.is_dir() else [root])]
     # A file that is named by itself is read whatever its ending. Of a folder or glob: without a kind, files of known
     # endings; with one, those of its endings and of unknown ones; with text, all
@@ -71,6 +74,8 @@ def find_files(path: str, kind: str | None) -> list[Path]:
         files = [file for file in found if kind_of(file) is not None]
         if 0 < len(files) < len(found):
             logger.warning("%s: left out %d files of unknown endings", path, len(found) - len(files))
+    if not files and (reasons := [(file, what) for file in found if (what := not_readable(file))]):
+        raise UserError(f"{reasons[0][0]} {reasons[0][1]}")
     if not files:
         raise UserError(
             f"path={path} holds no {kind or 'readable'} file: name one that has files ending in "
@@ -126,7 +131,8 @@ def read_files(
         before = reading.bytes_read
         this = kind or kind_of(file)
         if this is None:
-            raise UserError(f"{file} ends in none of {', '.join(KINDS)}: set format=jsonl, parquet or text")
+            what = not_readable(file) or f"ends in none of {', '.join(KINDS)}: set format=jsonl, parquet or text"
+            raise UserError(f"{file} {what}")
         try:
             yield from READERS[this](file, fields, reading)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from anchorctx.data.sources.documents import Document, Reading, Tokens
 from anchorctx.data.sources.facts import NUM_KEYS, SPECIAL_TOKENS, lines_of, plant
 from anchorctx.errors import UserError
-from anchorctx.settings import NonNegativeFloat, Positive, Seed, Share
+from anchorctx.settings import Positive, Seed, Share, Spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,13 +58,13 @@ class StdlibConfig:
     """Cut files into shorter documents and plant facts in them; false yields whole files."""
     median_chars: Positive = 2500
     """Median length of a cut document, in characters (a 1,024-token BPE makes about 2.8 of them a token)."""
-    sigma: NonNegativeFloat = 0.8
+    sigma: Spread = 0.8
     """Spread of the documents' log lengths."""
     max_chars: Positive = 9000
     """Longest cut document, in characters: what still fits a row."""
     chars_per_fact: Positive = 250
     """Characters of text for each planted fact; a document has between 1 and 64 of them."""
-    mentions: Positive = 2
+    mentions: Annotated[int, Ge(1), Le(1024)] = 2
     """Times a fact appears in its document: stated once, then asked for."""
 
 

@@ -53,7 +53,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # anything from a malformed JSON file to a missing package
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(

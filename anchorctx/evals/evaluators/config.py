@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from anchorctx.settings import Count, Positive, Share
+from anchorctx.settings import LONGEST, Count, Length, Positive, Share
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class PerplexityConfig:
 
     documents: Count = 200
     """Held-out documents scored, in the corpus' order, every so many of them; 0 scores all."""
-    max_length: Annotated[int, Ge(3)] = 4096
+    max_length: Annotated[int, Ge(3), Le(LONGEST)] = 4096
     """Longest input in tokens, the anchor included; longer documents are cut there (or see stride)."""
     stride: Count = 0
     """Slide windows of max_length over longer documents, in steps of this many tokens: every token is then scored, with
@@ -35,7 +35,7 @@ class PerplexityConfig:
 class ContextConfig:
     """Which tokens are predicted, from how much."""
 
-    lengths: list[Positive] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    lengths: list[Length] = field(default_factory=lambda: [512, 1024, 2048, 4096])
     """Lengths of the input in tokens, the anchor and the predicted tokens included."""
     targets: Positive = 256
     """Tokens predicted in each document."""
@@ -49,7 +49,7 @@ class ContextConfig:
 class RetrievalConfig:
     """How rows with facts are made."""
 
-    lengths: list[Positive] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    lengths: list[Length] = field(default_factory=lambda: [512, 1024, 2048, 4096])
     """Context lengths, in tokens."""
     rows: Positive = 32
     """Rows of each length."""
@@ -78,7 +78,7 @@ class NeedleStyle(StrEnum):
 class NeedleConfig:
     """The cells of the map, and what is in a row."""
 
-    lengths: list[Positive] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    lengths: list[Length] = field(default_factory=lambda: [512, 1024, 2048, 4096])
     """Lengths of a row in tokens, question and answer included."""
     depths: list[Share] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Where the needle lies, as a share of the text before the question."""
@@ -100,7 +100,7 @@ class HarnessConfig:
     """Documents of each task to use, from its start; null uses all."""
     batch_size: Positive = 1
     """Requests a forward pass, padded on the left to the longest."""
-    max_length: Positive | None = None
+    max_length: Length | None = None
     """Longest prompt with its answer in tokens, beyond which lm-eval cuts the prompt's start; null is the model's."""
     add_bos_token: bool | None = None
     """Put BOS, the anchor, in front of every prompt; null leaves it to the tokenizer, as lm-eval does."""
@@ -130,5 +130,5 @@ class RulerConfig(HarnessConfig):
 
     tasks: list[str] = field(default_factory=lambda: list(OFFLINE))
     """RULER's tasks; [ruler] is all thirteen, seven of which need the hub for essays and questions."""
-    lengths: list[Positive] = field(default_factory=lambda: [4096])
+    lengths: list[Length] = field(default_factory=lambda: [4096])
     """Lengths in tokens, the answer included."""

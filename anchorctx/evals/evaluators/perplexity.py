@@ -8,7 +8,6 @@ another document.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from anchorctx.errors import UserError
 from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
 from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
+from anchorctx.evals.finite import exp
 from anchorctx.evals.scoring import Piece, batches, score_pieces
 from anchorctx.records.results import Result, ratio_interval
 from anchorctx.settings import check_ranges
@@ -202,14 +202,14 @@ def perplexity_row(metric: str, sums: np.ndarray, counts: np.ndarray, unit: Unit
     sums, counts = sums[with_tokens], counts[with_tokens]
     documents, tokens = len(sums), int(counts.sum())
     if not tokens:
-        return Result(metric=metric, value=math.nan, unit="1", n=0, context=unit)
+        raise UserError(f"no held-out document has a token to score for {metric}: name a corpus of longer texts")
     mean = float(sums.sum()) / tokens
     ends = ratio_interval(sums.tolist(), counts.tolist())
-    low, high = (None, None) if ends is None else (math.exp(ends[0]), math.exp(ends[1]))
+    low, high = (None, None) if ends is None else (exp(ends[0]), exp(ends[1]))
     context = unit | {"documents": documents, "tokens": tokens, "loss_nats": mean}
     # By document, so that two models that read the same can be compared in pairs.
     context |= {"values": (sums / counts).tolist(), "counts": counts.astype(int).tolist()}
-    return Result(metric=metric, value=math.exp(mean), unit="1", n=documents, low=low, high=high, context=context)
+    return Result(metric=metric, value=exp(mean), unit="1", n=documents, low=low, high=high, context=context)
 
 
 def every(items: Sequence[Item], count: int) -> list[Item]:

@@ -80,6 +80,8 @@ class State:
     tied: dict[str, str]
     """Names of weights that are stored under another name."""
     router_fractions: list[float] | None = None
+    health: dict[str, Any] | None = None
+    """What `train.health` had seen."""
 
 
 @contextmanager

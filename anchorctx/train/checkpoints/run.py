@@ -40,7 +40,7 @@ def writer(config: TrainConfig, run: str | None, ranks: Ranks, resumed: read.Fou
 
 
 def state_of(config: TrainConfig, packed: PackedSet, model: PreTrainedModel, **progress: Any) -> State:
-    """What a checkpoint says; `progress` has step, tokens, rows, processes and router_fractions."""
+    """What a checkpoint says; `progress` has step, tokens, rows, processes, router_fractions and health."""
     return State(
         identity=identity(config, packed),
         schedule=schedule(config),

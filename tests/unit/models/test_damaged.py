@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -104,6 +105,20 @@ def test_damaged_checkpoints(
         read(more)
     text = f"model {more} has 1 weight that LlamaForCausalLM does not know (first: {OTHER}), left out"
     assert caplog.messages.count(text) == 1 and "LOAD REPORT" not in caplog.text
+
+
+@pytest.mark.parametrize("read", [train, evaluation, precision, kvcomm])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite(
+    read: Callable[[Path], None], value: float, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is measured of them, and nothing is trained from them."""
+
+    def not_finite(weights: Weights) -> None:
+        weights[NAME][1, 2] = value
+
+    path = damaged(folder, tmp_path / "bad", not_finite)
+    assert f"model {path} has weights that are NaN or infinite (1 of " in refusal(read, path, capsys)
 
 
 @pytest.mark.parametrize("damage", [missing, wrong_shape, unknown])

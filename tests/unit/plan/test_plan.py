@@ -167,7 +167,7 @@ def test_rows_come_from_a_law_or_a_list(tmp_path: Path) -> None:
             [MODEL, "row_length=4096", "tokens_per_step=50000"],
             "tokens_per_step=50000 must be a multiple of the row length, 4096: use 49152",
         ),
-        ([MODEL, "row_length=4096", "parallel.zero_stage=0"], "parallel.zero_stage=0 must be 1, 2 or 3"),
+        ([MODEL, "row_length=4096", "parallel.zero_stage=0"], "parallel.zero_stage=0 must be between 1 and 3"),
         ([MODEL, "row_length=4096", "parallel=zero5"], "did you mean zero"),
         ([MODEL, "row_length=4096", "simulate=true"], "simulate=true draws a picture: give out_dir=..."),
         ([MODEL, "row_length=4096", "assume.link=0"], "assume.link=0.0 must be above 0 and at most 1"),

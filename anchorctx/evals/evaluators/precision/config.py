@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt
 
 from anchorctx.data.sources.source import SourceConfig
 from anchorctx.evals.corpus import embedded
-from anchorctx.settings import Count, Positive, Seed
+from anchorctx.settings import Count, Length, Positive, Seed
 
 Shift = Annotated[int, Ge(1), "leave 0 out"]
 
@@ -41,7 +41,7 @@ class Emulate(StrEnum):
 class StudyConfig:
     """What is studied, of any model."""
 
-    lengths: list[Positive] = field(default_factory=list)
+    lengths: list[Length] = field(default_factory=list)
     """Row lengths in tokens; empty takes the model's limit (32,768 at most) and its half, quarter and eighth, or as
     much less as budget_minutes asks for."""
     shifts: list[Shift] = field(default_factory=lambda: [1, 16, 256, 4096, 32768, 131072])
