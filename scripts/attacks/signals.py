@@ -1,0 +1,31 @@
+"""A signal at a random moment: an exit code that says so, no traceback, and the same command again goes on."""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+
+from attacks.attack import Attack, Scene
+from attacks.world import COMMANDS
+
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129}
+"""128 and the signal's number, which schedulers and shells know."""
+
+
+def one(name: str, command: str, scene: Scene) -> str | None:
+    """The signal once, anywhere in the command's time."""
+    moment = scene.rng.uniform(0.1, 0.95) * scene.world.seconds[command]
+    done = scene.command(command, after=(moment, getattr(signal, name)))
+    if done.code == 0:
+        return scene.whole(command)
+    code = CODES[name] if done.code >= 0 else 128 - done.code  # a shell shows death by a signal as the same number
+    if done.code >= 0 and done.code != code:
+        return f"{name} after {moment:.2f} s ended with {done.code}, not {code}: {done.last}"
+    return scene.finishes(command)
+
+
+ATTACKS = [
+    Attack("signals", f"{command}: {name}", partial(one, name, command), int(command == "train"), 3, 4.0)
+    for command in COMMANDS
+    for name in CODES
+]
