@@ -6,8 +6,8 @@
     python scripts/chaos.py --list
     python scripts/chaos.py --write docs/reliability.json --out runs/chaos
 
-Each try is a line of OUT/tries.jsonl, with what was lost; the same seed does the same again. What is wanted: nothing
-lost, no traceback, no hang. Exits 1 when a try showed anything else.
+Each try is a line of OUT/tries.jsonl, with what was lost; the same seed does the same again. After a change of the code
+name another OUT. What is wanted: nothing lost, no traceback, no hang. Exits 1 when a try showed anything else.
 """
 
 from __future__ import annotations

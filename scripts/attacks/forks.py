@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import resource
 import signal
 import sys
@@ -36,6 +37,8 @@ class Ended:
     seconds: float
     hung: bool
     """It had not ended at its limit."""
+    peak: int = 0
+    """Most bytes of memory that it had at once, the 0.7 GiB that it shares with all forks included."""
 
     @property
     def traceback(self) -> bool:
@@ -49,9 +52,10 @@ class Ended:
 
     @property
     def last(self) -> str:
-        """The last line that says something."""
+        """The error behind a traceback, else the last line that says something."""
+        errors = re.findall(r"^[\w.]+(?:Error|Exception|Interrupt|Warning)\b.*", self.text, re.MULTILINE)
         lines = [line for line in self.text.splitlines() if line.strip()]
-        return lines[-1][:200] if lines else ""
+        return (errors or lines or [""])[-1][:200]
 
 
 def load_everything() -> None:
@@ -89,10 +93,10 @@ def run(
         pid = os.fork()
         if pid == 0:
             _command(words, folder, output.fileno(), inside)
-        code, hung = _wait(pid, began, limit, after)
+        code, hung, peak = _wait(pid, began, limit, after)
         seconds = time.monotonic() - began
         output.seek(0)
-        return Ended(code, output.read(2**20).decode(errors="replace"), seconds, hung)
+        return Ended(code, output.read(2**20).decode(errors="replace"), seconds, hung, peak)
 
 
 def _command(words: Sequence[str], folder: Path, output: int, inside: Callable[[], None] | None) -> None:
@@ -120,13 +124,13 @@ def _command(words: Sequence[str], folder: Path, output: int, inside: Callable[[
         os._exit(code)
 
 
-def _wait(pid: int, began: float, limit: float, after: tuple[float, int] | None) -> tuple[int, bool]:
-    """Exit code of the process, and whether it had to be killed at its limit."""
+def _wait(pid: int, began: float, limit: float, after: tuple[float, int] | None) -> tuple[int, bool, int]:
+    """Exit code of the process, whether it had to be killed at its limit, and its peak memory in bytes."""
     hung = False
     while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
+        found, status, used = os.wait4(pid, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status), hung
+            return os.waitstatus_to_exitcode(status), hung, used.ru_maxrss * 1024
         passed = time.monotonic() - began
         if after is not None and passed >= after[0]:
             os.kill(pid, after[1])

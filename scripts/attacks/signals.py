@@ -8,19 +8,18 @@ from functools import partial
 from attacks.attack import Attack, Scene
 from attacks.world import COMMANDS
 
-CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": 129}
-"""128 and the signal's number, which schedulers and shells know."""
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138, "SIGHUP": -1}
+"""128 and the signal's number, which schedulers and shells know. Of SIGHUP, a closed terminal, commands may die."""
 
 
 def one(name: str, command: str, scene: Scene) -> str | None:
     """The signal once, anywhere in the command's time."""
-    moment = scene.rng.uniform(0.1, 0.95) * scene.world.seconds[command]
+    moment = max(0.3, scene.rng.uniform(0.1, 0.95) * scene.world.seconds[command])
     done = scene.command(command, after=(moment, getattr(signal, name)))
     if done.code == 0:
         return scene.whole(command)
-    code = CODES[name] if done.code >= 0 else 128 - done.code  # a shell shows death by a signal as the same number
-    if done.code >= 0 and done.code != code:
-        return f"{name} after {moment:.2f} s ended with {done.code}, not {code}: {done.last}"
+    if done.code != CODES[name]:
+        return f"{name} after {moment:.2f} s ended with {done.code}, not {CODES[name]}: {done.last}"
     return scene.finishes(command)
 
 

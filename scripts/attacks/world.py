@@ -1,4 +1,4 @@
-"""A tiny model, corpus, packed set and run, made once, and the commands that are attacked, with what each must leave."""
+"""A tiny model, corpus, packed set and run, made once, and the commands under attack, with what each must leave."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class World:
     def make(self) -> None:
         """Write inputs that are missing, and measure each command."""
         facts = self.folder / "facts.json"
-        if not facts.is_file():
+        words = [self.words(name, self.folder / name) for name in ("prepare", "export", "eval", "precision", "kvcomm")]
+        if not facts.is_file() or json.loads(facts.read_text())[2] != [*words, TRAINING]:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             self._inputs()
@@ -39,8 +40,8 @@ class World:
                 if done.code != 0:
                     raise RuntimeError(f"{name} failed before anything was done to it: {done.text[-2000:]}")
                 self.seconds[name], self.whole[name] = done.seconds, digest(name, out)
-            facts.write_text(json.dumps([self.seconds, self.whole]))
-        self.seconds, self.whole = json.loads(facts.read_text())
+            facts.write_text(json.dumps([self.seconds, self.whole, [*words, TRAINING]]))
+        self.seconds, self.whole, _ = json.loads(facts.read_text())
 
     def words(self, command: str, out: Path) -> list[str]:
         """The command line that writes to `out`."""
@@ -50,6 +51,11 @@ class World:
     def packed(self) -> Path:
         """The packed set."""
         return next((self.folder / "prepare").glob("*/manifest.json")).parent
+
+    def half_trained(self, out: Path) -> None:
+        """A run that was cut off behind its fourth step, with checkpoints of the second and the fourth, at `out`."""
+        shutil.copytree(self.folder / "train", out, dirs_exist_ok=True)
+        shutil.rmtree(next(out.glob("checkpoints/*6")))
 
     def _inputs(self) -> None:
         from anchorctx.data.sources.stdlib import train_tokenizer
@@ -65,6 +71,10 @@ def _corpus(world: World) -> str:
     return f"corpus={{path: {world.folder / 'corpus.jsonl'}, format: auto}}"
 
 
+TRAINING = ["validation_rows=2", "validate_every=0", "tokens_per_step=256", "steps=6", "checkpoint.every=2"]
+TRAINING += ["checkpoint.keep_last=3", "optim.lr=0.01", "optim.warmup_steps=1"]
+
+
 def prepare(world: World, out: Path) -> list[str]:
     """Documents to rows."""
     source = f"sources=[{{path: {world.folder / 'corpus.jsonl'}}}]"
@@ -74,8 +84,7 @@ def prepare(world: World, out: Path) -> list[str]:
 def train(world: World, out: Path) -> list[str]:
     """Six steps with three checkpoints, and the loss of the last weights."""
     words = ["train", f"out_dir={out}", f"model.path={world.folder / 'model'}", f"data.train={world.packed}"]
-    words += [f"data.validation={world.packed}", "validation_rows=2", "validate_every=0", "tokens_per_step=256"]
-    return [*words, "steps=6", "checkpoint.every=2", "optim.lr=0.01", "optim.warmup_steps=1"]
+    return [*words, f"data.validation={world.packed}", *TRAINING]
 
 
 def export(world: World, out: Path) -> list[str]:
