@@ -113,9 +113,9 @@ def copied(what: str, command: str, scene: Scene) -> str | None:
 
 
 ATTACKS = [
-    Attack("damage", "last checkpoint, then the same command", resume, 2, 90, 7.0),
-    Attack("damage", "checkpoint, then export", partial(copied, "run", "export"), 2, 70, 1.0),
-    Attack("damage", "packed set, then train", partial(copied, "packed set", "train"), 2, 70, 3.0),
-    Attack("damage", "model folder, then eval", partial(copied, "model", "eval"), 2, 70, 2.0),
+    Attack("damage", "last checkpoint, then the same command", resume, 1, 90, 7.0),
+    Attack("damage", "checkpoint, then export", partial(copied, "run", "export"), 1, 70, 1.0),
+    Attack("damage", "packed set, then train", partial(copied, "packed set", "train"), 1, 70, 3.0),
+    Attack("damage", "model folder, then eval", partial(copied, "model", "eval"), 1, 70, 2.0),
     Attack("damage", "model folder, then train", partial(copied, "model", "train"), 0, 20, 3.0),
 ]

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from attacks.attack import Attack, Scene
+from attacks.forks import Ended
 from attacks.world import COMMANDS
 
 
@@ -68,7 +69,7 @@ def read_only(command: str, scene: Scene) -> str | None:
         return _ended(command, scene, done)
 
 
-def _ended(command: str, scene: Scene, done) -> str | None:  # noqa: ANN001
+def _ended(command: str, scene: Scene, done: Ended) -> str | None:
     if done.code == 0:
         return scene.whole(command)
     if not done.sentence:
@@ -77,7 +78,6 @@ def _ended(command: str, scene: Scene, done) -> str | None:  # noqa: ANN001
 
 
 ATTACKS = [
-    Attack("disks", f"{command}: {how}", partial(function, command), short, long, 4.0)
-    for command in COMMANDS
-    for how, function, short, long in (("full", full, 1, 14), ("read-only", read_only, 0, 2))
+    *(Attack("disks", f"{c}: full", partial(full, c), int(c in ("train", "eval")), 14, 4.0) for c in COMMANDS),
+    *(Attack("disks", f"{c}: read-only", partial(read_only, c), 0, 2, 4.0) for c in COMMANDS),
 ]

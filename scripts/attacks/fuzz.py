@@ -132,6 +132,6 @@ def _verdict(done: Ended, what: str) -> str | None:
 
 
 ATTACKS = [
-    *(Attack("fuzz", f"command line of {c}", partial(line, c), 5, 360, 0.3) for c in COMMANDS),
-    *(Attack("fuzz", f"mutated {name}", partial(file, name), 2, 195, 0.8) for name in TARGETS),
+    *(Attack("fuzz", f"command line of {c}", partial(line, c), 2, 360, 0.3) for c in COMMANDS),
+    *(Attack("fuzz", f"mutated {name}", partial(file, name), 1, 195, 0.8) for name in TARGETS),
 ]

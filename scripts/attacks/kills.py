@@ -14,6 +14,8 @@ from attacks.world import COMMANDS
 
 CHANGES = ((os, "rename"), (os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "fsync"), (shutil, "rmtree"))
 """What is counted on the way to a kill."""
+BRIEF = ("train", "eval", "kvcomm")
+"""What the short pass kills."""
 
 
 def killed_at(count: int, behind: bool) -> Callable[[], None]:
@@ -57,7 +59,6 @@ def at_a_change(command: str, scene: Scene) -> str | None:
 
 
 ATTACKS = [
-    Attack("kills", f"{command}: {how}", partial(function, command), short, 9, 4.0)
-    for command in COMMANDS
-    for how, function, short in (("at any moment", at_a_moment, 0), ("at a rename, removal or sync", at_a_change, 1))
+    *(Attack("kills", f"{c}: at any moment", partial(at_a_moment, c), 0, 9, 4.0) for c in COMMANDS),
+    *(Attack("kills", f"{c}: at a change on disk", partial(at_a_change, c), int(c in BRIEF), 9, 4.0) for c in COMMANDS),
 ]

@@ -79,11 +79,15 @@ def weights(command: str, value: float, scene: Scene) -> str | None:
 
 def _attacks() -> Iterator[Attack]:
     for command in OWNERS:
-        yield Attack("numbers", f"{command}: an odd value", partial(odd, command), 1, 40, 2.0)
+        yield Attack(
+            "numbers", f"{command}: an odd value", partial(odd, command), int(command in ("train", "eval")), 40, 2.0
+        )
     for command in ("train", "eval", "precision", "kvcomm"):
         for value in (math.nan, math.inf):
             bad: Any = partial(weights, command, value)
-            yield Attack("numbers", f"{command}: a model with {value}", bad, int(command == "eval"), 3, 3.0)
+            yield Attack(
+                "numbers", f"{command}: a model with {value}", bad, int((command, value) == ("eval", math.inf)), 3, 3.0
+            )
 
 
 ATTACKS = list(_attacks())

@@ -23,8 +23,10 @@ def one(name: str, command: str, scene: Scene) -> str | None:
     return scene.finishes(command)
 
 
+BRIEF = (("train", "SIGTERM"), ("eval", "SIGINT"))
+"""What the short pass tries."""
 ATTACKS = [
-    Attack("signals", f"{command}: {name}", partial(one, name, command), int(command == "train"), 3, 4.0)
+    Attack("signals", f"{command}: {name}", partial(one, name, command), int((command, name) in BRIEF), 3, 4.0)
     for command in COMMANDS
     for name in CODES
 ]
