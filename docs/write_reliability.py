@@ -43,8 +43,8 @@ def _line(row: dict) -> str:
 TEXT = """# What was done to it
 
 Long runs meet machines that fail. `scripts/chaos.py` makes them fail: {tried:,} tries, each on a tiny model on a CPU,
-and {outcome}. A try is *lost* where a command ended without a sentence that says why, or where what it left differs from
-what an undisturbed command leaves: other weights, other numbers, a row twice or not at all, a half-written file.
+and {outcome}. A try is *lost* where a command ended without a sentence that says why, or where what it left differs
+from what an undisturbed command leaves: other weights, other numbers, a row twice or not at all, a half-written file.
 
 ```bash
 python scripts/chaos.py --short                     # about a minute

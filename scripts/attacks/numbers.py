@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from attacks.attack import Attack, Scene
 from attacks.world import results, trained
@@ -79,15 +79,12 @@ def weights(command: str, value: float, scene: Scene) -> str | None:
 
 def _attacks() -> Iterator[Attack]:
     for command in OWNERS:
-        yield Attack(
-            "numbers", f"{command}: an odd value", partial(odd, command), int(command in ("train", "eval")), 40, 2.0
-        )
+        short = int(command in ("train", "eval"))
+        yield Attack("numbers", f"{command}: an odd value", partial(odd, command), short, 40, 2.0)
     for command in ("train", "eval", "precision", "kvcomm"):
         for value in (math.nan, math.inf):
-            bad: Any = partial(weights, command, value)
-            yield Attack(
-                "numbers", f"{command}: a model with {value}", bad, int((command, value) == ("eval", math.inf)), 3, 3.0
-            )
+            short = int((command, value) == ("eval", math.inf))
+            yield Attack("numbers", f"{command}: a model with {value}", partial(weights, command, value), short, 3, 3.0)
 
 
 ATTACKS = list(_attacks())

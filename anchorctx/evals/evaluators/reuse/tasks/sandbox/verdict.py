@@ -102,7 +102,7 @@ def passes(program: str, problem: CodeProblem, limits: Limits, *, unsafe: bool =
 def check_sandbox(limits: Limits, *, unsafe: bool = False) -> None:
     """Raise UserError where a right program would not pass here, before it counts as a model's failure."""
     example = CodeProblem("def f(x):\n", "def check(f):\n    assert f([1, 2]) == (2, 1)\n", "f")
-    if not passes("import re, math\ndef f(x): return tuple(reversed(x))", example, limits, unsafe=unsafe):
+    if not passes("import decimal, heapq\ndef f(x): return tuple(reversed(x))", example, limits, unsafe=unsafe):
         raise UserError(
             f"a right program of two lines fails within sandbox.cpu_seconds={limits.cpu_seconds}, sandbox.wall_seconds="
             f"{limits.wall_seconds} and sandbox.memory_bytes={limits.memory_bytes}: raise them"

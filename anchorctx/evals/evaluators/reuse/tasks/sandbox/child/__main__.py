@@ -37,9 +37,9 @@ class NotPlain(BaseException):
 def send(descriptor: int, content: Any) -> None:
     """Write one frame."""
     data = json.dumps(content).encode()
-    data = len(data).to_bytes(8, "big") + data
-    while data:
-        data = data[os.write(descriptor, data) :]
+    left = memoryview(len(data).to_bytes(8, "big") + data)
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def receive(descriptor: int) -> Any:
@@ -51,13 +51,13 @@ def receive(descriptor: int) -> Any:
 
 
 def _read(descriptor: int, count: int) -> bytes:
-    data = b""
+    data = bytearray()
     while len(data) < count:
         part = os.read(descriptor, count - len(data))
         if not part:
             raise ProgramEnded
         data += part
-    return data
+    return bytes(data)
 
 
 # -- the program's process --------------------------------------------------------------------------------------------
@@ -105,8 +105,9 @@ class Remote:
             return values.unpack(content)
         error = getattr(builtins, str(content), None)
         # A StopIteration would end a loop of the tests as if all was well.
-        known = isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, StopIteration)
-        raise (error if known else RuntimeError)("in the program")
+        if isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, StopIteration):
+            raise error("in the program")
+        raise RuntimeError("in the program")
 
 
 def judge(job: dict[str, Any], calls: int, replies: int, report: int) -> int:
@@ -160,11 +161,14 @@ def main() -> NoReturn:
 
 
 def _keep(nothing: int, *kept: int) -> None:
-    """Close all descriptors but these, and point the standard ones to nothing."""
+    """Close all descriptors but these, and point the standard ones to nothing.
+
+    This process began with the standard ones alone: all others are the few that `main` opened.
+    """
     for standard in range(3):
         os.dup2(nothing, standard)
     low = 3
-    for descriptor in (*sorted(kept), os.sysconf("SC_OPEN_MAX")):
+    for descriptor in (*sorted(kept), 256):
         os.closerange(low, descriptor)
         low = descriptor + 1
 

@@ -118,7 +118,8 @@ def confine(limits: Mapping[str, Any], unsafe: bool) -> bool:
     if not safe or _prctl(38, 1):  # PR_SET_NO_NEW_PRIVS, which Landlock and the filter ask for
         return False
     _hide_files()
-    _drop_privileges()
+    if not _drop_privileges():
+        return False
     # Not before the uid changed, which sets both back: ends with its parent, and no process may look into it.
     return not _prctl(1, signal.SIGKILL) and not _prctl(4, 0) and _set_filter()
 
@@ -139,10 +140,10 @@ def _limit(cpu_seconds: int, memory_bytes: int) -> None:
                 resource.setrlimit(kind, (value, value))
 
 
-def _drop_privileges() -> None:
+def _drop_privileges() -> bool:
     """An unprivileged uid instead of root's, and no capabilities; reading alone where it could not even read Python.
 
-    Root of a container may not be free to change its uid; then it goes on without capabilities.
+    Root of a container may not be free to change its uid: then it goes on without capabilities. False where these stay.
     """
     if os.geteuid() == 0:
         _prctl(8, 1)  # PR_SET_KEEPCAPS, or there were none left to keep CAP_DAC_READ_SEARCH from
@@ -154,7 +155,7 @@ def _drop_privileges() -> None:
     kept = 0 if os.access(os.__file__, os.R_OK) else 1 << 2
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     sets = ctypes.create_string_buffer(struct.pack("=6I", kept, kept, 0, 0, 0, 0))
-    ctypes.CDLL(None).capset(header, sets)
+    return ctypes.CDLL(None).capset(header, sets) == 0
 
 
 def _prctl(option: int, value: int, pointer: int | None = None) -> int:
