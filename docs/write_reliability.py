@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, ROWS = ROOT / "docs" / "reliability.md", ROOT / "docs" / "reliability.json"
 KINDS = {
     "kills": "SIGKILL, then the same command again: the same bits, and nothing left over",
+    "ranks": "Training on two processes, of which one fails, or torchrun: the others end, the same command goes on",
     "damage": "Files changed on disk: the same numbers, or a refusal in a sentence",
     "disks": "A disk that is full or read-only: a sentence; with room again the same command finishes",
     "signals": "SIGTERM, SIGINT, SIGUSR1: 143, 130, 138; the same command goes on",

@@ -25,7 +25,7 @@ from attacks import forks
 from attacks.attack import Attack, attempt, read_tries, table_rows
 from attacks.world import World
 
-KINDS = ("kills", "damage", "disks", "signals", "resumes", "numbers", "hostile", "fuzz", "escapes")
+KINDS = ("kills", "ranks", "damage", "disks", "signals", "resumes", "numbers", "hostile", "fuzz", "escapes")
 
 
 def attacks_of(kinds: Sequence[str]) -> list[Attack]:

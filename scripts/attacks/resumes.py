@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from attacks.attack import Attack, Scene
+from attacks.forks import Ended
 from attacks.world import trained
 
 NEAR = 1e-5
@@ -20,7 +21,7 @@ SAME = (
 )  # fmt: skip
 APPLIED = (
     "optim.lr=0.02", "optim.weight_decay=0.9", "optim.betas=[0.5,0.6]", "optim.eps=0.1", "optim.clip=0.01",
-    "optim.warmup_steps=5", "optim.min_lr_ratio=0.9", "pattern=full", "seed=1", "tokens_per_step=512",
+    "optim.warmup_steps=8", "optim.schedule=cosine", "pattern=full", "seed=1", "tokens_per_step=512",
     "model.rope.theta=100.0", "model.rope_dtype=bfloat16", "model.dtype=bfloat16", "anchor_visible=always",
 )  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
@@ -41,20 +42,20 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def same(override: str, scene: Scene) -> str | None:
     """Goes on to the same weights, or refuses and leaves the run as it was."""
-    scene.world.half_trained(scene.out)
+    before = _begin(scene)
     done = scene.run([*scene.world.words("train", scene.out), override])
     if done.code != 0:
-        return _refused(scene, done)
+        return _refused(scene, done, before)
     ours, whole = _last(trained(scene.out)), _last(trained(scene.world.folder / "train"))
     return None if abs(ours - whole) <= NEAR * abs(whole) else f"{override} changed the result: {ours} from {whole}"
 
 
 def applied(override: str, scene: Scene) -> str | None:
     """Says so and does so, or refuses and leaves the run as it was."""
-    scene.world.half_trained(scene.out)
+    before = _begin(scene)
     done = scene.run([*scene.world.words("train", scene.out), override])
     if done.code != 0:
-        return _refused(scene, done)
+        return _refused(scene, done, before)
     if override.split("=")[0].rpartition(".")[2] not in done.text:
         return f"{override} is not mentioned"
     # The validation loss of the last row is of the weights alone, the training loss of the pattern and rows too.
@@ -64,19 +65,34 @@ def applied(override: str, scene: Scene) -> str | None:
 
 def model(fields: dict[str, Any], scene: Scene) -> str | None:
     """The checkpoint that the run began with is another one: refused before anything is written."""
-    scene.world.half_trained(scene.out)
+    before = _begin(scene)
     copy = scene.folder / "model"
     shutil.copytree(scene.world.folder / "model", copy)
     config = json.loads((copy / "config.json").read_text()) | fields
     (copy / "config.json").write_text(json.dumps(config))
     original = f"model.path={scene.world.folder / 'model'}"
     done = scene.run([w if w != original else f"model.path={copy}" for w in scene.world.words("train", scene.out)])
-    return f"went on with another {list(fields)[0]}" if done.code == 0 else _refused(scene, done)
+    return f"went on with another {list(fields)[0]}" if done.code == 0 else _refused(scene, done, before)
 
 
-def _refused(scene: Scene, done: Any) -> str | None:
-    """A refusal in a sentence, behind which the run still goes on as before."""
-    return scene.finishes("train") if done.sentence else f"ended with {done.code}: {done.last}"
+def _begin(scene: Scene) -> dict[str, bytes]:
+    """A run that was cut off; returns its files' contents by name."""
+    scene.world.half_trained(scene.out)
+    return _files(scene)
+
+
+def _files(scene: Scene) -> dict[str, bytes]:
+    found = (path for path in scene.out.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(scene.out)): path.read_bytes() for path in found}
+
+
+def _refused(scene: Scene, done: Ended, before: dict[str, bytes]) -> str | None:
+    """A refusal in a sentence that wrote nothing, behind which the run still goes on as before."""
+    if not done.sentence:
+        return f"ended with {done.code}: {done.last}"
+    after = _files(scene)
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    return f"refused, but wrote {min(changed)}" if changed else scene.finishes("train")
 
 
 def _last(rows: list[tuple[Any, ...]]) -> float:
