@@ -183,7 +183,9 @@ class ReuseConfig:
     """How a document's KV varies with what stands before it and with its place; left out where the model's length or
     the corpus is too short for it."""
     allow_code_execution: bool = False
-    """humaneval: run generated code, in a subprocess without network and with the limits of `sandbox`."""
+    """humaneval: run generated code, in processes that can only compute and read, with the limits of `sandbox`."""
+    unsafe_code_execution: bool = False
+    """humaneval: run it also where it cannot be confined, such as on macOS; it may then do whatever you may."""
     sandbox: Limits = field(default_factory=Limits)
     """humaneval: what a program may use."""
     gate: GateConfig = field(default_factory=GateConfig)

@@ -78,7 +78,8 @@ class Reuse:
         questions = (self.config.gsm8k, self.config.mmlu, self.config.humaneval)
         paths = [Path(task.path) for task in questions if task.path is not None]
         files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file()}
-        return settings_of(self.config, ReuseConfig, "tasks", "gate", "allow_code_execution") | {"files": files}
+        permissions = "allow_code_execution", "unsafe_code_execution"
+        return settings_of(self.config, ReuseConfig, "tasks", "gate", *permissions) | {"files": files}
 
     def units(self) -> list[Unit]:
         """One a task, and the split of errors, whose rows are named by their lengths."""
@@ -207,7 +208,7 @@ def _task(
         return Gsm8k(config.gsm8k, config.agents, config.topology)
     if name is TaskName.mmlu:
         return Mmlu(config.mmlu, config.agents, config.topology)
-    return HumanEval(config.humaneval, config.agents, config.topology, config.allow_code_execution, config.sandbox)
+    return HumanEval(config)
 
 
 def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

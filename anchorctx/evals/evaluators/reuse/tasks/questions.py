@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar
 
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.config import Limits, QuestionTaskConfig
+from anchorctx.evals.evaluators.reuse.config import QuestionTaskConfig, ReuseConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, panel, read_rows
-from anchorctx.evals.evaluators.reuse.tasks.sandbox import passes
+from anchorctx.evals.evaluators.reuse.tasks.sandbox import CodeProblem, check_sandbox, passes
 from anchorctx.kvcomm.agents import Answer
 
 LETTERS = "ABCD"
@@ -124,18 +123,6 @@ class Mmlu(QuestionTask):
         return letter_of(answer.text) == problem.expected
 
 
-@dataclass(frozen=True, slots=True)
-class CodeProblem:
-    """What the tests need."""
-
-    prompt: str
-    """Imports, signature and docstring."""
-    test: str
-    """Defines `check(candidate)`."""
-    entry_point: str
-    """The function's name."""
-
-
 class HumanEval(QuestionTask):
     """Functions from their docstrings (arXiv 2107.03374): fields `prompt`, `test` and `entry_point`."""
 
@@ -147,16 +134,15 @@ class HumanEval(QuestionTask):
     )
     last = "You decide. Read the other agents' functions and reply with the right one, in Python and nothing else."
 
-    def __init__(
-        self, config: QuestionTaskConfig, agents: int, topology: str, allow_code_execution: bool, limits: Limits
-    ) -> None:
-        super().__init__(config, agents, topology)
-        if not allow_code_execution:
+    def __init__(self, config: ReuseConfig) -> None:
+        super().__init__(config.humaneval, config.agents, config.topology)
+        if not config.allow_code_execution:
             raise UserError(
-                "humaneval runs code that a model wrote: set allow_code_execution=true to allow that, in a subprocess "
-                "without network, with limits on time, memory and files"
+                "humaneval runs code that a model wrote: set allow_code_execution=true to allow that, in processes "
+                "that can only compute, with limits on time and memory"
             )
-        self._limits = limits
+        self._limits, self._unsafe = config.sandbox, config.unsafe_code_execution
+        check_sandbox(self._limits, unsafe=self._unsafe)
 
     def problem(self, row: dict[str, Any]) -> Problem:
         """The prompt, and what its tests need."""
@@ -164,7 +150,8 @@ class HumanEval(QuestionTask):
 
     def score(self, answer: Answer, problem: Problem) -> bool:
         """The program's tests pass."""
-        return passes(program_of(answer.text, problem.expected), self._limits)
+        program = program_of(answer.text, problem.expected)
+        return passes(program, problem.expected, self._limits, unsafe=self._unsafe)
 
 
 # -- reading replies --------------------------------------------------------------------------------------------------
@@ -191,13 +178,12 @@ def letter_of(text: str) -> str | None:
 
 
 def program_of(reply: str, problem: CodeProblem) -> str:
-    """The reply's code, or the prompt completed by it, followed by the tests and their call."""
+    """The reply's code behind the prompt, or the prompt completed by it."""
     fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", reply, re.DOTALL)
     code = fenced.group(1) if fenced else reply
     whole = re.search(rf"^def {re.escape(problem.entry_point)}\b", code, re.MULTILINE) is not None
     # A whole function still needs the prompt's imports; `pass` makes the prompt's own signature a valid function first.
-    body = f"{problem.prompt}\n    pass\n\n{code}" if whole else problem.prompt + code
-    return f"{body}\n\n{problem.test}\n\ncheck({problem.entry_point})\n"
+    return f"{problem.prompt}\n    pass\n\n{code}" if whole else problem.prompt + code
 
 
 def _decimal(text: str) -> Decimal:

@@ -13,9 +13,9 @@ from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import (
     KINDS,
     CopyTaskConfig,
-    Limits,
     QuestionTaskConfig,
     RetrievalTaskConfig,
+    ReuseConfig,
 )
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, fingerprint, panel, read_rows
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
@@ -29,12 +29,10 @@ from anchorctx.evals.evaluators.reuse.tasks.questions import (
     program_of,
 )
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import CORRECTIONS, FactVocabulary, RetrievalTask
-from anchorctx.evals.evaluators.reuse.tasks.sandbox import passes
 from anchorctx.kvcomm.agents import Answer, Slot, Template
 
 WORDS = FactVocabulary([f"k{i}" for i in range(20)], [f"v{i}" for i in range(20)])
 IDS = {f"k{i}": 1000 + i for i in range(20)} | {f"v{i}": 2000 + i for i in range(20)}
-LIMITS = Limits(cpu_seconds=1, wall_seconds=5.0, memory_bytes=2**29)
 
 
 def retrieval(agents: int = 3, **settings: Any) -> RetrievalTask:
@@ -247,44 +245,16 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         retrieval(facts=10)
 
 
-# -- generated code ---------------------------------------------------------------------------------------------------
-
-REFUSED = "try:\n    {}\nexcept PermissionError:\n    pass\nelse:\n    raise SystemExit(3)\n"
-
-
-@pytest.mark.parametrize(
-    ("program", "good"),
-    [
-        ("import math\nassert math.gcd(4, 6) == 2", True),
-        ("import threading\nt = threading.Thread(target=int); t.start(); t.join()", True),
-        ("assert False", False),
-        ("raise SystemExit(0)", False),
-        ("import os; os._exit(0)", False),
-        ("while True: pass", False),
-        ("x = bytearray(2**30)", False),
-        ("syntax error", False),
-        (REFUSED.format("import socket; socket.socket()"), True),
-        (REFUSED.format("open('file', 'w')"), True),
-        (REFUSED.format("import os; os.unlink('/nowhere')"), True),
-        (REFUSED.format("import os; os.fork()"), True),
-        (REFUSED.format("import os; os.execv('/bin/true', ['true'])"), True),
-        (REFUSED.format("import os; os.kill(os.getppid(), 0)"), True),
-    ],
-)
-def test_programs_run_within_their_limits(program: str, good: bool) -> None:
-    assert passes(program, LIMITS) is good
-
-
-def test_a_sleeping_program_is_ended() -> None:
-    assert not passes("import time; time.sleep(60)", Limits(wall_seconds=0.5))
+# -- programs ---------------------------------------------------------------------------------------------------------
 
 
 def test_humaneval_runs_only_when_allowed(tmp_path: Path) -> None:
     row = {"prompt": "def one():\n    '''1.'''\n", "test": "def check(f):\n    assert f() == 1\n", "entry_point": "one"}
-    config = QuestionTaskConfig(path=jsonl(tmp_path / "h.jsonl", [row]))
+    config = ReuseConfig(humaneval=QuestionTaskConfig(path=jsonl(tmp_path / "h.jsonl", [row])))
     with pytest.raises(UserError, match="allow_code_execution=true"):
-        HumanEval(config, 3, "full", False, LIMITS)
-    task = HumanEval(config, 3, "full", True, LIMITS)
+        HumanEval(config)
+    config.allow_code_execution = True
+    task = HumanEval(config)
     (problem,) = task.teams()[0].problems
     replies = {"    return 1": True, "def one():\n    return 1": True, "```python\ndef one(): return 1\n```": True}
     replies |= {"    return 2": False, "": False, "It returns 1.": False}
@@ -293,8 +263,9 @@ def test_humaneval_runs_only_when_allowed(tmp_path: Path) -> None:
 
 def test_a_completion_is_joined_to_its_prompt() -> None:
     problem = CodeProblem("import math\ndef f(x):\n    'doc'\n", "def check(g): ...", "f")
-    assert program_of("    return x", problem).startswith("import math\ndef f(x):\n    'doc'\n    return x\n")
+    assert program_of("    return x", problem) == "import math\ndef f(x):\n    'doc'\n    return x"
     whole = program_of("```python\ndef f(x):\n    return 2 * x\n```\nDone.", problem)
+    assert "check" not in whole  # the tests are another process's
     space: dict[str, Any] = {}
     exec(whole, space)
     assert space["f"](4) == 8 and np.isclose(space["math"].pi, 3.14159, atol=1e-5)
