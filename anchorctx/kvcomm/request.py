@@ -113,10 +113,8 @@ class Placement:
     def write(self, decoder: Decoder, buffer: Buffer) -> None:
         """Place the entries: keys rotated once, values as they are."""
         # `naive` differs from `rotate` only here: it rotates to where the entries were computed, not to their slots.
-        span = slice(self.start, self.start + self.kv.length)
         rotation = self.start if self.rotation is None else self.rotation
-        decoder.rope.write(self.kv, rotation, buffer.keys[:, :, :, span])
-        buffer.values[:, :, :, span] = self.kv.values
+        decoder.rope.write(self.kv, rotation, buffer.kv(self.start, self.start + self.kv.length))
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """One agent's turn: fill the prompt's cache, compute the rest, speak, and keep the message's KV. One path for all arms.
 
 All arms are timed on the same path, and nothing but decoding is left out of the time to first token:
-`match` (deciding, approximating, choosing what to recompute), `encode` (base KV, anchored documents), `assemble` (placing), `forward` (the first
-token), `upkeep` (observing offsets, keeping the message).
+`match` (deciding, approximating, choosing what to recompute), `encode` (base KV, anchored documents), `assemble`
+(placing), `forward` (the first token), `upkeep` (observing offsets, keeping the message).
 """
 
 from __future__ import annotations

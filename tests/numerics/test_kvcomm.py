@@ -14,26 +14,21 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from anchorctx.kvcomm import grouped
-from anchorctx.kvcomm.agents import Frame, Ids, Template
+from anchorctx.kvcomm.agents import Ids, Template
 from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateFirst, RotateGlue
 from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.offsets import Kvcomm, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.cache import KV, concatenate
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.request import Prefixes, RequestState, TurnContext
 from anchorctx.kvcomm.turn import Prefill, keep_message, prefill, recite
 from anchorctx.layout import PackedLayout
 from anchorctx.models import RopeConfig, RopeType
 from anchorctx.testing.numerics import max_error
+from anchorctx.testing.reuse import BOS, X, Y, context, dense_logits, error, random_ids
 from anchorctx.testing.tiny import ARCHITECTURES, true_float64
 
 EXACT = 1e-10
-BOS = 1
-TEMPLATE = Template.parse("ab{x}cd{y}{x}ef")
-"""Neighbouring placeholders, and one that stands twice."""
-X: Ids = (20, 31, 42, 53, 64, 75)
-Y: Ids = (9, 8, 7)
 MODELS = [
     ("llama", RopeType.default),
     ("llama", RopeType.linear),
@@ -66,32 +61,8 @@ def decoder(model: PreTrainedModel) -> Decoder:
     return Decoder(model)
 
 
-def encode(text: str) -> Ids:
-    return tuple(ord(c) % 90 + 3 for c in text)
-
-
-def context(decoder: Decoder, contents: dict[str, Ids], template: Template = TEMPLATE, number: int = 0) -> TurnContext:
-    frame = Frame("agent", template, encode, BOS)
-    return TurnContext(
-        decoder, frame.prompt(contents), frame, RequestState(number, dict(contents)), Prefixes(decoder, BOS, (5, 6))
-    )
-
-
-def dense_logits(decoder: Decoder, ids: Ids) -> torch.Tensor:
-    """(T, V), by the model alone."""
-    return decoder.model(input_ids=decoder.tensor(ids), use_cache=False).logits[0]
-
-
 def whole(found: Prefill, length: int) -> KV:
     return found.buffer.kv(0, length)
-
-
-def error(a: KV, b: KV) -> float:
-    return max(max_error(a.keys, b.keys), max_error(a.values, b.values))
-
-
-def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 # -- cache algebra ----------------------------------------------------------------------------------------------------
@@ -177,7 +148,7 @@ def test_repeated_moves_do_not_drift(decoder: Decoder) -> None:
     kv = decoder.rope.unrotated(decoder.encode(random_ids(1, 8)))
     single = KV(kv.keys.float(), kv.values.float())
     decoder.rope.dtype = torch.float32
-    decoder.rope._tables = decoder.rope._compute(512)
+    decoder.rope._tables = [tuple(x.float() for x in table) for table in decoder.rope._tables]  # type: ignore[misc]
     chained = single
     for start in range(100, 200):
         placed = decoder.rope.rotated(single, start)
