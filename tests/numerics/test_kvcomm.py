@@ -6,6 +6,7 @@ What is *not* exact is tested too: an identity that held for everything would sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -13,25 +14,21 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from anchorctx.kvcomm import grouped
-from anchorctx.kvcomm.agents import Frame, Ids, Template
-from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
+from anchorctx.kvcomm.agents import Ids, Template
+from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateFirst, RotateGlue
+from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.offsets import Kvcomm, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.cache import KV, concatenate
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.kvcomm.request import Prefixes, RequestState, TurnContext
 from anchorctx.kvcomm.turn import Prefill, keep_message, prefill, recite
 from anchorctx.layout import PackedLayout
 from anchorctx.models import RopeConfig, RopeType
 from anchorctx.testing.numerics import max_error
+from anchorctx.testing.reuse import BOS, X, Y, context, dense_logits, error, random_ids
 from anchorctx.testing.tiny import ARCHITECTURES, true_float64
 
 EXACT = 1e-10
-BOS = 1
-TEMPLATE = Template.parse("ab{x}cd{y}{x}ef")
-"""Neighbouring placeholders, and one that stands twice."""
-X: Ids = (20, 31, 42, 53, 64, 75)
-Y: Ids = (9, 8, 7)
 MODELS = [
     ("llama", RopeType.default),
     ("llama", RopeType.linear),
@@ -64,32 +61,8 @@ def decoder(model: PreTrainedModel) -> Decoder:
     return Decoder(model)
 
 
-def encode(text: str) -> Ids:
-    return tuple(ord(c) % 90 + 3 for c in text)
-
-
-def context(decoder: Decoder, contents: dict[str, Ids], template: Template = TEMPLATE, number: int = 0) -> TurnContext:
-    frame = Frame("agent", template, encode, BOS)
-    return TurnContext(
-        decoder, frame.prompt(contents), frame, RequestState(number, dict(contents)), Prefixes(decoder, BOS, (5, 6))
-    )
-
-
-def dense_logits(decoder: Decoder, ids: Ids) -> torch.Tensor:
-    """(T, V), by the model alone."""
-    return decoder.model(input_ids=decoder.tensor(ids), use_cache=False).logits[0]
-
-
 def whole(found: Prefill, length: int) -> KV:
     return found.buffer.kv(0, length)
-
-
-def error(a: KV, b: KV) -> float:
-    return max(max_error(a.keys, b.keys), max_error(a.values, b.values))
-
-
-def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 # -- cache algebra ----------------------------------------------------------------------------------------------------
@@ -175,7 +148,7 @@ def test_repeated_moves_do_not_drift(decoder: Decoder) -> None:
     kv = decoder.rope.unrotated(decoder.encode(random_ids(1, 8)))
     single = KV(kv.keys.float(), kv.values.float())
     decoder.rope.dtype = torch.float32
-    decoder.rope._tables = decoder.rope._compute(512)
+    decoder.rope._tables = [tuple(x.float() for x in table) for table in decoder.rope._tables]  # type: ignore[misc]
     chained = single
     for start in range(100, 200):
         placed = decoder.rope.rotated(single, start)
@@ -190,7 +163,7 @@ def test_repeated_moves_do_not_drift(decoder: Decoder) -> None:
 def test_arms_that_compute_everything_are_dense(decoder: Decoder) -> None:
     contents = {"x": X, "y": Y}
     pool = Kvcomm()
-    for arm in (Dense(), DensePrefixCache(), RotateGlue(first=100), pool, MeanOffset()):
+    for arm in (Dense(), DensePrefixCache(), RotateGlue(100), RotateFirst(100), Blend(1.0), pool, MeanOffset()):
         here = context(decoder, contents)
         found = prefill(here, arm, 0)
         expected = dense_logits(decoder, here.prompt.ids)
@@ -198,6 +171,49 @@ def test_arms_that_compute_everything_are_dense(decoder: Decoder) -> None:
         assert error(whole(found, here.prompt.length), decoder.encode(decoder.tensor(here.prompt.ids))) < EXACT
         arm.observe(here, found.buffer, found.given)
     assert found.computed == here.prompt.length - 3  # BOS and "ab" come from the session
+
+
+def test_first_tokens_are_a_curve_from_rotate_to_dense(decoder: Decoder) -> None:
+    """In "ab{x}cd{y}ef..." k tokens of every segment behind the first are computed, and the last token always."""
+    rests = []
+    for k in (0, 1, 2, 3, 100):
+        here = context(decoder, {"x": X, "y": Y})
+        found = prefill(here, RotateFirst(k), 0)
+        first, *others = here.prompt.segments
+        last_is_new = others[-1].length > k
+        assert found.computed == sum(min(k, s.length) for s in others) + last_is_new
+        glued = prefill(context(decoder, {"x": X, "y": Y}), RotateGlue(k), 0)
+        same = all(s.length <= k for s in others if s.name is None)
+        rests.append(error(whole(found, here.prompt.length), decoder.encode(decoder.tensor(here.prompt.ids))))
+        assert (error(whole(found, here.prompt.length), whole(glued, here.prompt.length)) == 0.0) is same
+        if k == 0:
+            assert error(whole(found, here.prompt.length), whole(prefill(here, Rotate(), 0), here.prompt.length)) == 0.0
+    assert rests[0] > 0.01 and rests[-1] < EXACT
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.5, 1.0])
+def test_blend_recomputes_the_tokens_that_deviate_most(decoder: Decoder, share: float) -> None:
+    here = context(decoder, {"x": X, "y": Y})
+    found, length, start = prefill(here, Blend(share), 0), here.prompt.length, here.prompt.segments[0].stop
+    last = length - 1
+    dense = decoder.encode(decoder.tensor(here.prompt.ids))
+    rotated = whole(prefill(context(decoder, {"x": X, "y": Y}), Rotate(), 0), length)
+    mine = whole(found, length)
+    apart = [
+        (a[1, 0] - b[1, 0]).square().sum((0, 2)) / b[1, 0, :, start:last].square().sum((0, 2)).mean()
+        for a, b in ((rotated.keys, dense.keys), (rotated.values, dense.values))
+    ]
+    chosen = set((apart[0] + apart[1])[start:last].topk(math.ceil(share * (last - start))).indices.tolist())
+    kept = [slot for slot in range(start, last) if slot - start not in chosen]
+    assert found.computed == length - start - len(kept)
+    for a, b in ((mine.keys, dense.keys), (mine.values, dense.values)):
+        assert max_error(a[:2], b[:2]) < EXACT  # the first two layers are fresh for all
+    if kept and decoder.layers > 2:
+        assert max_error(mine.keys[2:, :, :, kept], rotated.keys[2:, :, :, kept]) < EXACT
+    if share == 1.0:
+        assert max_error(found.logits, dense_logits(decoder, here.prompt.ids)[-1]) < EXACT
+    else:
+        assert here.tally.tokens < length + len(X) + len(Y)  # a part of the model counts as such
 
 
 def test_prefix_cache_is_exact_and_reuses_what_is_equal(decoder: Decoder) -> None:
