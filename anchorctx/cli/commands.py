@@ -176,6 +176,7 @@ def kvcomm(config: KvcommConfig) -> int:
     """Evaluate KV reuse, print the table and draw; 0, or 1 when the gate's arm is beyond its bounds."""
     from anchorctx.evals.distribute import is_first
     from anchorctx.evals.shortcuts import evaluate_reuse
+    from anchorctx.report.figures.frontier import draw_frontier
     from anchorctx.report.figures.reuse import draw_reuse
     from anchorctx.report.sections.reuse import reuse_table
 
@@ -184,9 +185,9 @@ def kvcomm(config: KvcommConfig) -> int:
     if is_first():
         table, out = reuse_table(outcome.rows), Path(config.out_dir)
         (out / "kvcomm.md").write_text(table + "\n")
-        print(f"\n{table}\n")
-        for path in draw_reuse(outcome.rows, out):
+        for path in [*draw_reuse(outcome.rows, out), *draw_frontier(outcome.rows, out)]:
             print(f"drawn: {path}")
+        print(f"\n{table}")  # last, since it ends with what to use
         if verdict is not None:
             print(verdict.text)
     return 0 if verdict is None or verdict.passed else 1

@@ -50,7 +50,7 @@ from anchorctx.evals.subject import (
 from anchorctx.models.load import check_weights
 from anchorctx.parallel import dist
 from anchorctx.records.manifest import write_manifest
-from anchorctx.records.results import Result
+from anchorctx.records.results import Result, Rows
 from anchorctx.settings import check_ranges
 
 __all__ = ["EVALUATORS", "EvalConfig", "EvalDtype", "EvalName", "EvaluatedModel", "evaluate"]
@@ -217,8 +217,11 @@ def _all_rows(
     if not isinstance(job.evaluator, Concluding):
         return found
     last = [_stamp(row, job, found[0].manifest) for row in job.evaluator.conclude(found)]
-    if journal is not None and (new := [row for row in last if row not in journal.rows]):
-        journal.add(new)
+    if journal is not None:
+        # The latest of a number is what reports show: one that was concluded before with another bound is said again.
+        known = Rows(journal.rows).latest()
+        if new := [row for row in last if row not in known]:
+            journal.add(new)
     return found + last
 
 

@@ -28,6 +28,8 @@ MEASURES: dict[str, tuple[str, dict[str, Any]]] = {
     "p50": ("kvcomm_ttft", {"agent": "request", "quantile": "p50"}),
     "p95": ("kvcomm_ttft", {"agent": "request", "quantile": "p95"}),
     "kept": ("kvcomm_kept_bytes", {}),
+    "cost: tokens": ("kvcomm_cost", {"by": "tokens"}),
+    "cost: seconds": ("kvcomm_cost", {"by": "seconds"}),
 }
 """What every arm has a number of: the metric, and what it is of where the metric has several."""
 KL_FLOOR = 1e-8
@@ -56,6 +58,11 @@ class TaskRows:
         metric, where = MEASURES[measure]
         return self.rows.find(metric, arm=arm, kind=kind, **where)
 
+    @property
+    def recommendation(self) -> Result | None:
+        """What the evaluation says is to be used."""
+        return self.rows.find("kvcomm_recommendation")
+
     def values(self, measure: str, kind: str = "all", scale: float = 1.0) -> list[float | None]:
         """A measure of every arm, times `scale`; None where it was not measured."""
         rows = (self.find(measure, arm, kind) for arm in self.arms)
@@ -67,16 +74,22 @@ def tasks_of(rows: Rows) -> list[TaskRows]:
     return [TaskRows(task, rows.of(task=task)) for task in rows.distinct("task")]
 
 
+def by_stem(rows: Sequence[Result]) -> Iterator[tuple[str, str, Rows]]:
+    """Each model, what its pictures' names begin with (its own only where there are several), and its rows."""
+    every = Rows(rows).latest()
+    models = every.distinct("model")
+    for model in models:
+        named = re.sub(r"[^\w.-]+", "_", model) + "_" if len(models) > 1 else ""
+        yield model, f"kvcomm_{named}", every.of(model=model)
+
+
 def draw_reuse(rows: Sequence[Result], folder: Path) -> list[Path]:
     """All pictures that the rows allow, kvcomm_<task>.png and kvcomm_<task>_cache.png; returns the files.
 
     With several models each one's name is in the files' names.
     """
-    every, drawn = Rows(rows).latest(), []
-    models = every.distinct("model")
-    for model in models:
-        mine = every.of(model=model)
-        stem = "kvcomm_" + (re.sub(r"[^\w.-]+", "_", model) + "_" if len(models) > 1 else "")
+    drawn = []
+    for model, stem, mine in by_stem(rows):
         tasks = tasks_of(mine)
         for task in tasks:
             charts = [(title, chart) for title, chart, _ in reuse_charts(task)]

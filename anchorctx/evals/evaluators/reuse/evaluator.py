@@ -24,6 +24,7 @@ from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import gather, is_first, rank_and_size, same_everywhere, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
+from anchorctx.evals.evaluators.reuse.frontier import recommendation
 from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import check_arm, record_rows, variation_rows
 from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
@@ -36,7 +37,7 @@ from anchorctx.kvcomm.arms.names import makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.records.results import Result
+from anchorctx.records.results import Result, Rows
 from anchorctx.settings import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ class Reuse:
             progress(1, len(work))
         records = self._together([trial.records for trial in trials])
         yield from record_rows(task.name, records, fingerprint([problem for _, problem in work]))
+
+    def conclude(self, rows: Sequence[Result]) -> list[Result]:
+        """What to use in each task."""
+        found = (recommendation(Rows(rows), task, self.config.gate) for task in self._tasks)
+        return [row for row in found if row is not None]
 
     def _together(self, mine: list[dict[str, Record]]) -> list[Record]:
         """Every team's records, in the arms' order, from the processes that ran the arms; dense's from the first."""

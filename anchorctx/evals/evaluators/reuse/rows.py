@@ -18,6 +18,7 @@ import numpy as np
 
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import GateConfig
+from anchorctx.evals.evaluators.reuse.frontier import cost_rows
 from anchorctx.evals.evaluators.reuse.measures import KvError, paired_difference
 from anchorctx.evals.evaluators.reuse.trial import Record
 from anchorctx.records.results import Result, Rows, mean_interval, wilson_interval
@@ -41,7 +42,7 @@ def record_rows(task: str, records: Sequence[Record], problems: str = "") -> lis
             rows += _reuse(own, context)
             # Errors of the cache and times are not told apart by kind.
             if kind == "all":
-                rows += [*_cache(own, context), *_times(own, context)]
+                rows += [*_cache(own, context), *_times(own, context), *cost_rows(own, dense, context)]
     return rows
 
 
@@ -96,7 +97,7 @@ def _reuse(own: Sequence[Record], context: dict) -> Iterator[Result]:
     tokens = np.array([t for record in own for t in record.tokens], dtype=np.float64)
     flops = np.array([f for record in own for f in record.flops])
     yield _share("kvcomm_reuse", [x for record in own for x in record.reused], context | {"by": "calls"})
-    # (turns, 2): the prompt's tokens and those computed with it; dense FLOPs and those spent.
+    # (turns, 3): the prompt's tokens, those computed with it and beside it; (turns, 2): dense FLOPs and those spent.
     shares: dict[str, Callable[[], float]] = {
         "tokens": lambda: 1 - tokens[:, 1].sum() / tokens[:, 0].sum(),
         "flops": lambda: 1 - flops[:, 1].sum() / flops[:, 0].sum(),

@@ -39,8 +39,8 @@ class Record:
     """By problem, in the agents' order (False) and in another (True): did the decision agent say what dense says?"""
     reused: list[bool] = field(default_factory=list)
     """By turn: all its contents."""
-    tokens: list[tuple[int, int]] = field(default_factory=list)
-    """By turn: prompt tokens, and those computed with it."""
+    tokens: list[tuple[int, int, int]] = field(default_factory=list)
+    """By turn: prompt tokens, those computed with it, and those computed beside it."""
     flops: list[tuple[float, float]] = field(default_factory=list)
     """By turn: dense, and spent with all hidden work."""
     ttft: list[dict[str, float]] = field(default_factory=list)
@@ -146,7 +146,7 @@ class Trial:
         if error is not None:
             record.errors.append(error)
         record.reused.append(bool(turn.reused) and all(turn.reused))
-        record.tokens.append((turn.prompt.length, turn.computed))
+        record.tokens.append((turn.prompt.length, turn.computed, turn.hidden))
         record.flops.append((turn.dense_flops, turn.flops))
         if final:
             record.judged[False].append(_says(turn, turn.ids))
