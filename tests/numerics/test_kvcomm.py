@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.agents import Frame, Ids, Template
-from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateGlue
+from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateFirst, RotateGlue
 from anchorctx.kvcomm.arms.offsets import Kvcomm, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.cache import KV, concatenate
@@ -190,7 +190,7 @@ def test_repeated_moves_do_not_drift(decoder: Decoder) -> None:
 def test_arms_that_compute_everything_are_dense(decoder: Decoder) -> None:
     contents = {"x": X, "y": Y}
     pool = Kvcomm()
-    for arm in (Dense(), DensePrefixCache(), RotateGlue(first=100), pool, MeanOffset()):
+    for arm in (Dense(), DensePrefixCache(), RotateGlue(100), RotateFirst(100), pool, MeanOffset()):
         here = context(decoder, contents)
         found = prefill(here, arm, 0)
         expected = dense_logits(decoder, here.prompt.ids)
@@ -198,6 +198,24 @@ def test_arms_that_compute_everything_are_dense(decoder: Decoder) -> None:
         assert error(whole(found, here.prompt.length), decoder.encode(decoder.tensor(here.prompt.ids))) < EXACT
         arm.observe(here, found.buffer, found.given)
     assert found.computed == here.prompt.length - 3  # BOS and "ab" come from the session
+
+
+def test_first_tokens_are_a_curve_from_rotate_to_dense(decoder: Decoder) -> None:
+    """In "ab{x}cd{y}ef..." k tokens of every segment behind the first are computed, and the last token always."""
+    rests = []
+    for k in (0, 1, 2, 3, 100):
+        here = context(decoder, {"x": X, "y": Y})
+        found = prefill(here, RotateFirst(k), 0)
+        first, *others = here.prompt.segments
+        last_is_new = others[-1].length > k
+        assert found.computed == sum(min(k, s.length) for s in others) + last_is_new
+        glued = prefill(context(decoder, {"x": X, "y": Y}), RotateGlue(k), 0)
+        same = all(s.length <= k for s in others if s.name is None)
+        rests.append(error(whole(found, here.prompt.length), decoder.encode(decoder.tensor(here.prompt.ids))))
+        assert (error(whole(found, here.prompt.length), whole(glued, here.prompt.length)) == 0.0) is same
+        if k == 0:
+            assert error(whole(found, here.prompt.length), whole(prefill(here, Rotate(), 0), here.prompt.length)) == 0.0
+    assert rests[0] > 0.01 and rests[-1] < EXACT
 
 
 def test_prefix_cache_is_exact_and_reuses_what_is_equal(decoder: Decoder) -> None:

@@ -112,26 +112,42 @@ class Naive(Rotate):
         return Placement(shared.kv, segment.start, shared.home)
 
 
-class RotateGlue(Rotate):
-    """Rotates, and recomputes the glue and the first tokens of each content together with the last token.
+class RotateFirst(Rotate):
+    """Rotates, and recomputes the first k tokens of each segment together with the last token (EPIC, arXiv 2410.15332).
 
-    The first k tokens of a text take most of the attention that its own first place gave them (EPIC's LegoLink); up to
-    some 300 recomputed tokens cost a GPU about what one does. Nothing is stored between requests.
+    The first tokens of a text take most of the attention that its own first place gave them; up to some 300 recomputed
+    tokens cost a GPU about what one does. Nothing is stored between requests. Segments are contents and the glue
+    between them: a k of 0 is `rotate`, and one as long as the longest segment is dense.
+    """
+
+    name = "rotate_first_k"
+
+    def __init__(self, k: int = 8) -> None:
+        self.k = k
+        """Tokens recomputed at the start of each segment."""
+
+    def glue(self, context: TurnContext, segment: Segment) -> Placement | None:
+        """All but the first tokens."""
+        return self._behind(context.glue(segment).kv, segment)
+
+    def text(self, context: TurnContext, segment: Segment, name: str) -> Placement | None:
+        """All but the first tokens."""
+        return self._behind(context.base(name).kv, segment)
+
+    def _behind(self, kv: KV, segment: Segment) -> Placement:
+        return Placement(kv.cut(self.k), segment.start + min(self.k, segment.length))
+
+
+class RotateGlue(RotateFirst):
+    """The same with all of the glue recomputed, whose base KV is the farthest from any prompt: it was computed behind
+    the placeholders' names. Where no glue behind a placeholder is longer than k, this is `rotate_first_k`.
     """
 
     name = "rotate_glue"
 
-    def __init__(self, first: int = 8) -> None:
-        self.first = first
-        """Tokens recomputed at the start of each content."""
-
     def glue(self, context: TurnContext, segment: Segment) -> Placement | None:
         """Recomputed."""
         return None
-
-    def text(self, context: TurnContext, segment: Segment, name: str) -> Placement | None:
-        """All but the first tokens."""
-        return Placement(context.base(name).kv.cut(self.first), segment.start + min(self.first, segment.length))
 
 
 class Anchored(Arm):

@@ -1,10 +1,17 @@
-"""The arms by name. Imports no torch until an arm is made, so that a configuration can name arms quickly."""
+"""The arms by name. Imports no torch until an arm is made, so that a configuration can name arms quickly.
+
+A name may have the value of the arm's main setting behind a colon, `blend:0.15`: so one list of arms can hold an arm
+several times, as the points of a curve.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from anchorctx.errors import UserError
 
@@ -16,6 +23,7 @@ ARMS = (
     "dense_prefix_cache",
     "naive",
     "rotate",
+    "rotate_first_k",
     "rotate_glue",
     "kvcomm",
     "kvcomm_ungated",
@@ -47,21 +55,91 @@ class Reduce(StrEnum):
     """The mean absolute difference of each token, and so weights by token."""
 
 
-def makers() -> dict[str, Callable[[], Arm]]:
-    """Every arm and control by name, with its default settings."""
-    from anchorctx.kvcomm.arms import basic, offsets
+# -- an arm with its setting ------------------------------------------------------------------------------------------
 
-    arms = (
-        *(basic.Dense, basic.DensePrefixCache, basic.Naive, basic.Rotate, basic.RotateGlue),
-        *(offsets.Kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored),
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The number that may stand behind an arm's name; at least 0."""
+
+    name: str
+    whole: bool = False
+    """Whether it is a whole number."""
+    most: float = math.inf
+
+    @property
+    def allowed(self) -> str:
+        """What it may be, in words."""
+        number = "a whole number" if self.whole else "a number"
+        return f"{number} of at least 0" if self.most == math.inf else f"{number} from 0 to {self.most:g}"
+
+    def read(self, text: str) -> int | float | None:
+        """The number, None where it is none or out of range."""
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            return None
+        return value if 0 <= value <= self.most and value < math.inf else None  # nan is not
+
+
+SETTINGS = {
+    "rotate_first_k": Setting("k", whole=True),
+    "rotate_glue": Setting("k", whole=True),
+    "kvcomm": Setting("gamma"),
+}
+"""The main setting of the arms that have one: how much is computed, or how readily they share."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArmSpec:
+    """An arm as a configuration names it: `rotate`, or `rotate_first_k:16`."""
+
+    name: str
+    value: int | float | None = None
+    """Of its main setting; None leaves it as it is elsewhere."""
+
+    @classmethod
+    def parse(cls, text: str) -> ArmSpec:
+        """UserError for an unknown arm, a setting where there is none, or a wrong one."""
+        name, colon, number = text.partition(":")
+        if name not in (*ARMS, *CONTROLS):
+            raise UserError(f"unknown arm {name!r}: choose {', '.join((*ARMS, *CONTROLS))}")
+        if not colon:
+            return cls(name)
+        if name not in SETTINGS:
+            raise UserError(
+                f"arm {text!r} has a setting, which {name} has not: write {name}, or choose {', '.join(SETTINGS)}"
+            )
+        setting = SETTINGS[name]
+        value = setting.read(number)
+        if value is None:
+            raise UserError(
+                f"arm {text!r} must have {setting.allowed} behind its colon, the {setting.name} of {name}: correct it, "
+                f"or write {name} for the default"
+            )
+        return cls(name, value)
+
+    def maker(self, known: Mapping[str, Callable[..., Arm]]) -> Callable[[], Arm]:
+        """What makes this arm, given what makes each arm: called without a value, or with one for its main setting."""
+        return known[self.name] if self.value is None else partial(known[self.name], self.value)
+
+
+def makers() -> dict[str, Callable[..., Arm]]:
+    """Every arm and control by name, with its default settings; those in SETTINGS also take a value for theirs."""
+    from anchorctx.kvcomm.arms import basic, offsets
+    from anchorctx.kvcomm.arms.pool import PoolConfig
+
+    def kvcomm(gamma: float = PoolConfig().gamma) -> Arm:
+        return offsets.Kvcomm(PoolConfig(gamma=gamma))
+
+    arms: tuple[Any, ...] = (
+        *(basic.Dense, basic.DensePrefixCache, basic.Naive, basic.Rotate, basic.RotateFirst, basic.RotateGlue),
+        *(kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored),
     )
     controls = (basic.DenseChunked, basic.Zeroed, basic.RandomMoments, basic.OtherRequest)
     return dict(zip((*ARMS, *CONTROLS), (*arms, *controls), strict=True))
 
 
-def make_arm(name: str) -> Arm:
-    """A new arm of that name, with nothing learnt; UserError lists the names."""
-    known = makers()
-    if name not in known:
-        raise UserError(f"unknown arm {name!r}: choose {', '.join(known)}")
-    return known[name]()
+def make_arm(text: str) -> Arm:
+    """A new arm of that name, `name` or `name:value`, with nothing learnt; UserError for a wrong one."""
+    return ArmSpec.parse(text).maker(makers())()

@@ -121,10 +121,10 @@ class Limits:
 
 @dataclass(kw_only=True, slots=True)
 class ArmsConfig:
-    """Settings of the arms."""
+    """Settings of the arms, where a name in `arms` has none behind a colon."""
 
     first: Count = 8
-    """rotate_glue: tokens recomputed at the start of each content."""
+    """rotate_first_k, rotate_glue: tokens recomputed at the start of each segment, k."""
     warmup: Positive = 3
     """mean_offset: contents that are computed before the mean is used."""
     min_exemplars: Positive = 4
@@ -156,7 +156,8 @@ class ReuseConfig:
     tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
     """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
     arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
-    """Arms and controls; dense always runs beside them."""
+    """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, kvcomm:0.3) sets k (or
+    gamma) for that arm: an arm may be there several times."""
     agents: Positive = 3
     """Agents, the decision agent included."""
     topology: str = "full"

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
-from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateGlue
-from anchorctx.kvcomm.arms.names import makers
+from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateFirst, RotateGlue
+from anchorctx.kvcomm.arms.names import ArmSpec, makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.decoder import Decoder
@@ -172,25 +173,30 @@ def _shapes(config: PretrainedConfig, attention: str | None) -> PreTrainedModel:
 
 
 def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm]]:
-    """What makes each arm to run, dense first, with its settings; UserError for an unknown name or a bad setting."""
-    known = makers()
-    unknown = [name for name in config.arms if name not in known]
-    if unknown:
-        raise UserError(f"arms has {unknown[0]!r}, which is unknown: choose {', '.join(known)}")
+    """What makes each arm to run, dense first, with its settings; UserError for a wrong name or a bad setting.
+
+    Names are as they stand in `arms`: what is behind a colon there takes the place of the arm's own setting.
+    """
+    specs = {name: ArmSpec.parse(name) for name in ("dense", *config.arms)}
     check_ranges(config)
     s = config.settings
     bounds = s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes
     pool = PoolConfig(*bounds, s.h, s.weights_h, s.reduce)
+
+    def kvcomm(gamma: float = s.gamma) -> Arm:
+        return Kvcomm(replace(pool, gamma=gamma), partial=s.partial)
+
     # Arms that take settings; the others are made as they are.
-    known |= {
-        "rotate_glue": lambda: RotateGlue(s.first),
-        "kvcomm": lambda: Kvcomm(pool, partial=s.partial),
+    known = makers() | {
+        "rotate_first_k": lambda k=s.first: RotateFirst(k),
+        "rotate_glue": lambda k=s.first: RotateGlue(k),
+        "kvcomm": kvcomm,
         "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
         "mean_offset": lambda: MeanOffset(s.warmup),
         "random": lambda: RandomMoments(seed),
     }
     check_arm(config.gate, config.arms)
-    return {"dense": known["dense"]} | {name: known[name] for name in config.arms}
+    return {name: spec.maker(known) for name, spec in specs.items()}
 
 
 def _task(

@@ -281,7 +281,8 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("arms=[fast]", "arms has 'fast', which is unknown: choose dense"),
+        ("arms=[fast]", "unknown arm 'fast': choose dense"),
+        ("arms=[rotate_glue:-1]", "arm 'rotate_glue:-1' must have a whole number of at least 0 behind its colon"),
         ("gate.arm=kvcomm arms=[rotate]", "gate.arm=kvcomm is not among the arms"),
         ("settings.warmup=0", "settings.warmup=0 must be at least 1"),
         ("settings.min_exemplars=30", "min_exemplars=30 must not exceed"),
