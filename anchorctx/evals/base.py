@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
+from anchorctx.evals.parts import Parts
 from anchorctx.records.results import Result
 
 Progress = Callable[[int, int], None]
@@ -83,6 +84,15 @@ class Concluding(Protocol):
 
     def conclude(self, rows: Sequence[Result]) -> list[Result]:
         """Rows without manifest, from those of all units."""
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An evaluation whose units are long enough to be gone on with in their middle."""
+
+    def resume(self, subject: Subject, unit: Unit, progress: Progress, parts: Parts) -> Iterator[Result]:
+        """As `run`, which it is with no parts: what `parts` holds is not measured again, and what is new goes there."""
         ...
 
 

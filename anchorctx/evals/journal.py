@@ -19,6 +19,7 @@ from typing import IO, Any
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Unit
 from anchorctx.evals.config import EvaluatedModel
+from anchorctx.evals.parts import FOLDER, Parts
 from anchorctx.records.files import lock_folder, write_bytes
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
 from anchorctx.records.results import FILE, Result, append_results, mean_interval, read_results
@@ -59,6 +60,10 @@ class Journal:
             path.parent.mkdir(exist_ok=True)
             write_json(path, {"hash": key, "identity": identity, "first_measured": facts})
         return key
+
+    def parts(self, manifest: str, label: str, unit: Unit) -> Parts:
+        """What a unit that was cut off has given already."""
+        return Parts(self.path.parent / FOLDER / f"{fingerprint([manifest, label, unit])}.jsonl")
 
     def close(self) -> None:
         """Let others write."""

@@ -16,7 +16,11 @@ from anchorctx.report.numbers import with_interval
 
 EXACT = {"dense": 0, "dense_prefix_cache": 0}
 """Arms that lose nothing but rounding, and the number of their colour."""
-LOSSES = {"KL": "KL(dense | arm), nats a token", "agreement": "tokens with dense's likeliest", "accuracy": "accuracy"}
+LOSSES = {
+    "KL": "KL(dense | arm), nats a token",
+    "agreement": "tokens with dense's likeliest",
+    "accuracy": "share of answers right",
+}
 COSTS = {"cost: tokens": "prompt tokens computed, of dense's", "cost: seconds": "time to first token, of dense's"}
 
 
@@ -35,8 +39,9 @@ def draw_frontier(rows: Sequence[Result], folder: Path) -> list[Path]:
     for model, stem, mine in by_stem(rows):
         for task in tasks_of(mine):
             charts = [(title, chart) for title, chart, _ in frontier_charts(task)]
-            said = task.recommendation
-            heading = f"{model}: {said.context['sentence']}" if said is not None else f"{model}: {task.task}"
+            said, problems = task.recommendation, task.find("KL", "dense")
+            heading = f"{model}: {task.task}, {problems.n if problems else 0} problems"
+            heading += "" if said is None else f", recommended: {said.context['recommended']}"
             if charts:
                 drawn.append(save_charts(charts, folder / f"{stem}{task.task}_frontier.png", heading, len(COSTS)))
     return drawn
@@ -69,9 +74,7 @@ def frontier_charts(task: TaskRows) -> Iterator[tuple[str, Chart, str]]:
             yield title, chart, caption
 
 
-def _chart(
-    curves: dict[str, list[Mark]], x: str, y: str, description: str, bound: float | None, *, log: bool
-) -> Chart:
+def _chart(curves: dict[str, list[Mark]], x: str, y: str, description: str, bound: float | None, *, log: bool) -> Chart:
     marks = [mark for name, some in curves.items() if name not in EXACT for mark in some]
     # Values from 1e-14, of exact arms, to 1: the axis begins below the least of the others.
     floor = _floor([mark.y.value for mark in marks]) if log else None
@@ -110,6 +113,11 @@ def _curve(axes: Any, name: str, marks: Sequence[Mark], color: int, dashed: bool
         at = mark.x.value, height(mark.y.value)
         axes.plot([left, right], [at[1], at[1]], color=ink, linewidth=1, alpha=0.5, gid=tag("line"))
         axes.plot([at[0], at[0]], [height(low), height(high)], color=ink, linewidth=1, alpha=0.5, gid=tag("line"))
+    if len(marks) == 1:  # colours come twice, and a single mark has no line that could be dashed
+        axes.annotate(
+            name, (marks[0].x.value, height(marks[0].y.value)), (0, 8), textcoords="offset points", ha="center",
+            color=MUTED,
+        )  # fmt: skip
     words = [f"{m.arm}: {with_interval(m.y)} at {with_interval(m.x, as_percent=True)}" for m in marks]
     axes.plot(
         [mark.x.value for mark in marks], [height(mark.y.value) for mark in marks], color=ink, linewidth=2.2,

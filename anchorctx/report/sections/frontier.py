@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from anchorctx.records.results import Result
 from anchorctx.report.blocks import MISSING, Cell, Figure, Note, Table, measured, text_cell
 from anchorctx.report.figures.frontier import EXACT, frontier_charts
@@ -67,6 +69,8 @@ def _cell(measure: str, row: Result | None) -> Cell:
     if measure == "KL":  # from 1e-14 to 10: digits, not decimals
         ends = "" if row.low is None or row.high is None else f" ({number(max(row.low, 0.0))} to {number(row.high)})"
         return Cell(number(row.value) + ends, row.value)
+    if measure == "agreement" and row.high is not None and row.high > 1:  # Student's interval knows no limits
+        row = dataclasses.replace(row, high=1.0)
     return measured(row, as_percent=measure.startswith("cost"))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, Feature, Reduce
 from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Share
@@ -164,6 +164,12 @@ class ReuseConfig:
     """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
     decision_dense: bool = True
     """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
+    budget_minutes: Annotated[float, Gt(0), "null is no limit"] | None = None
+    """Time for a model's problems, shared out equally among the tasks; a task ends before the problem that would not
+    fit. null is no limit."""
+    until_interval: Annotated[float, Gt(0), "null runs all problems"] | None = None
+    """End a task once half of the interval of every arm's divergence is at most this part of gate.max_kl, or all of it
+    is on one side: 0.2 of 0.05 nats is 0.01. One looks after 8, 16, 32, ... problems. null runs all."""
     compare_tokens: Positive = 64
     """Tokens of each answer over which an arm's distributions are compared with dense's."""
     settings: ArmsConfig = field(default_factory=ArmsConfig)

@@ -1,8 +1,8 @@
 """The evaluation `kvcomm`: how well agents that run a model reuse each other's KV caches, by arm, against dense.
 
-A unit is a whole task, since arms learn from one problem to the next, or the split of errors. What can be refused is
-refused before any weight is read, on a model that has only shapes. With several processes, each takes some of the arms
-beside dense, which all compute: an arm's numbers do not depend on the other arms.
+A unit is a whole task, since arms learn from one problem to the next, or the split of errors; the parts of a task are
+its problems. What can be refused is refused before any weight is read, on a model that has only shapes. With several
+processes, each takes some of the arms beside dense, which all compute: an arm's numbers do not depend on the others.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKEN
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.distribute import gather, is_first, rank_and_size, same_everywhere, spread
+from anchorctx.evals.distribute import is_first, rank_and_size, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
+from anchorctx.evals.evaluators.reuse.course import run_task
 from anchorctx.evals.evaluators.reuse.frontier import recommendation
 from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import check_arm, record_rows, variation_rows
-from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
+from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
-from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
+from anchorctx.evals.evaluators.reuse.trial import Lab, Trial
+from anchorctx.evals.parts import Parts
 from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateFirst, RotateGlue
 from anchorctx.kvcomm.arms.names import ArmSpec, makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
@@ -80,7 +82,10 @@ class Reuse:
         questions = (self.config.gsm8k, self.config.mmlu, self.config.humaneval)
         paths = [Path(task.path) for task in questions if task.path is not None]
         files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file()}
-        return settings_of(self.config, ReuseConfig, "tasks", "gate", "allow_code_execution") | {"files": files}
+        # The bound decides nothing but when to stop.
+        bound = {} if self.config.until_interval is None else {"bound": self.config.gate.max_kl}
+        asked = settings_of(self.config, ReuseConfig, "tasks", "gate", "allow_code_execution")
+        return asked | bound | {"files": files}
 
     def units(self) -> list[Unit]:
         """One a task, and the split of errors, whose rows are named by their lengths."""
@@ -92,6 +97,10 @@ class Reuse:
 
     def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
         """The rows of one task through all arms, or of the split of errors."""
+        return self.resume(subject, unit, progress, Parts())
+
+    def resume(self, subject: Subject, unit: Unit, progress: Progress, parts: Parts) -> Iterator[Result]:
+        """The same, where `parts` holds a task's first problems."""
         if "task" not in unit:
             yield from self._variation(subject, progress)
             return
@@ -104,25 +113,13 @@ class Reuse:
         trials = [Trial(lab, task, team) for team in teams]
         for trial in trials:
             trial.prepare()
-        work = [(trial, problem) for trial in trials for problem in trial.team.problems]
-        for trial, problem in work:
-            trial.run(problem)
-            same_everywhere(None)  # meet after every problem, so that no wait is long enough to time out
-            progress(1, len(work))
-        records = self._together([trial.records for trial in trials])
-        yield from record_rows(task.name, records, fingerprint([problem for _, problem in work]))
+        found = run_task(task.name, trials, list(self._arms), self.config, parts, progress)
+        yield from record_rows(task.name, found.records, found.problems, found.about)
 
     def conclude(self, rows: Sequence[Result]) -> list[Result]:
         """What to use in each task."""
         found = (recommendation(Rows(rows), task, self.config.gate) for task in self._tasks)
         return [row for row in found if row is not None]
-
-    def _together(self, mine: list[dict[str, Record]]) -> list[Record]:
-        """Every team's records, in the arms' order, from the processes that ran the arms; dense's from the first."""
-        parts = gather(mine)
-        # Dense is in every part; reversed, so that the first process's record of it wins.
-        teams = [{k: v for part in reversed(parts) for k, v in part[i].items()} for i in range(len(mine))]
-        return [records[name] for records in teams for name in self._arms]
 
     def _lab(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arms: dict[str, Callable[[], Arm]]

@@ -69,8 +69,9 @@ class Point:
 def recommendation(rows: Rows, task: str, gate: GateConfig) -> Result | None:
     """The cheapest arm whose divergence is within `gate.max_kl` with its interval's upper end, as a row.
 
-    It must compute fewer tokens than dense and a prefix cache, and be no slower than dense. The row's value is the
-    chosen arm's divergence, or the least upper end that an arm has where none is chosen. None without an arm.
+    It must compute fewer tokens than dense and a prefix cache, and be no slower than dense. The row's value and
+    interval are the chosen arm's divergence; where none is chosen, that of the arm that the sentence names instead.
+    None without an arm.
     """
     points = list(_points(rows, task))
     offered = [point for point in points if point.arm not in EXACT]
@@ -80,10 +81,11 @@ def recommendation(rows: Rows, task: str, gate: GateConfig) -> Result | None:
     within = [point for point in offered if point.worst <= gate.max_kl]
     useful = [p for p in within if p.tokens.value < exact.tokens.value and p.seconds.value <= 1]
     chosen = min(useful, key=lambda p: (p.tokens.value, p.seconds.value), default=None)
-    least = min(offered, key=lambda p: (p.worst, p.kl.value))
+    least = min(offered, key=lambda p: (p.worst, p.kl.value))  # shown where none is chosen
     if chosen is not None:
         said = f"use {chosen.arm}, the cheapest within a KL of {gate.max_kl:g}: {_words(chosen)}"
     elif within:
+        least = min(within, key=lambda p: p.tokens.value)
         said = (
             f"none: stay dense; within a KL of {gate.max_kl:g} there is nothing that computes less than {exact.arm} "
             f"({exact.tokens.value:.0%} of the tokens) and is as fast as dense: {_words(least)}"
@@ -93,6 +95,8 @@ def recommendation(rows: Rows, task: str, gate: GateConfig) -> Result | None:
     else:
         said = f"none: stay dense; the least that was met is a KL of {least.kl.high:.2g}: {_words(least)}"
     shown = chosen or least
+    if (stopped := shown.kl.context.get("stopped")) is not None:
+        said += f" ({shown.kl.n} of {shown.kl.context['asked']} problems: {stopped})"
     context = {"task": task, "bound": gate.max_kl, "recommended": chosen.arm if chosen else "dense"}
     return Result(
         metric="kvcomm_recommendation",

@@ -11,8 +11,9 @@ The gate at the end compares an arm's rows with given bounds, for deployments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,13 @@ from anchorctx.records.results import Result, Rows, mean_interval, wilson_interv
 PARTS = ("key", "value")
 
 
-def record_rows(task: str, records: Sequence[Record], problems: str = "") -> list[Result]:
-    """All rows of one task: for each arm over all kinds, and for each kind where there are several."""
+def record_rows(
+    task: str, records: Sequence[Record], problems: str = "", about: Mapping[str, Any] | None = None
+) -> list[Result]:
+    """All rows of one task: for each arm over all kinds, and for each kind where there are several.
+
+    `about` is more for the context of each row, such as why there are fewer problems than were asked for.
+    """
     kinds = list(dict.fromkeys(record.kind for record in records))
     rows: list[Result] = []
     for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
@@ -36,7 +42,7 @@ def record_rows(task: str, records: Sequence[Record], problems: str = "") -> lis
             # One record a kind: several together are the row over `all`.
             own = [record for record in chosen if record.arm == arm]
             dense = [record for record in chosen if record.arm == "dense"]
-            context = {"task": task, "kind": kind, "arm": arm, "problems": problems}
+            context = {"task": task, "kind": kind, "arm": arm, "problems": problems, **(about or {})}
             rows += _words(own, context)
             rows += _answers(own, dense, context)
             rows += _reuse(own, context)

@@ -21,10 +21,13 @@ from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.session import Session
 from anchorctx.kvcomm.turn import Turn
 
+Words = dict[str, tuple[Ids, Ids]]
+"""What dense said on a problem: each agent's answer and its message, in the order in which they spoke."""
+
 
 @dataclass(slots=True)
 class Record:
-    """What one arm did on one team's problems."""
+    """What one arm did on some of a team's problems."""
 
     arm: str
     kind: str
@@ -63,7 +66,9 @@ class Lab:
 
 
 class Trial:
-    """One team through all arms: call `prepare`, then `run` for each problem. UserError where a prompt is too long."""
+    """One team through all arms: call `prepare`, then `run` for each problem, in order, or `replay` for those that were
+    run before. UserError where a prompt is too long.
+    """
 
     def __init__(self, lab: Lab, task: Task, team: Team) -> None:
         self._lab, self._task, self.team = lab, task, team
@@ -74,7 +79,7 @@ class Trial:
         self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
         for problem in team.problems:
             self._dense.check(problem.texts)
-        self.records = {n: Record(n, team.kind, s.arm.by_construction) for n, s in self._compared.items()}
+        self.records: dict[str, Record] = {}
         self._rng = np.random.default_rng([lab.seed, *team.kind.encode()])
         self._orders: dict[tuple[str, ...], Frame] = {}
 
@@ -83,8 +88,9 @@ class Trial:
         for session in (self._dense, *self._compared.values(), *self._free.values()):
             session.prepare()
 
-    def run(self, problem: Problem) -> None:
-        """One problem through every arm."""
+    def run(self, problem: Problem) -> tuple[dict[str, Record], Words]:
+        """One problem through every arm: its records by arm, and what dense said."""
+        self.records = {n: Record(n, self.team.kind, s.arm.by_construction) for n, s in self._compared.items()}
         # What dense says is the script of the compared runs, dense's own included.
         said = self._dense.start(problem.texts)
         script = problem.script or {}
@@ -99,6 +105,19 @@ class Trial:
                 self._compare(name, problem, dense, truth, shuffled, other)
         if self.team.decision is not None:  # teams without one (copy) are only timed and compared
             self._answer(problem, dense)
+        return self.records, {agent: (turn.ids, turn.message) for agent, turn in dense.items()}
+
+    def replay(self, problem: Problem, words: Words) -> None:
+        """Leave the arms as `run` left them, given what dense said then: only those that learn are run again."""
+        self._shuffled()
+        self._dense.start(problem.texts)  # requests are numbered
+        for session in self._compared.values():
+            request = session.start(problem.texts)
+            for agent, (ids, message) in words.items() if _learns(session.arm) else ():
+                request.run(agent, answer=ids[: self._lab.compare_tokens], message=message)
+        for session in self._free.values() if self.team.decision is not None else ():
+            # As it was: what an arm learns here has the rounding of tokens that were run one by one.
+            session.ask(problem.texts) if _learns(session.arm) else session.start(problem.texts)
 
     def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
         lab, team = self._lab, self.team
@@ -174,6 +193,11 @@ class Trial:
             template = self._dense.templates[decision].reordered(dict(zip(heard, order, strict=True)))
             self._orders[tuple(order)] = Frame(decision, template, self._dense.encode, self._dense.bos)
         return self._orders[tuple(order)]
+
+
+def _learns(arm: Arm) -> bool:
+    """Whether it keeps anything from one request to the next."""
+    return type(arm).observe is not Arm.observe
 
 
 def _says(turn: Turn, answer: Ids) -> bool:

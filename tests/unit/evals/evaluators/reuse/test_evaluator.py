@@ -67,6 +67,11 @@ def rows(folder: Path) -> list[Result]:
     return list(read_results(folder / "out" / "results.jsonl"))
 
 
+def timed(row: Result) -> bool:
+    """Whether it is of how long something took, and so another number each time."""
+    return row.unit == "s" or row.context.get("by") == "seconds" or row.metric == "kvcomm_recommendation"
+
+
 def value(rows: list[Result], metric: str, **context: Any) -> float:
     found = Rows(rows).find(metric, **context)
     assert found is not None, (metric, context)
@@ -174,7 +179,7 @@ def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> No
     assert command(folder, folder / "again", "tasks=[retrieval]") == 0
     again = list(read_results(folder / "again" / "results.jsonl"))
     plain = [
-        [(r.metric, r.value, r.n, r.context) for r in found if r.metric != "kvcomm_ttft"]
+        [(r.metric, r.value, r.n, r.context) for r in found if not timed(r)]
         for found in ([r for r in rows if r.context.get("task") in (None, "retrieval")], again)
     ]
     assert plain[0] == plain[1]
@@ -183,32 +188,37 @@ def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> No
 def test_typed_twice_or_cut_off_it_leaves_the_rows_of_one_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task that was done is not run again, one that was cut off is, and a report takes the folder each time."""
+    """A task that was done is not run again, one that was cut off goes on, and a report takes the folder each time."""
     only = ["tasks=[retrieval,copy]", "arms=[kvcomm,random]", "retrieval.kinds=[single,absent]"]
     file, run, ran = tmp_path / "out" / "results.jsonl", Trial.run, []
 
-    def cut(self: Trial, problem: Any) -> None:
+    def cut(self: Trial, problem: Any) -> Any:
         ran.append(self.team.kind)
         if ran.count("copy") == 2:
             raise KeyboardInterrupt
-        run(self, problem)
+        return run(self, problem)
 
     assert command(folder, tmp_path / "whole", *only) == 0
     monkeypatch.setattr(Trial, "run", cut)
     assert command(folder, file.parent, *only) == 130
     assert {row.context["task"] for row in read_results(file)} == {"retrieval"}
     assert main(["report", str(file.parent), f"out={tmp_path / 'a.html'}"]) == 0
-    monkeypatch.setattr(Trial, "run", run)
-    assert command(folder, file.parent, *only) == 0
+    assert command(folder, file.parent, *only) == 0 and ran.count("copy") == 4  # two more than the first and the cut
     whole, found = (list(read_results(path)) for path in (tmp_path / "whole" / "results.jsonl", file))
-    plain = [
-        [(r.metric, r.value, r.n, r.manifest, r.context) for r in rows if r.unit != "s"] for rows in (whole, found)
-    ]
+    plain = [[(r.metric, r.value, r.n, r.manifest, r.context) for r in rows if not timed(r)] for rows in (whole, found)]
     assert plain[0] == plain[1] and len(whole) == len(found)
 
     once = file.read_bytes()
     assert command(folder, file.parent, *only, "gate={arm: kvcomm, max_kl: 0, min_agreement: 1}") == 1
-    assert file.read_bytes() == once and "| kvcomm |" in (file.parent / "kvcomm.md").read_text()
+    assert "| kvcomm |" in (file.parent / "kvcomm.md").read_text()
+    # With another bound only what is recommended is new; with the first one again it is the latest again.
+    more = file.read_bytes().removeprefix(once).splitlines()
+    assert file.read_bytes().startswith(once) and len(more) == 2
+    assert all(row["metric"] == "kvcomm_recommendation" and row["context"]["bound"] == 0 for row in map(json.loads, more))
+    assert command(folder, file.parent, "tasks=[copy]", *only[1:]) == 0
+    last = json.loads(file.read_bytes().splitlines()[-1])
+    assert (last["context"]["task"], last["context"]["bound"]) == ("copy", 0.05)
+    once = file.read_bytes()
     assert command(folder, file.parent, "tasks=[copy]", *only[1:]) == 0 and file.read_bytes() == once
     assert main(["report", str(file.parent), f"out={tmp_path / 'b.html'}"]) == 0
     assert json.loads((file.parent / "manifest.json").read_text())["command"] == "kvcomm"
@@ -232,7 +242,7 @@ def test_it_is_an_evaluation_like_the_others(folder: Path, tmp_path: Path) -> No
     base = ["eval", f"model={folder / 'tiny'}", f"out_dir={tmp_path / 'long'}", corpus, "evals=[kvcomm]"]
     assert main([*base, *(f"kvcomm.{option}" for option in options), "kvcomm.compare_tokens=4"]) == 0
     short, long = (list(read_results(tmp_path / name / "results.jsonl")) for name in ("short", "long"))
-    plain = [[(r.metric, r.value, r.context) for r in rows if r.unit != "s"] for rows in (short, long)]
+    plain = [[(r.metric, r.value, r.context) for r in rows if not timed(r)] for rows in (short, long)]
     assert plain[0] == plain[1] and plain[0]
 
 
