@@ -7,6 +7,7 @@ serves every arm: dense (all tokens), prefix caching (a suffix), a single last t
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -122,21 +123,36 @@ class Decoder:
         # A range from slot 0 is a plain causal prompt, for which attention needs no mask and no chunks.
         if isinstance(slots, range) and slots.start and len(slots) > CHUNK:
             return self._chunked(ids, buffer, slots, shift, keep)
+        out = self._run(ids, buffer, slots, shift, max(keep, 1), self.layers)
+        return out.logits[:, out.logits.shape[1] - keep :]
+
+    @torch.no_grad()
+    def fill(self, ids: torch.Tensor, buffer: Buffer, slots: range, layers: int) -> None:
+        """Run neighbours through the first layers alone, until those have their KV in the buffer; there are no logits.
+
+        What is behind the last one's keys and values is not computed: its cache ends the forward.
+        """
+        for first in range(0, len(slots), CHUNK):
+            with contextlib.suppress(_Filled):
+                self._run(ids[:, first : first + CHUNK], buffer, slots[first : first + CHUNK], 0, 1, layers)
+
+    def _run(
+        self, ids: torch.Tensor, buffer: Buffer, slots: range | torch.Tensor, shift: int, keep: int, layers: int
+    ) -> Any:
         where = torch.arange(slots.start, slots.stop) if isinstance(slots, range) else slots
         where = where.to(self.device)
         stop = int(slots[-1]) + 1
-        cache = _ScatterCache(buffer, slots if isinstance(slots, range) else where, stop)
+        cache = _ScatterCache(buffer, slots if isinstance(slots, range) else where, stop, layers)
         # Slots [2, 5, 7]: the new KV goes to these places, and each token sees the slots up to its own, of 8 in all.
         mask = None if isinstance(slots, range) else self._mask(where, stop)
-        out = self.model(
+        return self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=(where + shift)[None].expand(ids.shape[0], -1),
             use_cache=True,
-            logits_to_keep=max(keep, 1),
+            logits_to_keep=keep,
             **{self._cache_name: cache},
         )
-        return out.logits[:, out.logits.shape[1] - keep :]
 
     def _chunked(self, ids: torch.Tensor, buffer: Buffer, slots: range, shift: int, keep: int) -> torch.Tensor:
         found = []
@@ -213,15 +229,26 @@ class Decoder:
         return here.keys.shape[2], here.keys.shape[4], here.values.shape[4]
 
 
-class _ScatterCache(Cache):
-    """A buffer in one forward, as transformers sees it: new entries go to their slots, attention reads up to `stop`."""
+class _Filled(Exception):
+    """The last layer that was asked for has its keys and values."""
 
-    def __init__(self, buffer: Buffer, slots: range | torch.Tensor, stop: int) -> None:
-        layers = zip(buffer.keys, buffer.values, strict=True)
-        super().__init__(layers=[_ScatterLayer(keys, values, slots, stop) for keys, values in layers])
+
+class _ScatterCache(Cache):
+    """A buffer in one forward, as transformers sees it: new entries go to their slots, attention reads up to `stop`.
+
+    With fewer than the buffer's `layers`, the last of them raises `_Filled` in place of going on.
+    """
+
+    def __init__(self, buffer: Buffer, slots: range | torch.Tensor, stop: int, layers: int) -> None:
+        pairs = zip(buffer.keys, buffer.values, strict=True)
+        super().__init__(layers=[_ScatterLayer(keys, values, slots, stop) for keys, values in pairs])
+        last: Any = self.layers[layers - 1]
+        last.ends = layers < len(self.layers)
 
 
 class _ScatterLayer(CacheLayerMixin):
+    ends = False
+
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: range | torch.Tensor, stop: int) -> None:
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
@@ -239,6 +266,8 @@ class _ScatterLayer(CacheLayerMixin):
                 held[:, :, self._slots.start : self._slots.stop] = new
             else:
                 held.index_copy_(2, self._slots, new.to(held.dtype))
+        if self.ends:
+            raise _Filled
         return self.keys[:, :, : self._stop], self.values[:, :, : self._stop]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ share nothing but what a session encodes once.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,11 +35,11 @@ class Tally:
     """(query, key) pairs of attention."""
     seconds: float = 0.0
 
-    def count(self, tokens: int, ahead: int = 0) -> None:
-        """`tokens` were run behind `ahead` others."""
+    def count(self, tokens: int, ahead: int = 0, part: float = 1.0) -> None:
+        """`tokens` were run behind `ahead` others, through that part of the model: they count as so many fewer."""
         # Each new token sees all those ahead, and the new ones up to itself.
-        self.tokens += tokens
-        self.pairs += tokens * ahead + tokens * (tokens + 1) // 2
+        self.tokens += math.ceil(tokens * part)
+        self.pairs += math.ceil((tokens * ahead + tokens * (tokens + 1) // 2) * part)
 
 
 @dataclass(slots=True)

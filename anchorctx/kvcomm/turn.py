@@ -1,12 +1,13 @@
 """One agent's turn: fill the prompt's cache, compute the rest, speak, and keep the message's KV. One path for all arms.
 
 All arms are timed on the same path, and nothing but decoding is left out of the time to first token:
-`match` (deciding, approximating), `encode` (base KV, anchored documents), `assemble` (placing), `forward` (the first
+`match` (deciding, approximating, choosing what to recompute), `encode` (base KV, anchored documents), `assemble` (placing), `forward` (the first
 token), `upkeep` (observing offsets, keeping the message).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -83,15 +84,17 @@ def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
         placement.write(decoder, buffer)
         missing[placement.start : placement.start + placement.kv.length] = False
     reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
+    clock.append(now(decoder.device))
+    missing[arm.choose(context, buffer)] = True
     missing[-1] = True  # its logits are needed, whatever was placed there
     slots = torch.nonzero(missing)[:, 0]
     clock.append(now(decoder.device))
     ids = decoder.tensor(prompt.ids)[:, slots.to(decoder.device)]
     logits = decoder.forward(ids, buffer, _range_of(slots))[0, -1]
     clock.append(now(decoder.device))
+    match, assemble, choose, forward = (b - a for a, b in itertools.pairwise(clock))
     # Encoding happens inside `place`, on demand: it is taken out of `match` and shown apart.
-    match, assemble, forward = (b - a for a, b in zip(clock, clock[1:], strict=False))
-    seconds = {"match": match - context.tally.seconds, "encode": context.tally.seconds}
+    seconds = {"match": match + choose - context.tally.seconds, "encode": context.tally.seconds}
     seconds |= {"assemble": assemble, "forward": forward}
     # The token in slot s sees s + 1 slots, itself included.
     return Prefill(buffer, logits, given, len(slots), int((slots + 1).sum()), reused, seconds)

@@ -6,6 +6,7 @@ What is *not* exact is tested too: an identity that held for everything would sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from anchorctx.kvcomm import grouped
 from anchorctx.kvcomm.agents import Frame, Ids, Template
 from anchorctx.kvcomm.arms.basic import Anchored, Arm, Dense, DensePrefixCache, Naive, Rotate, RotateFirst, RotateGlue
+from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.offsets import Kvcomm, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
 from anchorctx.kvcomm.cache import KV, concatenate
@@ -190,7 +192,7 @@ def test_repeated_moves_do_not_drift(decoder: Decoder) -> None:
 def test_arms_that_compute_everything_are_dense(decoder: Decoder) -> None:
     contents = {"x": X, "y": Y}
     pool = Kvcomm()
-    for arm in (Dense(), DensePrefixCache(), RotateGlue(100), RotateFirst(100), pool, MeanOffset()):
+    for arm in (Dense(), DensePrefixCache(), RotateGlue(100), RotateFirst(100), Blend(1.0), pool, MeanOffset()):
         here = context(decoder, contents)
         found = prefill(here, arm, 0)
         expected = dense_logits(decoder, here.prompt.ids)
@@ -216,6 +218,31 @@ def test_first_tokens_are_a_curve_from_rotate_to_dense(decoder: Decoder) -> None
         if k == 0:
             assert error(whole(found, here.prompt.length), whole(prefill(here, Rotate(), 0), here.prompt.length)) == 0.0
     assert rests[0] > 0.01 and rests[-1] < EXACT
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.5, 1.0])
+def test_blend_recomputes_the_tokens_that_deviate_most(decoder: Decoder, share: float) -> None:
+    here = context(decoder, {"x": X, "y": Y})
+    found, length, start = prefill(here, Blend(share), 0), here.prompt.length, here.prompt.segments[0].stop
+    last = length - 1
+    dense = decoder.encode(decoder.tensor(here.prompt.ids))
+    rotated = whole(prefill(context(decoder, {"x": X, "y": Y}), Rotate(), 0), length)
+    mine = whole(found, length)
+    apart = [
+        (a[1, 0] - b[1, 0]).square().sum((0, 2)) / b[1, 0, :, start:last].square().sum((0, 2)).mean()
+        for a, b in ((rotated.keys, dense.keys), (rotated.values, dense.values))
+    ]
+    chosen = set((apart[0] + apart[1])[start:last].topk(math.ceil(share * (last - start))).indices.tolist())
+    kept = [slot for slot in range(start, last) if slot - start not in chosen]
+    assert found.computed == length - start - len(kept)
+    for a, b in ((mine.keys, dense.keys), (mine.values, dense.values)):
+        assert max_error(a[:2], b[:2]) < EXACT  # the first two layers are fresh for all
+    if kept and decoder.layers > 2:
+        assert max_error(mine.keys[2:, :, :, kept], rotated.keys[2:, :, :, kept]) < EXACT
+    if share == 1.0:
+        assert max_error(found.logits, dense_logits(decoder, here.prompt.ids)[-1]) < EXACT
+    else:
+        assert here.tally.tokens < length + len(X) + len(Y)  # a part of the model counts as such
 
 
 def test_prefix_cache_is_exact_and_reuses_what_is_equal(decoder: Decoder) -> None:

@@ -30,6 +30,10 @@ class Arm:
         """Entries for some of the prompt's slots."""
         return ()
 
+    def choose(self, context: TurnContext, buffer: Buffer) -> torch.Tensor:
+        """(n,) slots to compute although an entry was placed there; the buffer holds all entries."""
+        return torch.empty(0, dtype=torch.long)
+
     def observe(self, context: TurnContext, buffer: Buffer, given: Sequence[Placement]) -> None:
         """Learn from the finished prefill; `given` is what `place` returned."""
 

@@ -25,6 +25,7 @@ ARMS = (
     "rotate",
     "rotate_first_k",
     "rotate_glue",
+    "blend",
     "kvcomm",
     "kvcomm_ungated",
     "mean_offset",
@@ -85,6 +86,7 @@ class Setting:
 SETTINGS = {
     "rotate_first_k": Setting("k", whole=True),
     "rotate_glue": Setting("k", whole=True),
+    "blend": Setting("share", most=1.0),
     "kvcomm": Setting("gamma"),
 }
 """The main setting of the arms that have one: how much is computed, or how readily they share."""
@@ -126,7 +128,7 @@ class ArmSpec:
 
 def makers() -> dict[str, Callable[..., Arm]]:
     """Every arm and control by name, with its default settings; those in SETTINGS also take a value for theirs."""
-    from anchorctx.kvcomm.arms import basic, offsets
+    from anchorctx.kvcomm.arms import basic, blend, offsets
     from anchorctx.kvcomm.arms.pool import PoolConfig
 
     def kvcomm(gamma: float = PoolConfig().gamma) -> Arm:
@@ -134,7 +136,7 @@ def makers() -> dict[str, Callable[..., Arm]]:
 
     arms: tuple[Any, ...] = (
         *(basic.Dense, basic.DensePrefixCache, basic.Naive, basic.Rotate, basic.RotateFirst, basic.RotateGlue),
-        *(kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored),
+        *(blend.Blend, kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored),
     )
     controls = (basic.DenseChunked, basic.Zeroed, basic.RandomMoments, basic.OtherRequest)
     return dict(zip((*ARMS, *CONTROLS), (*arms, *controls), strict=True))

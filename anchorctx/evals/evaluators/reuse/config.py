@@ -125,6 +125,8 @@ class ArmsConfig:
 
     first: Count = 8
     """rotate_first_k, rotate_glue: tokens recomputed at the start of each segment, k."""
+    share: Share = 0.15
+    """blend: tokens recomputed in all layers, of those behind an agent's fixed prefix, 0..1."""
     warmup: Positive = 3
     """mean_offset: contents that are computed before the mean is used."""
     min_exemplars: Positive = 4
@@ -156,8 +158,8 @@ class ReuseConfig:
     tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
     """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
     arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
-    """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, kvcomm:0.3) sets k (or
-    gamma) for that arm: an arm may be there several times."""
+    """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, blend:0.15,
+    kvcomm:0.3) sets k (or the share, gamma) for that arm: an arm may be there several times."""
     agents: Positive = 3
     """Agents, the decision agent included."""
     topology: str = "full"

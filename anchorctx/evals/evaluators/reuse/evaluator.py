@@ -36,6 +36,7 @@ from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, Ret
 from anchorctx.evals.evaluators.reuse.trial import Lab, Trial
 from anchorctx.evals.parts import Parts
 from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateFirst, RotateGlue
+from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.names import ArmSpec, makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
@@ -187,6 +188,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
     known = makers() | {
         "rotate_first_k": lambda k=s.first: RotateFirst(k),
         "rotate_glue": lambda k=s.first: RotateGlue(k),
+        "blend": lambda share=s.share: Blend(share),
         "kvcomm": kvcomm,
         "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
         "mean_offset": lambda: MeanOffset(s.warmup),

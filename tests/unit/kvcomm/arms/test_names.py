@@ -49,6 +49,7 @@ def test_what_is_behind_the_colon_takes_the_place_of_the_settings() -> None:
         ("kvcomm:nan", "arm 'kvcomm:nan' must have a number of at least 0"),
         ("kvcomm:inf", "must have a number"),
         ("kvcomm:0.3:2", "must have a number"),
+        ("blend:1.1", "arm .blend:1.1. must have a number from 0 to 1 behind its colon, the share of blend"),
     ],
 )
 def test_wrong_names_and_settings_are_one_sentence(text: str, message: str) -> None:
