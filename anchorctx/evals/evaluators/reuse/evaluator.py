@@ -8,6 +8,7 @@ beside dense, which all compute: an arm's numbers do not depend on the other arm
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,13 @@ from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKEN
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.distribute import gather, is_first, rank_and_size, same_everywhere, spread
+from anchorctx.evals.distribute import gather, is_first, rank_and_size, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
 from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import check_arm, record_rows, variation_rows
 from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
+from anchorctx.evals.evaluators.reuse.tasks.crew import Crew, agents_file
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
@@ -35,8 +37,11 @@ from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateGlue
 from anchorctx.kvcomm.arms.names import makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
+from anchorctx.kvcomm.chat import has_template
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result
+from anchorctx.records.transcripts import FILE as TRANSCRIPTS
+from anchorctx.records.transcripts import Transcript, append_transcript
 from anchorctx.settings import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -56,7 +61,7 @@ class Reuse:
     ) -> None:
         if not config.tasks:
             raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
-        self.config, self._seed = config, seed
+        self.config, self._seed, self._label = config, seed, candidate.label
         self._arms = arm_makers(config, seed)
         # One line of text is one piece of documents: facts are planted between lines.
         self._lines = _lines(texts.first(CORPUS_TEXTS), candidate.tokenizer)
@@ -78,7 +83,10 @@ class Reuse:
         questions = (self.config.gsm8k, self.config.mmlu, self.config.humaneval)
         paths = [Path(task.path) for task in questions if task.path is not None]
         files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file()}
-        return settings_of(self.config, ReuseConfig, "tasks", "gate", "allow_code_execution") | {"files": files}
+        # The agents by their content: the package's too, since only its Python is in the fingerprint of the code.
+        agents = hashlib.sha256(agents_file(self.config.agents.file)).hexdigest()[:12]
+        without = ("tasks", "gate", "allow_code_execution", "transcripts")
+        return settings_of(self.config, ReuseConfig, *without) | {"files": files, "agents_file": agents}
 
     def units(self) -> list[Unit]:
         """One a task, and the split of errors, whose rows are named by their lengths."""
@@ -103,12 +111,23 @@ class Reuse:
         for trial in trials:
             trial.prepare()
         work = [(trial, problem) for trial in trials for problem in trial.team.problems]
+        problems = fingerprint([problem for _, problem in work])
         for trial, problem in work:
-            trial.run(problem)
-            same_everywhere(None)  # meet after every problem, so that no wait is long enough to time out
+            # The processes meet after every problem, so that no wait is long enough to time out.
+            self._keep(gather(trial.run(problem)), problems, subject.folder)
             progress(1, len(work))
         records = self._together([trial.records for trial in trials])
-        yield from record_rows(task.name, records, fingerprint([problem for _, problem in work]))
+        yield from record_rows(task.name, records, problems)
+
+    def _keep(self, parts: list[Transcript | None], problems: str, folder: Path | None) -> None:
+        """Write what was said on one problem, each part through some of the arms; the first process does."""
+        first = parts[0]
+        if first is None or folder is None or not is_first() or first.problem >= self.config.transcripts:
+            return
+        ran = {arm: said for part in reversed(parts) if part is not None for arm, said in part.arms.items()}
+        arms = {arm: ran[arm] for arm in self._arms}
+        whole = dataclasses.replace(first, model=self._label, problems=problems, arms=arms)
+        append_transcript(folder / TRANSCRIPTS, whole)
 
     def _together(self, mine: list[dict[str, Record]]) -> list[Record]:
         """Every team's records, in the arms' order, from the processes that ran the arms; dense's from the first."""
@@ -199,15 +218,35 @@ def _task(
         FactTokens.of(tokenizer)  # UserError where the tokenizer does not know the facts
         ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
         words = FactVocabulary(KEY_TOKENS, VALUE_TOKENS)
-        return RetrievalTask(config.retrieval, config.agents, lines, words, ids, seed)
+        return RetrievalTask(config.retrieval, config.agents.count, lines, words, ids, seed)
     if name is TaskName.copy:
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-        return CopyTask(config.copy, config.agents, config.topology, int(vocabulary), seed)  # type: ignore
+        return CopyTask(config.copy, config.agents.count, config.topology, int(vocabulary), seed)  # type: ignore
+    chat = _chats(config, tokenizer)
+    crew = _crew(config, name) if chat or config.agents.file else None
     if name is TaskName.gsm8k:
-        return Gsm8k(config.gsm8k, config.agents, config.topology)
+        return Gsm8k(config.gsm8k, config.agents.count, config.topology, crew, chat)
     if name is TaskName.mmlu:
-        return Mmlu(config.mmlu, config.agents, config.topology)
-    return HumanEval(config.humaneval, config.agents, config.topology, config.allow_code_execution, config.sandbox)
+        return Mmlu(config.mmlu, config.agents.count, config.topology, crew, chat)
+    allowed, limits = config.allow_code_execution, config.sandbox
+    return HumanEval(config.humaneval, config.agents.count, config.topology, allowed, limits, crew, chat)
+
+
+def _chats(config: ReuseConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether agents have messages; UserError where they are asked for and there is no template to put them in."""
+    there = has_template(tokenizer)
+    asked = "chat=true" if config.chat else f"agents.file={config.agents.file}" if config.agents.file else None
+    if asked and config.chat is not False and not there:
+        raise UserError(
+            f"{asked} asks for roles, but the tokenizer {tokenizer.name_or_path} has no chat template to put them in: "
+            "set chat=false for prompts of plain text, or name a chat model"
+        )
+    return there if config.chat is None else config.chat
+
+
+def _crew(config: ReuseConfig, name: TaskName) -> Crew:
+    crew = Crew.of(config.agents.file, name)
+    return crew if config.agents.file else crew.of_size(config.agents.count)
 
 
 def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

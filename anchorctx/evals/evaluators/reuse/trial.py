@@ -20,6 +20,7 @@ from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.session import Session
 from anchorctx.kvcomm.turn import Turn
+from anchorctx.records.transcripts import Said, Transcript
 
 
 @dataclass(slots=True)
@@ -83,8 +84,8 @@ class Trial:
         for session in (self._dense, *self._compared.values(), *self._free.values()):
             session.prepare()
 
-    def run(self, problem: Problem) -> None:
-        """One problem through every arm."""
+    def run(self, problem: Problem) -> Transcript | None:
+        """One problem through every arm; what was said, but for who runs it. None where nobody decides."""
         # What dense says is the script of the compared runs, dense's own included.
         said = self._dense.start(problem.texts)
         script = problem.script or {}
@@ -97,8 +98,9 @@ class Trial:
         for name in self._compared:
             if name != "dense":
                 self._compare(name, problem, dense, truth, shuffled, other)
-        if self.team.decision is not None:  # teams without one (copy) are only timed and compared
-            self._answer(problem, dense)
+        if self.team.decision is None:  # teams without one (copy) are only timed and compared
+            return None
+        return self._transcript(problem, dense, self._answer(problem, dense))
 
     def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
         lab, team = self._lab, self.team
@@ -151,15 +153,36 @@ class Trial:
         if final:
             record.judged[False].append(_says(turn, turn.ids))
 
-    def _answer(self, problem: Problem, dense: dict[str, Turn]) -> None:
-        """The free run, and dense's own."""
+    def _answer(self, problem: Problem, dense: dict[str, Turn]) -> dict[str, dict[str, str]]:
+        """The free run, and dense's own: what each agent said, by arm."""
         decision = self.team.decision
         assert decision is not None
         self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
+        said = {"dense": {agent: turn.answer.text for agent, turn in dense.items()}}
         # Dense's own answers are at hand from the first run: it is not run again.
         for name, session in self._free.items():
             turns = session.ask(problem.texts)
             self.records[name].correct.append(self._task.score(turns[decision].answer, problem))
+            said[name] = {agent: turn.answer.text for agent, turn in turns.items()}
+        return said
+
+    def _transcript(self, problem: Problem, dense: dict[str, Turn], said: dict[str, dict[str, str]]) -> Transcript:
+        arms = {}
+        for name, answers in said.items():
+            record = self.records[name]
+            turns = zip(dense, record.closeness[-1], strict=True)
+            arms[name] = Said(answers, {agent: float(turn.kl.mean()) for agent, turn in turns}, record.correct[-1])
+        number = next(i for i, other in enumerate(self.team.problems) if other is problem)
+        return Transcript(
+            model="",
+            task=self._task.name,
+            kind=self.team.kind,
+            problem=number,
+            problems="",
+            expected=str(problem.expected),
+            prompts={agent: self._dense.decode(turn.prompt.ids) for agent, turn in dense.items()},
+            arms=arms,
+        )
 
     def _shuffled(self) -> Frame | None:
         """The decision agent's prompt with those it hears in another order; None where it hears fewer than two."""
@@ -171,8 +194,7 @@ class Trial:
         while order == list(heard):
             order = [heard[i] for i in self._rng.permutation(len(heard))]
         if tuple(order) not in self._orders:
-            template = self._dense.templates[decision].reordered(dict(zip(heard, order, strict=True)))
-            self._orders[tuple(order)] = Frame(decision, template, self._dense.encode, self._dense.bos)
+            self._orders[tuple(order)] = self._dense.frame(decision, dict(zip(heard, order, strict=True)))
         return self._orders[tuple(order)]
 
 

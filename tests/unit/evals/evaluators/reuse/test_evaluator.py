@@ -286,7 +286,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("settings.warmup=0", "settings.warmup=0 must be at least 1"),
         ("settings.min_exemplars=30", "min_exemplars=30 must not exceed"),
         ("compare_tokens=0", "compare_tokens=0"),
-        ("agents=2", "agents=2 has too few readers"),
+        ("agents.count=2", "agents=2 has too few readers"),
         ("retrieval.document_tokens=900", "prompt of .* the model reaches 1024"),
         ("tasks=[humaneval]", "allow_code_execution=true"),
         ("retrieval.kinds=[three_hop]", "retrieval.kinds has 'three_hop', which is unknown: choose single"),
