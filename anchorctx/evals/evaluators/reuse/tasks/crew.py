@@ -219,4 +219,3 @@ class _Loader(yaml.SafeLoader):
             if key in keys[:place]:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
-
