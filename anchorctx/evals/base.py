@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,6 +31,8 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     root: torch.nn.Module | None = None
     """While a model trains: the engine's module. It must be called through this one, so that ZeRO-3's hooks gather."""
+    folder: Path | None = None
+    """Where an evaluation may leave more than its rows, beside results.jsonl; None where nothing may be written."""
 
 
 @dataclass(frozen=True, slots=True)

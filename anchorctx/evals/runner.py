@@ -317,6 +317,7 @@ def _measure(
         elif subject is None or loaded is not job.model:
             subject = None  # free the last model before the next is loaded
             subject, loaded = load(job.model, job.config, job.tokenizer, config), job.model
+            subject = dataclasses.replace(subject, folder=Path(config.out_dir))
         if bar is None or current is not job:
             if bar is not None:
                 bar.close()

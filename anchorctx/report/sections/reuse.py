@@ -10,6 +10,7 @@ from anchorctx.report.collect import Material
 from anchorctx.report.figures.reuse import TaskRows, error_charts, reuse_charts, tasks_of, variation_chart
 from anchorctx.report.numbers import number
 from anchorctx.report.sections import frontier
+from anchorctx.report.sections.conversations import conversations, transcripts_of
 from anchorctx.report.series import whole_evaluation
 
 PREFIX = "kvcomm_"
@@ -32,6 +33,7 @@ def build(material: Material) -> Section | None:
     series = whole_evaluation(material.rows, PREFIX, "the evaluation of KV reuse")
     blocks: list[Block] = []
     for model, rows in series.items():
+        said = transcripts_of(material, model, rows)
         for place, task in enumerate(tasks_of(rows)):
             name = f"{model}: {task.task}" if len(series) > 1 else task.task
             blocks += frontier.blocks(name, task)
@@ -44,6 +46,7 @@ def build(material: Material) -> Section | None:
                 caption = "Norm of the change of a document's keys and values, by their norm."
                 blocks.append(Figure(chart.description, chart, caption))
             blocks.append(_table(name, task))
+            blocks += conversations(name, task.arms, [t for t in said if t.task == task.task])
     if not blocks:
         return None
     lead = (

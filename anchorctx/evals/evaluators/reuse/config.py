@@ -152,6 +152,17 @@ class ArmsConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AgentsConfig:
+    """Who the agents are."""
+
+    count: Positive = 3
+    """Agents, the decision agent included, of the roles that come with the package; a file has its own number."""
+    file: str | None = None
+    """YAML file with the agents of gsm8k, mmlu and humaneval: names, messages, who hears whom, who decides; null takes
+    those of the package (docs/kvcomm.md says where they are, to copy and change)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ReuseConfig:
     """What is evaluated, of any model."""
 
@@ -160,10 +171,16 @@ class ReuseConfig:
     arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
     """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, blend:0.15,
     kvcomm:0.3) sets k (or the share, gamma) for that arm: an arm may be there several times."""
-    agents: Positive = 3
-    """Agents, the decision agent included."""
+    agents: AgentsConfig = field(default_factory=AgentsConfig)
+    """How many agents there are, or the file that describes them."""
+    chat: bool | None = None
+    """Put the agents' roles and questions into the model's chat template; null does so where there is one. false gives
+    prompts of plain text, which are short unless agents.file has others. copy has no words."""
     topology: str = "full"
-    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
+    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own, and agents.file may
+    have another."""
+    transcripts: Count = 200
+    """Problems of each task whose prompts and answers are kept in transcripts.jsonl; 0 keeps none."""
     decision_dense: bool = True
     """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
     budget_minutes: Annotated[float, Gt(0), "null is no limit"] | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from anchorctx.evals.evaluators.reuse.stopping import affordable, reason_to_stop
 from anchorctx.evals.evaluators.reuse.tasks.base import fingerprint
 from anchorctx.evals.evaluators.reuse.trial import Record, Trial, Words
 from anchorctx.evals.parts import Parts
+from anchorctx.records.transcripts import Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +38,19 @@ class Finished:
     records: list[Record]
     """Of each team and arm, dense first."""
     problems: str
-    """The fingerprint of those that were run."""
+    """The fingerprint of all that were asked for; behind a colon how many were run, where these are fewer."""
     about: dict[str, Any]
     """Why fewer were run than were asked for; empty where all were."""
 
 
 def run_task(
-    name: str, trials: Sequence[Trial], arms: Sequence[str], config: ReuseConfig, parts: Parts, progress: Progress
+    name: str,
+    trials: Sequence[Trial],
+    arms: Sequence[str],
+    config: ReuseConfig,
+    parts: Parts,
+    progress: Progress,
+    keep: Callable[[Transcript], None],
 ) -> Finished:
     """Run what `parts` does not hold yet, and add it there.
 
@@ -54,7 +61,9 @@ def run_task(
         config: when to stop.
         parts: what was done before.
         progress: told of every problem.
+        keep: given what was said on each.
     """
+    problems = fingerprint([problem for trial in trials for problem in trial.team.problems])
     work = in_turn([len(trial.team.problems) for trial in trials])
     for part in parts.done:
         team, number = part["at"]
@@ -65,13 +74,17 @@ def run_task(
         if team == 0 and (stop := reason_to_stop(config, parts.done, len(work))) is not None:
             break
         if done >= before:
-            parts.add(_run(trials[team], team, number, arms))
+            part, said = _run(trials[team], team, number, arms)
+            if said is not None:
+                keep(dataclasses.replace(said, problems=problems))
+            parts.add(part)
             progress(1, min(affordable(config, parts.done, len(work)), len(work)) - before)
     if stop is not None and is_first():
         logger.info("%s ends after %d of %d problems: %s", name, len(parts.done), len(work), stop.words)
-    problems = [trials[team].team.problems[number] for team, number in sorted(work[: len(parts.done)])]
-    about = {} if stop is None else {"asked": len(work), "stopped": stop.value}
-    return Finished(_records(parts.done, len(trials), arms), fingerprint(problems), about)
+    about = {}
+    if stop is not None:
+        problems, about = f"{problems}:{len(parts.done)}", {"asked": len(work), "stopped": stop.value}
+    return Finished(_records(parts.done, len(trials), arms), problems, about)
 
 
 def in_turn(problems: Sequence[int]) -> list[tuple[int, int]]:
@@ -79,21 +92,25 @@ def in_turn(problems: Sequence[int]) -> list[tuple[int, int]]:
     return [(team, i) for i in range(max(problems, default=0)) for team, n in enumerate(problems) if i < n]
 
 
-def _run(trial: Trial, team: int, number: int, arms: Sequence[str]) -> dict[str, Any]:
-    """One problem through this process's arms; the part, with the other processes' records, as JSON."""
+def _run(trial: Trial, team: int, number: int, arms: Sequence[str]) -> tuple[dict[str, Any], Transcript | None]:
+    """One problem through this process's arms: the part as JSON, and what was said, all processes' arms in both."""
     began = time.perf_counter()
-    records, words = trial.run(trial.team.problems[number])
+    ran = trial.run(trial.team.problems[number])
     seconds = time.perf_counter() - began
     # A problem is also where the processes meet, so that no wait is long enough to time out. Dense is in every
     # process's records; reversed, so that the first one's wins.
-    found = gather({arm: to_json(record) for arm, record in records.items()})
-    merged = {arm: record for part in reversed(found) for arm, record in part.items()}
-    return {
+    found = gather(({arm: to_json(record) for arm, record in ran.records.items()}, ran.transcript, seconds))
+    records = {arm: record for mine, *_ in reversed(found) for arm, record in mine.items()}
+    part = {
         "at": [team, number],
-        "seconds": gather(seconds)[0],
-        "words": {agent: [list(ids), list(message)] for agent, (ids, message) in words.items()},
-        "records": {arm: merged[arm] for arm in arms},
+        "seconds": found[0][2],
+        "words": {agent: [list(ids), list(message)] for agent, (ids, message) in ran.words.items()},
+        "records": {arm: records[arm] for arm in arms},
     }
+    if ran.transcript is None:
+        return part, None
+    said = {arm: words for _, transcript, _ in reversed(found) for arm, words in transcript.arms.items()}
+    return part, dataclasses.replace(ran.transcript, arms={arm: said[arm] for arm in arms})
 
 
 def _words(part: dict[str, Any]) -> Words:

@@ -8,6 +8,8 @@ processes, each takes some of the arms beside dense, which all compute: an arm's
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +33,7 @@ from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import check_arm, record_rows, variation_rows
 from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
+from anchorctx.evals.evaluators.reuse.tasks.crew import Crew, agents_file
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Trial
@@ -40,8 +43,11 @@ from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.names import ArmSpec, makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
+from anchorctx.kvcomm.chat import has_template
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result, Rows
+from anchorctx.records.transcripts import FILE as TRANSCRIPTS
+from anchorctx.records.transcripts import Transcript, append_transcript
 from anchorctx.settings import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -61,7 +67,7 @@ class Reuse:
     ) -> None:
         if not config.tasks:
             raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
-        self.config, self._seed = config, seed
+        self.config, self._seed, self._label = config, seed, candidate.label
         self._arms = arm_makers(config, seed)
         # One line of text is one piece of documents: facts are planted between lines.
         self._lines = _lines(texts.first(CORPUS_TEXTS), candidate.tokenizer)
@@ -83,10 +89,12 @@ class Reuse:
         questions = (self.config.gsm8k, self.config.mmlu, self.config.humaneval)
         paths = [Path(task.path) for task in questions if task.path is not None]
         files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file()}
+        # The agents by their content: the package's too, since only its Python is in the fingerprint of the code.
+        agents = hashlib.sha256(agents_file(self.config.agents.file)).hexdigest()[:12]
         # The bound decides nothing but when to stop.
         bound = {} if self.config.until_interval is None else {"bound": self.config.gate.max_kl}
-        asked = settings_of(self.config, ReuseConfig, "tasks", "gate", "allow_code_execution")
-        return asked | bound | {"files": files}
+        without = ("tasks", "gate", "allow_code_execution", "transcripts")
+        return settings_of(self.config, ReuseConfig, *without) | bound | {"files": files, "agents_file": agents}
 
     def units(self) -> list[Unit]:
         """One a task, and the split of errors, whose rows are named by their lengths."""
@@ -114,8 +122,14 @@ class Reuse:
         trials = [Trial(lab, task, team) for team in teams]
         for trial in trials:
             trial.prepare()
-        found = run_task(task.name, trials, list(self._arms), self.config, parts, progress)
+        keep = functools.partial(self._keep, folder=subject.folder)
+        found = run_task(task.name, trials, list(self._arms), self.config, parts, progress, keep)
         yield from record_rows(task.name, found.records, found.problems, found.about)
+
+    def _keep(self, said: Transcript, folder: Path | None) -> None:
+        """Write what was said on one problem, but for the last ones; the first process does."""
+        if folder is not None and is_first() and said.problem < self.config.transcripts:
+            append_transcript(folder / TRANSCRIPTS, dataclasses.replace(said, model=self._label))
 
     def conclude(self, rows: Sequence[Result]) -> list[Result]:
         """What to use in each task."""
@@ -210,15 +224,35 @@ def _task(
         FactTokens.of(tokenizer)  # UserError where the tokenizer does not know the facts
         ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
         words = FactVocabulary(KEY_TOKENS, VALUE_TOKENS)
-        return RetrievalTask(config.retrieval, config.agents, lines, words, ids, seed)
+        return RetrievalTask(config.retrieval, config.agents.count, lines, words, ids, seed)
     if name is TaskName.copy:
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-        return CopyTask(config.copy, config.agents, config.topology, int(vocabulary), seed)  # type: ignore
+        return CopyTask(config.copy, config.agents.count, config.topology, int(vocabulary), seed)  # type: ignore
+    chat = _chats(config, tokenizer)
+    crew = _crew(config, name) if chat or config.agents.file else None
     if name is TaskName.gsm8k:
-        return Gsm8k(config.gsm8k, config.agents, config.topology)
+        return Gsm8k(config.gsm8k, config.agents.count, config.topology, crew, chat)
     if name is TaskName.mmlu:
-        return Mmlu(config.mmlu, config.agents, config.topology)
-    return HumanEval(config.humaneval, config.agents, config.topology, config.allow_code_execution, config.sandbox)
+        return Mmlu(config.mmlu, config.agents.count, config.topology, crew, chat)
+    allowed, limits = config.allow_code_execution, config.sandbox
+    return HumanEval(config.humaneval, config.agents.count, config.topology, allowed, limits, crew, chat)
+
+
+def _chats(config: ReuseConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether agents have messages; UserError where they are asked for and there is no template to put them in."""
+    there = has_template(tokenizer)
+    asked = "chat=true" if config.chat else f"agents.file={config.agents.file}" if config.agents.file else None
+    if asked and config.chat is not False and not there:
+        raise UserError(
+            f"{asked} asks for roles, but the tokenizer {tokenizer.name_or_path} has no chat template to put them in: "
+            "set chat=false for prompts of plain text, or name a chat model"
+        )
+    return there if config.chat is None else config.chat
+
+
+def _crew(config: ReuseConfig, name: TaskName) -> Crew:
+    crew = Crew.of(config.agents.file, name)
+    return crew if config.agents.file else crew.of_size(config.agents.count)
 
 
 def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

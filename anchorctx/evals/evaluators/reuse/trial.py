@@ -20,6 +20,7 @@ from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.session import Session
 from anchorctx.kvcomm.turn import Turn
+from anchorctx.records.transcripts import Said, Transcript
 
 Words = dict[str, tuple[Ids, Ids]]
 """What dense said on a problem: each agent's answer and its message, in the order in which they spoke."""
@@ -50,6 +51,17 @@ class Record:
     """By problem: seconds by agent."""
     kept_bytes: int = 0
     """The most that the arm kept from one request to the next, in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What one problem gave."""
+
+    records: dict[str, Record]
+    """By arm."""
+    words: Words
+    transcript: Transcript | None
+    """What was said, but for who runs it; None where nobody decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +100,8 @@ class Trial:
         for session in (self._dense, *self._compared.values(), *self._free.values()):
             session.prepare()
 
-    def run(self, problem: Problem) -> tuple[dict[str, Record], Words]:
-        """One problem through every arm: its records by arm, and what dense said."""
+    def run(self, problem: Problem) -> Ran:
+        """One problem through every arm."""
         self.records = {n: Record(n, self.team.kind, s.arm.by_construction) for n, s in self._compared.items()}
         # What dense says is the script of the compared runs, dense's own included.
         said = self._dense.start(problem.texts)
@@ -103,9 +115,10 @@ class Trial:
         for name in self._compared:
             if name != "dense":
                 self._compare(name, problem, dense, truth, shuffled, other)
-        if self.team.decision is not None:  # teams without one (copy) are only timed and compared
-            self._answer(problem, dense)
-        return self.records, {agent: (turn.ids, turn.message) for agent, turn in dense.items()}
+        words = {agent: (turn.ids, turn.message) for agent, turn in dense.items()}
+        if self.team.decision is None:  # teams without one (copy) are only timed and compared
+            return Ran(self.records, words, None)
+        return Ran(self.records, words, self._transcript(problem, dense, self._answer(problem, dense)))
 
     def replay(self, problem: Problem, words: Words) -> None:
         """Leave the arms as `run` left them, given what dense said then: only those that learn are run again."""
@@ -170,15 +183,36 @@ class Trial:
         if final:
             record.judged[False].append(_says(turn, turn.ids))
 
-    def _answer(self, problem: Problem, dense: dict[str, Turn]) -> None:
-        """The free run, and dense's own."""
+    def _answer(self, problem: Problem, dense: dict[str, Turn]) -> dict[str, dict[str, str]]:
+        """The free run, and dense's own: what each agent said, by arm."""
         decision = self.team.decision
         assert decision is not None
         self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
+        said = {"dense": {agent: turn.answer.text for agent, turn in dense.items()}}
         # Dense's own answers are at hand from the first run: it is not run again.
         for name, session in self._free.items():
             turns = session.ask(problem.texts)
             self.records[name].correct.append(self._task.score(turns[decision].answer, problem))
+            said[name] = {agent: turn.answer.text for agent, turn in turns.items()}
+        return said
+
+    def _transcript(self, problem: Problem, dense: dict[str, Turn], said: dict[str, dict[str, str]]) -> Transcript:
+        arms = {}
+        for name, answers in said.items():
+            record = self.records[name]
+            turns = zip(dense, record.closeness[-1], strict=True)
+            arms[name] = Said(answers, {agent: float(turn.kl.mean()) for agent, turn in turns}, record.correct[-1])
+        number = next(i for i, other in enumerate(self.team.problems) if other is problem)
+        return Transcript(
+            model="",
+            task=self._task.name,
+            kind=self.team.kind,
+            problem=number,
+            problems="",
+            expected=str(problem.expected),
+            prompts={agent: self._dense.decode(turn.prompt.ids) for agent, turn in dense.items()},
+            arms=arms,
+        )
 
     def _shuffled(self) -> Frame | None:
         """The decision agent's prompt with those it hears in another order; None where it hears fewer than two."""
@@ -190,8 +224,7 @@ class Trial:
         while order == list(heard):
             order = [heard[i] for i in self._rng.permutation(len(heard))]
         if tuple(order) not in self._orders:
-            template = self._dense.templates[decision].reordered(dict(zip(heard, order, strict=True)))
-            self._orders[tuple(order)] = Frame(decision, template, self._dense.encode, self._dense.bos)
+            self._orders[tuple(order)] = self._dense.frame(decision, dict(zip(heard, order, strict=True)))
         return self._orders[tuple(order)]
 
 

@@ -13,7 +13,6 @@ import pytest
 from anchorctx.data.sources.source import SourceConfig, SourceFormat
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.evals.config import KvcommConfig
-from anchorctx.evals.evaluators.reuse import course
 from anchorctx.evals.evaluators.reuse.config import GateConfig, QuestionTaskConfig, ReuseConfig, TaskName
 from anchorctx.evals.evaluators.reuse.course import from_json, in_turn, joined, to_json
 from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError
@@ -99,7 +98,11 @@ def test_a_task_that_was_cut_off_goes_on_to_the_same_numbers(
 def test_records_survive_json_to_the_bit() -> None:
     rng = np.random.default_rng(0)
     record = Record("rotate", "k", True, [[Closeness(rng.random(5) / 3, rng.random(5) > 0.5)] * 2])
-    record.errors, record.tokens, record.ttft = [KvError(rng.random((2, 4)), rng.random((2, 4)))], [(9, 3, 1)], [{"a": 0.1}]
+    record.errors, record.tokens, record.ttft = (
+        [KvError(rng.random((2, 4)), rng.random((2, 4)))],
+        [(9, 3, 1)],
+        [{"a": 0.1}],
+    )
     record.judged, record.kept_bytes = {False: [True], True: []}, 7
     again = from_json(json.loads(json.dumps(to_json(record))))
     for mine, other in zip(record.closeness[0], again.closeness[0], strict=True):
