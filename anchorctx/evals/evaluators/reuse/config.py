@@ -188,7 +188,8 @@ class ReuseConfig:
     fit. null is no limit."""
     until_interval: Annotated[float, Gt(0), "null runs all problems"] | None = None
     """End a task once half of the interval of every arm's divergence is at most this part of gate.max_kl, or all of it
-    is on one side: 0.2 of 0.05 nats is 0.01. One looks after 8, 16, 32, ... problems. null runs all."""
+    is on one side: 0.2 of 0.05 nats is 0.01. One looks after 16, 32, 64, ... problems. null
+    runs all."""
     compare_tokens: Positive = 64
     """Tokens of each answer over which an arm's distributions are compared with dense's."""
     settings: ArmsConfig = field(default_factory=ArmsConfig)
