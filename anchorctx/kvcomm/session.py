@@ -182,6 +182,7 @@ class Request:
         began = now(decoder.device)
         if keep:  # the arm learns first: the message that follows may move the buffer to a larger one
             arm.observe(context, found.buffer, found.given)
+            arm.hear(context, found.buffer, ids, logits)
             self.answers[name] = said
             # A message that begins with the answer has the KV of its first tokens in the buffer already.
             self._keep(context, found.buffer, message, text, filled if message[: len(ids)] == ids else 0)

@@ -1,8 +1,8 @@
 """One agent's turn: fill the prompt's cache, compute the rest, speak, and keep the message's KV. One path for all arms.
 
 All arms are timed on the same path, and nothing but decoding is left out of the time to first token:
-`match` (deciding, approximating, choosing what to recompute), `encode` (base KV, anchored documents), `assemble` (placing), `forward` (the first
-token), `upkeep` (observing offsets, keeping the message).
+`match` (deciding, approximating, choosing what to recompute), `encode` (base KV, anchored documents), `assemble`
+(placing), `forward` (the first token), `upkeep` (observing offsets, keeping the message).
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
     for placement in given:
         placement.write(decoder, buffer)
         missing[placement.start : placement.start + placement.kv.length] = False
-    reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
     clock.append(now(decoder.device))
     missing[arm.choose(context, buffer)] = True
+    reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
     missing[-1] = True  # its logits are needed, whatever was placed there
     slots = torch.nonzero(missing)[:, 0]
     clock.append(now(decoder.device))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, Feature, Reduce
 from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Share
@@ -120,6 +120,20 @@ class Limits:
 
 
 @dataclass(kw_only=True, slots=True)
+class PredictedConfig:
+    """Settings of the arm `predicted`."""
+
+    bound: NonNegativeFloat = 0.05
+    """A turn is shared where its KL(dense | arm), the mean over its answer's tokens in nats, is predicted within it."""
+    warmup: Positive = 12
+    """Dense requests whose divergence is measured before the first prediction; 1 / miss - 1 at least."""
+    ladder: list[Count] = field(default_factory=lambda: [8, 32])
+    """Tokens recomputed at the start of each content: what is tried, in this order, before dense."""
+    miss: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """Part of the turns that may exceed the limit they are shared by, above 0 and below 1."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ArmsConfig:
     """Settings of the arms, where a name in `arms` has none behind a colon."""
 
@@ -149,6 +163,8 @@ class ArmsConfig:
     """kvcomm: weights from one distance a content (frobenius) or one a token (per_token)."""
     partial: bool = True
     """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
+    predicted: PredictedConfig = field(default_factory=PredictedConfig)
+    """predicted: when turns are shared."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,7 +186,8 @@ class ReuseConfig:
     """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
     arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
     """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, blend:0.15,
-    kvcomm:0.3) sets k (or the share, gamma) for that arm: an arm may be there several times."""
+    kvcomm:0.3, predicted:0.05) sets k (or the share, gamma, the bound) for that arm: an arm may be there several
+    times."""
     agents: AgentsConfig = field(default_factory=AgentsConfig)
     """How many agents there are, or the file that describes them."""
     chat: bool | None = None

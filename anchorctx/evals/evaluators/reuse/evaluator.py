@@ -43,6 +43,7 @@ from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.names import ArmSpec, makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
+from anchorctx.kvcomm.arms.predicted import Predicted
 from anchorctx.kvcomm.chat import has_template
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result, Rows
@@ -198,6 +199,10 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
     def kvcomm(gamma: float = s.gamma) -> Arm:
         return Kvcomm(replace(pool, gamma=gamma), partial=s.partial)
 
+    p = s.predicted
+    learnt = {"warmup": p.warmup, "ladder": p.ladder, "miss": p.miss, "tokens": config.compare_tokens}
+    if any(spec.name == "predicted" for spec in specs.values()):
+        Predicted(**learnt)  # for its checks alone
     # Arms that take settings; the others are made as they are.
     known = makers() | {
         "rotate_first_k": lambda k=s.first: RotateFirst(k),
@@ -206,6 +211,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
         "kvcomm": kvcomm,
         "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
         "mean_offset": lambda: MeanOffset(s.warmup),
+        "predicted": lambda bound=p.bound: Predicted(bound, **learnt),
         "random": lambda: RandomMoments(seed),
     }
     check_arm(config.gate, config.arms)

@@ -21,6 +21,7 @@ from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import GateConfig
 from anchorctx.evals.evaluators.reuse.frontier import cost_rows
 from anchorctx.evals.evaluators.reuse.measures import KvError, paired_difference
+from anchorctx.evals.evaluators.reuse.predictions import prediction_rows
 from anchorctx.evals.evaluators.reuse.trial import Record
 from anchorctx.records.results import Result, Rows, mean_interval, wilson_interval
 
@@ -49,6 +50,7 @@ def record_rows(
             # Errors of the cache and times are not told apart by kind.
             if kind == "all":
                 rows += [*_cache(own, context), *_times(own, context), *cost_rows(own, dense, context)]
+                rows += prediction_rows(own, context)
     return rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError, closen
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Task, Team
 from anchorctx.kvcomm.agents import Frame, Ids
 from anchorctx.kvcomm.arms.basic import Arm
+from anchorctx.kvcomm.arms.predicted import Predicted
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.session import Session
 from anchorctx.kvcomm.turn import Turn
@@ -49,6 +51,10 @@ class Record:
     """By turn: dense, and spent with all hidden work."""
     ttft: list[dict[str, float]] = field(default_factory=list)
     """By problem: seconds by agent."""
+    forecasts: list[list[Any]] = field(default_factory=list)
+    """By turn, of an arm that predicts: [stage, expected and limit in nats, the greatest that is wanted]."""
+    calibration: list[list[float]] = field(default_factory=list)
+    """[expected, true] of what its predictions were fitted to, each left out in turn."""
     kept_bytes: int = 0
     """The most that the arm kept from one request to the next, in bytes."""
 
@@ -165,6 +171,8 @@ class Trial:
                 record.judged[True].append(_says(turn, other))
             # Only the beginning of the answer is compared, but the whole message is passed on.
             turns[agent] = request.run(agent, answer=model.ids[: self._lab.compare_tokens], message=model.message)
+            if isinstance(session.arm, Predicted):
+                _note_forecast(record, session.arm)
         record.closeness.append([])
         for agent, turn in turns.items():
             self._note(record, turn, (truth or turns)[agent], final=agent == self.team.decision)
@@ -228,9 +236,17 @@ class Trial:
         return self._orders[tuple(order)]
 
 
+def _note_forecast(record: Record, arm: Predicted) -> None:
+    found = arm.forecast
+    # One for every turn, so that each stands beside its true divergence: None where there was nothing to reuse.
+    said = [None, None, None] if found is None else [found.stage, found.expected, found.limit]
+    record.forecasts.append([*said, arm.bound])
+    record.calibration += [list(pair) for pair in found.calibration] if found is not None else []
+
+
 def _learns(arm: Arm) -> bool:
     """Whether it keeps anything from one request to the next."""
-    return type(arm).observe is not Arm.observe
+    return type(arm).observe is not Arm.observe or type(arm).hear is not Arm.hear
 
 
 def _says(turn: Turn, answer: Ids) -> bool:
