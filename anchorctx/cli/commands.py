@@ -177,6 +177,7 @@ def kvcomm(config: KvcommConfig) -> int:
     from anchorctx.evals.distribute import is_first
     from anchorctx.evals.shortcuts import evaluate_reuse
     from anchorctx.report.figures.frontier import draw_frontier
+    from anchorctx.report.figures.prediction import draw_predictions
     from anchorctx.report.figures.reuse import draw_reuse
     from anchorctx.report.sections.reuse import reuse_table
 
@@ -185,8 +186,9 @@ def kvcomm(config: KvcommConfig) -> int:
     if is_first():
         table, out = reuse_table(outcome.rows), Path(config.out_dir)
         (out / "kvcomm.md").write_text(table + "\n")
-        for path in [*draw_reuse(outcome.rows, out), *draw_frontier(outcome.rows, out)]:
-            print(f"drawn: {path}")
+        for draw in (draw_reuse, draw_predictions, draw_frontier):
+            for path in draw(outcome.rows, out):
+                print(f"drawn: {path}")
         print(f"\n{table}")  # last, since it ends with what to use
         if verdict is not None:
             print(verdict.text)

@@ -35,7 +35,8 @@ MEASURES: dict[str, tuple[str, dict[str, Any]]] = {
 KL_FLOOR = 1e-8
 """Where bars of a logarithmic KL axis begin, in nats: float32's rounding."""
 ERROR_ARMS = ("naive", "rotate", "rotate_glue", "kvcomm_ungated", "mean_offset", "anchored")
-"""Arms whose errors are drawn by layer: those with an error of their own, and few enough for a colour each."""
+"""Arms whose errors are drawn by layer, each with its first setting: those with an error of their own, and few enough
+for a colour each."""
 CAUSES = {"content": "other text before", "shift": "other place"}
 BLUE, GREEN, SKY, ORANGE = 1, 3, 5, 2
 """Numbers of colours."""
@@ -141,7 +142,8 @@ def error_charts(task: TaskRows) -> dict[str, Chart]:
     """The error of each arm's keys and of its values by layer, for one model and task; empty where all are 0."""
     found = {}
     # An arm has the same colour in both figures, also where only its values are wrong.
-    measured = [arm for arm in ERROR_ARMS if task.rows.find("kvcomm_kv_error", arm=arm)]
+    first = {arm.partition(":")[0]: arm for arm in reversed(task.rows.of("kvcomm_kv_error").distinct("arm"))}
+    measured = [first[name] for name in ERROR_ARMS if name in first]
     for part in ("key", "value"):
         lines = []
         for color, arm in enumerate(measured):

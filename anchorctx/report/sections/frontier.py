@@ -7,8 +7,9 @@ import dataclasses
 from anchorctx.records.results import Result
 from anchorctx.report.blocks import MISSING, Cell, Figure, Note, Table, measured, text_cell
 from anchorctx.report.figures.frontier import EXACT, frontier_charts
+from anchorctx.report.figures.prediction import prediction_charts
 from anchorctx.report.figures.reuse import TaskRows
-from anchorctx.report.numbers import number
+from anchorctx.report.numbers import number, with_interval
 
 COLUMNS = {
     "cost: tokens": "tokens computed",
@@ -31,8 +32,14 @@ def blocks(name: str, task: TaskRows) -> list[Figure | Table | Note]:
         "loses less."
     )
     said = [] if task.recommendation is None else [Note(task.recommendation.context["sentence"])]
-    figures = [Figure(f"{name}: {title}", chart, caption) for title, chart, caption in frontier_charts(task)]
-    return [*said, *figures, Table(f"{name}: what to use", head, body, caption)]
+    figures = [Figure(f"{name}: {title}", chart, words) for title, chart, words in frontier_charts(task)]
+    words = (
+        "What was expected of each turn's divergence, and what it was: of the dense turns that the prediction was "
+        "fitted to, each left out with its request, and of those that were shared then. Dotted: the arm's bound."
+    )
+    predicted = [Figure(f"{name}: {arm}, predicted and true", chart, words) for arm, chart in prediction_charts(task)]
+    notes = [Note(text) for text in _predictions(task)]
+    return [*said, *figures, Table(f"{name}: what to use", head, body, caption), *predicted, *notes]
 
 
 def frontier_text(task: TaskRows) -> str:
@@ -41,8 +48,28 @@ def frontier_text(task: TaskRows) -> str:
         return ""
     head, body = _table(task)
     lines = [head, ["---"] * len(head), *([cell.text for cell in row] for row in body)]
-    said = "" if task.recommendation is None else f"\n\n{task.recommendation.context['sentence']}."
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + said
+    said = [] if task.recommendation is None else [f"{task.recommendation.context['sentence']}."]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    # The recommendation comes last.
+    return "\n\n".join([table, *_predictions(task), *said])
+
+
+def _predictions(task: TaskRows) -> list[str]:
+    """A sentence for each arm that predicts its divergence."""
+    found = []
+    for arm in task.rows.of("kvcomm_prediction").distinct("arm"):
+        rows = {m: task.rows.find("kvcomm_prediction", arm=arm, measure=m) for m in ("shared", "missed", "rank")}
+        shared, missed, rank = rows["shared"], rows["missed"], rows["rank"]
+        if shared is None or missed is None or rank is None:
+            found.append(f"{arm} was dense throughout: its warm-up takes more problems than were run.")
+            continue
+        of_them = f"; of these {with_interval(missed, as_percent=True)} diverged by more than its bound of "
+        found.append(
+            f"{arm} shared {with_interval(shared, as_percent=True)} of {shared.n} turns after its warm-up"
+            + (f"{of_them}{missed.context['bound']:g}" if missed.n else "")
+            + f"; what it expected and what was true have a rank correlation of {rank.value:.2f}."
+        )
+    return found
 
 
 def _arms(task: TaskRows) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 
-from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, Feature, Reduce
+from anchorctx.kvcomm.arms.names import CONTROLS, Feature, Reduce
 from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Share
 
 
@@ -178,13 +178,21 @@ class AgentsConfig:
     those of the package (docs/kvcomm.md says where they are, to copy and change)."""
 
 
+DEFAULT_ARMS = (
+    *("dense", "dense_prefix_cache", "naive", "rotate", "rotate_glue:8", "rotate_glue:32"),
+    *("blend:0.05", "blend:0.15", "blend:0.4", "kvcomm", "kvcomm_ungated", "mean_offset", "anchored", "predicted"),
+    *CONTROLS,
+)
+"""Two arms with points enough for a curve, every other one once; `rotate_first_k` is nearly `rotate_glue`."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ReuseConfig:
     """What is evaluated, of any model."""
 
     tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
     """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
-    arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
+    arms: list[str] = field(default_factory=lambda: list(DEFAULT_ARMS))
     """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, blend:0.15,
     kvcomm:0.3, predicted:0.05) sets k (or the share, gamma, the bound) for that arm: an arm may be there several
     times."""

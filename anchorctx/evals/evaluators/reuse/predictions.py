@@ -46,7 +46,6 @@ def _share(measure: str, hits: Sequence[bool], context: dict) -> Result:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Equal values have the mean of their ranks."""
-    from scipy.stats import rankdata
-
-    return rankdata(values)
+    """Equal values have the mean of their ranks: 5, 7, 7 give 1, 2.5, 2.5."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]

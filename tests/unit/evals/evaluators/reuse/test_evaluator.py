@@ -22,6 +22,7 @@ from anchorctx.evals.evaluators.reuse.measures import (
 )
 from anchorctx.evals.evaluators.reuse.rows import check_arm, judge
 from anchorctx.evals.evaluators.reuse.trial import Trial
+from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
@@ -29,6 +30,7 @@ from anchorctx.records.results import Result, Rows, read_results
 from anchorctx.records.transcripts import read_transcripts
 from anchorctx.testing.tiny import save, text_model
 
+TESTED = [name for name in (*ARMS, *CONTROLS) if name not in ("rotate_first_k", "blend", "predicted")]
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
 
 
@@ -64,7 +66,7 @@ def command(folder: Path, out: Path, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> list[Result]:
-    assert command(folder, folder / "out", "tasks=[retrieval,copy,gsm8k]") == 0
+    assert command(folder, folder / "out", "tasks=[retrieval,copy,gsm8k]", f"arms=[{','.join(TESTED)}]") == 0
     return list(read_results(folder / "out" / "results.jsonl"))
 
 
@@ -80,7 +82,7 @@ def value(rows: list[Result], metric: str, **context: Any) -> float:
 
 
 def test_every_task_has_its_rows(folder: Path, rows: list[Result]) -> None:
-    arms = arm_makers(ReuseConfig())
+    arms = arm_makers(ReuseConfig(arms=TESTED))
     for task in ("retrieval", "copy", "gsm8k"):
         for arm in arms:
             base = {"task": task, "arm": arm, "kind": "all"}
@@ -98,9 +100,13 @@ def test_every_task_has_its_rows(folder: Path, rows: list[Result]) -> None:
     assert not [r for r in rows if r.metric == "kvcomm_accuracy" and r.context["task"] == "copy"]
     assert all(r.context["model"] == "tiny" and r.manifest for r in rows)
     assert {r.context["cause"] for r in rows if r.metric == "kvcomm_variation"} == {"content", "shift"}
-    for name in ("kvcomm_retrieval.png", "kvcomm_copy.png", "kvcomm_retrieval_cache.png"):
+    for name in ("kvcomm_retrieval.png", "kvcomm_copy.png", "kvcomm_retrieval_cache.png", "kvcomm_gsm8k_frontier.png"):
         assert (folder / "out" / name).stat().st_size > 10_000
-    assert (folder / "out" / "kvcomm.md").read_text().count("| kvcomm |") == 3
+    assert (folder / "out" / "kvcomm.md").read_text().count(
+        "| kvcomm |"
+    ) == 6  # a table of everything and one of what to use
+    said = [row.context["sentence"] for row in rows if row.metric == "kvcomm_recommendation"]
+    assert len(said) == 3 and all(sentence in (folder / "out" / "kvcomm.md").read_text() for sentence in said)
 
 
 def test_rows_say_what_is_exact_and_what_is_not(rows: list[Result]) -> None:
@@ -255,7 +261,7 @@ def test_reuse_and_accuracy_are_counted(rows: list[Result]) -> None:
 
 
 def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> None:
-    assert command(folder, folder / "again", "tasks=[retrieval]") == 0
+    assert command(folder, folder / "again", "tasks=[retrieval]", f"arms=[{','.join(TESTED)}]") == 0
     again = list(read_results(folder / "again" / "results.jsonl"))
     plain = [
         [(r.metric, r.value, r.n, r.context) for r in found if not timed(r)]
@@ -364,9 +370,9 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         rows, "kvcomm_kl", model="a/full", arm="rotate"
     )
     assert {p.name for p in tmp_path.glob("*.png")} == {
-        f"kvcomm_{model}_{what}.png" for model in ("a_full", "anchor") for what in ("retrieval", "retrieval_cache")
+        f"kvcomm_{model}_retrieval{what}.png" for model in ("a_full", "anchor") for what in ("", "_cache", "_frontier")
     }
-    assert (tmp_path / "kvcomm.md").read_text().count("| rotate |") == 2
+    assert (tmp_path / "kvcomm.md").read_text().count("| rotate |") == 4
 
 
 @pytest.mark.parametrize(
@@ -392,6 +398,9 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
         ("model=[TINY,TINY/none]", "TINY/none does not exist"),
         ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
+        ("budget_minutes=0", "budget_minutes=0.0 must be above 0: null is no limit"),
+        ("until_interval=-1", "until_interval=-1.0 must be above 0: null runs all problems"),
+        ("arms=[predicted] settings.predicted.warmup=3", "from 3 requests: raise warmup to 9 or more"),
         ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 must be between 0 and 1"),
     ],
 )
