@@ -159,10 +159,12 @@ class Request:
         """
         session = self.session
         agent, decoder = session.agents[name], session.decoder
-        prompt = self._prompt(name, frame, agent.max_new_tokens if answer is None else len(answer))
+        # A given message that goes on from a given answer is what the agent says in all.
+        rest = message[len(answer) :] if answer and message and message[: len(answer)] == answer else ()
+        room = agent.max_new_tokens if answer is None else len(answer) + len(rest)
+        prompt = self._prompt(name, frame, room)
         context = TurnContext(decoder, prompt, frame or session.frames[name], self.state, session.prefixes, keep)
-        # Room in the buffer: for the longest answer, or the given one.
-        arm, room = session.arm_of(name), agent.max_new_tokens if answer is None else len(answer)
+        arm = session.arm_of(name)
         found = prefill(context, arm, room)
         confidence = float(found.logits.float().softmax(-1).max())
         if answer is None:
@@ -172,6 +174,10 @@ class Request:
         else:
             ids, filled = answer, len(answer)
             logits = recite(decoder, found.buffer, prompt.length, found.logits, ids)
+            if rest and session.arm.shares:  # decoding, like the answer: no part of the time to first token
+                at = range(prompt.length + filled, prompt.length + filled + len(rest))
+                decoder.forward(decoder.tensor(rest), found.buffer, at, keep=0)
+                filled += len(rest)
         said = Answer(session.decode(ids), confidence)
         text = None  # of the message, where it is not only tokens
         if message is None and agent.speak is not None:
