@@ -178,6 +178,8 @@ def kvcomm(config: KvcommConfig) -> int:
     from anchorctx.evals.shortcuts import evaluate_reuse
     from anchorctx.records.disk import Writing
     from anchorctx.records.files import write_bytes
+    from anchorctx.report.figures.frontier import draw_frontier
+    from anchorctx.report.figures.prediction import draw_predictions
     from anchorctx.report.figures.reuse import draw_reuse
     from anchorctx.report.sections.reuse import reuse_table
 
@@ -185,11 +187,12 @@ def kvcomm(config: KvcommConfig) -> int:
     verdict = outcome.verdict
     if is_first():
         table, out = reuse_table(outcome.rows), Path(config.out_dir)
-        print(f"\n{table}\n")
         with Writing("the table", out, intact="all rows are in results.jsonl"):
             write_bytes(out / "kvcomm.md", f"{table}\n".encode())
-        for path in draw_reuse(outcome.rows, out):
-            print(f"drawn: {path}")
+        for draw in (draw_reuse, draw_predictions, draw_frontier):
+            for path in draw(outcome.rows, out):
+                print(f"drawn: {path}")
+        print(f"\n{table}")  # last, since it ends with what to use
         if verdict is not None:
             print(verdict.text)
     return 0 if verdict is None or verdict.passed else 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
+from anchorctx.evals.parts import Parts
 from anchorctx.records.results import Result
 
 Progress = Callable[[int, int], None]
@@ -29,6 +31,8 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase
     root: torch.nn.Module | None = None
     """While a model trains: the engine's module. It must be called through this one, so that ZeRO-3's hooks gather."""
+    folder: Path | None = None
+    """Where an evaluation may leave more than its rows, beside results.jsonl; None where nothing may be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,15 @@ class Concluding(Protocol):
 
     def conclude(self, rows: Sequence[Result]) -> list[Result]:
         """Rows without manifest, from those of all units."""
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An evaluation whose units are long enough to be gone on with in their middle."""
+
+    def resume(self, subject: Subject, unit: Unit, progress: Progress, parts: Parts) -> Iterator[Result]:
+        """As `run`, which it is with no parts: what `parts` holds is not measured again, and what is new goes there."""
         ...
 
 

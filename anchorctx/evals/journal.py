@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from anchorctx import interrupt
 from anchorctx.evals.base import Unit
 from anchorctx.evals.config import EvaluatedModel
+from anchorctx.evals.parts import FOLDER, Parts
 from anchorctx.records.disk import Writing
 from anchorctx.records.locks import lock_folder
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
@@ -61,6 +61,10 @@ class Journal:
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, {"hash": key, "identity": identity, "first_measured": facts})
         return key
+
+    def parts(self, manifest: str, label: str, unit: Unit) -> Parts:
+        """What a unit that was cut off has given already."""
+        return Parts(self.path.parent / FOLDER / f"{fingerprint([manifest, label, unit])}.jsonl")
 
     def close(self) -> None:
         """Let others write."""

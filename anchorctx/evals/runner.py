@@ -1,8 +1,8 @@
 """`evaluate`: run evaluations on models and write `results.jsonl`; what it holds already is not measured again.
 
-A *job* is one model under one evaluation, and its *units* are measured and written one by one. Everything that can be
-refused is refused before the first weight is loaded. Under torchrun (or accelerate launch) each process loads every
-model and takes its share of the batches; the first one writes.
+A *job* is one model under one evaluation, and its *units* are measured and written one by one, long ones in parts.
+Everything that can be refused is refused before the first weight is loaded. Under torchrun (or accelerate launch) each
+process loads every model and takes its share of the batches; the first one writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Candidate, Concluding, Evaluator, Subject, Unit
+from anchorctx.evals.base import Candidate, Concluding, Evaluator, Resumable, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import is_first, same_everywhere
@@ -37,6 +37,7 @@ from anchorctx.evals.evaluators.ruler import Ruler
 from anchorctx.evals.finite import checked
 from anchorctx.evals.forecast import Bar, Forecast, MeasuredError
 from anchorctx.evals.journal import Journal, average, begun, code_fingerprint, run_facts
+from anchorctx.evals.parts import Parts
 from anchorctx.evals.subject import (
     attention_name,
     check_reach,
@@ -51,7 +52,7 @@ from anchorctx.evals.subject import (
 from anchorctx.models.load import check_weights
 from anchorctx.parallel import dist
 from anchorctx.records.manifest import write_manifest
-from anchorctx.records.results import Result
+from anchorctx.records.results import Result, Rows
 from anchorctx.settings import check_ranges
 
 __all__ = ["EVALUATORS", "EvalConfig", "EvalDtype", "EvalName", "EvaluatedModel", "evaluate"]
@@ -219,8 +220,11 @@ def _all_rows(
         return found
     last = checked(job.evaluator.conclude(found), str(job.model.label))
     last = [_stamp(row, job, found[0].manifest) for row in last]
-    if journal is not None and (new := [row for row in last if row not in journal.rows]):
-        journal.add(new)
+    if journal is not None:
+        # The latest of a number is what reports show: one that was concluded before with another bound is said again.
+        known = Rows(journal.rows).latest()
+        if new := [row for row in last if row not in known]:
+            journal.add(new)
     return found + last
 
 
@@ -315,25 +319,31 @@ def _measure(
         elif subject is None or loaded is not job.model:
             subject = None  # free the last model before the next is loaded
             subject, loaded = load(job.model, job.config, job.tokenizer, config), job.model
+            subject = dataclasses.replace(subject, folder=Path(config.out_dir))
         if bar is None or current is not job:
             if bar is not None:
                 bar.close()
             bar = Bar(_what(job), job.evaluator.counts, [wanted[j][1] for j in pending if wanted[j][0] is job])
             current = job
         bar.start(unit)
-        rows[i] = _stamped(job, subject, unit, bar, journal, facts)
+        manifest = "" if journal is None else journal.open(job.identity, facts)
+        parts = Parts() if journal is None else journal.parts(manifest, str(job.model.label), unit)
+        parts.done = same_everywhere(parts.done)  # the first process has the file
+        rows[i] = _stamped(job, subject, unit, bar, parts, manifest)
         if journal is not None:
             journal.add(rows[i])
+            parts.remove()
     if bar is not None:
         bar.close()
 
 
-def _stamped(
-    job: Job, subject: Subject | None, unit: Unit, bar: Bar, journal: Journal | None, facts: dict[str, Any]
-) -> list[Result]:
+def _stamped(job: Job, subject: Subject | None, unit: Unit, bar: Bar, parts: Parts, manifest: str) -> list[Result]:
     """The rows of one unit, with the manifest and the model's label."""
-    manifest = "" if journal is None else journal.open(job.identity, facts)
-    found = job.evaluator.run(subject, unit, bar.advance)  # type: ignore[arg-type]  # None where it loads itself
+    evaluator: Any = job.evaluator  # its subject is None where it loads itself
+    if isinstance(evaluator, Resumable):
+        found = evaluator.resume(subject, unit, bar.advance, parts)  # type: ignore[arg-type]
+    else:
+        found = evaluator.run(subject, unit, bar.advance)
     return [_stamp(row, job, manifest) for row in checked(found, str(job.model.label))]
 
 

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from anchorctx.lazy import lazily
 
 if TYPE_CHECKING:
-    from anchorctx.kvcomm.agents import Agent
+    from anchorctx.kvcomm.agents import Agent, Messages
     from anchorctx.kvcomm.cache import KV
     from anchorctx.kvcomm.session import Session
     from anchorctx.kvcomm.topology import Topology
 
-__all__ = ["KV", "Agent", "Session", "Topology"]
+__all__ = ["KV", "Agent", "Messages", "Session", "Topology"]
 __getattr__, __dir__ = lazily(
     __name__,
     {
         "Agent": "agents",
         "KV": "cache",
+        "Messages": "agents",
         "Session": "session",
         "Topology": "topology",
     },

@@ -2,7 +2,8 @@
 
 A template is fixed text (glue) with placeholders for what others share. A prompt is tokenised piece by piece, so that a
 placeholder's tokens are the same in every prompt: BOS, then each glue and each placeholder's text on its own.
-Placeholders may touch each other, stand at either end, or be empty.
+Placeholders may touch each other, stand at either end, or be empty. Messages become a template in `chat`, which begins
+as the model's chat template does.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Template:
     """Glue and placeholders (Slot) in order. Glue is text, or a tuple of token ids where its length must be exact."""
 
     parts: tuple[str | Ids | Slot, ...]
+    bos: bool = True
+    """Put BOS in front; False where the first part is glue that begins as the model's chat template does."""
 
     @classmethod
     def parse(cls, text: str) -> Template:
@@ -70,7 +73,30 @@ class Template:
 
     def reordered(self, names: Mapping[str, str]) -> Template:
         """The same with placeholders exchanged: `names` maps each name to the one that takes its place."""
-        return Template(tuple(Slot(names.get(p.name, p.name)) if isinstance(p, Slot) else p for p in self.parts))
+        parts = tuple(Slot(names.get(p.name, p.name)) if isinstance(p, Slot) else p for p in self.parts)
+        return Template(parts, self.bos)
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """A prompt as a conversation, for chat models: what the agent is, and what it is asked, with {placeholders}.
+
+    Begin and end each with words, not with a placeholder or a blank: many chat templates trim messages.
+    """
+
+    user: str
+    """What is asked."""
+    system: str = ""
+    """What the agent is; without one the chat template may put its own."""
+
+    @property
+    def by_role(self) -> dict[str, str]:
+        """In the order of the conversation; no system message where there is none."""
+        return ({"system": self.system} if self.system else {}) | {"user": self.user}
+
+    def plain(self) -> str:
+        """The same without a chat template: the texts below each other, and `Answer:`."""
+        return "\n\n".join([*self.by_role.values(), "Answer:"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +119,14 @@ class Agent:
 
     name: str
     """What other templates call it."""
-    template: str | Template
+    template: str | Template | Messages
     """Its prompt: its role and instructions, with {placeholders} for the request's texts and other agents' names."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     speak: Speak | None = None
     """Turns its answer into the message that others read; None passes the answer on as it is."""
     stop: Callable[[str], bool] | None = None
-    """Ends the answer once it holds for the text so far; None ends at the end-of-sequence token or the length alone."""
+    """Ends the answer once it holds for the text so far; None ends at the end of the turn or the length alone."""
     checkpoint: str | None = None
     """The checkpoint that it runs, where agents come from elsewhere: all must be the same. None takes the session's."""
     message_tokens: int | None = None
@@ -113,7 +139,9 @@ class Agent:
 
 
 def check_agents(agents: Sequence[Agent]) -> None:
-    """UserError for doubled names, answers without tokens, or agents of different checkpoints."""
+    """UserError for no agents, doubled names, answers without tokens, or agents of different checkpoints."""
+    if not agents:
+        raise UserError("a session without agents has nobody to speak: give at least one")
     names = [agent.name for agent in agents]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
@@ -171,7 +199,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """All of one agent's segments; the first is glue that begins with BOS."""
+    """All of one agent's segments; the first is glue that begins with BOS, or as the chat template does."""
 
     agent: str
     segments: tuple[Segment, ...]
@@ -202,13 +230,18 @@ class Frame:
 
     def __init__(self, agent: str, template: Template, encode: Encode, bos: int) -> None:
         self.agent, self._encode = agent, encode
-        self._parts: list[tuple[str | None, Ids]] = [(None, (bos,))]
+        self._parts: list[tuple[str | None, Ids]] = [(None, (bos,) if template.bos else ())]
         for part in template.parts:
             name, ids = (part.name, ()) if isinstance(part, Slot) else (None, _tokens(part, encode))
             if name is None and self._parts[-1][0] is None:  # BOS and a first text are one segment
                 self._parts[-1] = (None, self._parts[-1][1] + ids)
             else:
                 self._parts.append((name, ids))
+
+    @property
+    def first(self) -> int:
+        """The token that its prompts begin with."""
+        return self._parts[0][1][0]
 
     def prompt(self, contents: Mapping[str, Ids]) -> Prompt:
         """The prompt with these contents."""

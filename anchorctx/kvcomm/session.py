@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
-from anchorctx.kvcomm.agents import Agent, Answer, Frame, Ids, Prompt, Template, check_agents, check_placeholders
+from anchorctx.kvcomm.agents import Agent, Answer, Frame, Ids, Messages, Prompt, check_agents, check_placeholders
 from anchorctx.kvcomm.arms.basic import Arm, Dense
 from anchorctx.kvcomm.arms.names import make_arm
+from anchorctx.kvcomm.chat import end_of_turn, template_of
 from anchorctx.kvcomm.decoder import Buffer, Decoder
 from anchorctx.kvcomm.request import Prefixes, RequestState, TurnContext, now
 from anchorctx.kvcomm.topology import TOPOLOGIES, Topology
@@ -57,20 +58,31 @@ class Session:
         if decision is not None and decision not in self.agents:
             raise UserError(f"decision={decision!r} is no agent: choose {', '.join(self.agents)}")
         self.decision = decision
-        self.templates = {agent.name: Template.of(agent.template) for agent in agents}
+        self.templates = {agent.name: template_of(agent, tokenizer) for agent in agents}
         self.flops = ModelFlops.of(model)
-        self.ends = _end_tokens(model, tokenizer)
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if not isinstance(bos, int):
-            raise UserError("the tokenizer has neither a BOS nor an EOS token to begin prompts with: set its bos_token")
-        self.bos = bos
-        self.frames = {n: Frame(n, template, self.encode, bos) for n, template in self.templates.items()}
-        self.prefixes = Prefixes(self.decoder, bos, self.encode(header))
+        self.ends = _end_tokens(model, tokenizer, agents)
+        self.frames = {name: self.frame(name) for name in self.templates}
+        # The base KV of a text is computed behind the token that all prompts begin with, since it takes the attention
+        # that looks for nothing (a sink): BOS, or what the chat template begins with, <|im_start|> in ChatML.
+        self.prefixes = Prefixes(self.decoder, _first_token(self.frames), self.encode(header))
         self._dense, self._numbers = Dense(), itertools.count()
 
+    def frame(self, name: str, names: Mapping[str, str] | None = None) -> Frame:
+        """An agent's template in tokens; `names` exchange its placeholders, as in `Template.reordered`."""
+        template, tokenizer = self.templates[name].reordered(names or {}), self.tokenizer
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if template.bos and not isinstance(bos, int):
+            raise UserError("the tokenizer has neither a BOS nor an EOS token to begin prompts with: set its bos_token")
+        return Frame(name, template, self.encode, bos)  # type: ignore[arg-type]
+
     def encode(self, text: str) -> Ids:
-        """Tokens of one piece of a prompt, without special ones."""
+        """Tokens of a prompt's fixed text; the names of special tokens in it are these tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()  # type: ignore
+
+    def encode_content(self, text: str) -> Ids:
+        """Tokens of a request's text or of a message, where `<|im_end|>` are letters: contents give no orders."""
+        options = {"add_special_tokens": False, "split_special_tokens": True}
+        return tuple(self.tokenizer(text, **options)["input_ids"]) if text else ()  # type: ignore
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some tokens."""
@@ -90,7 +102,7 @@ class Session:
         clash = sorted(set(texts) & set(self.agents))
         if clash:
             raise UserError(f"the request's text {clash[0]!r} has an agent's name: rename one")
-        contents = {n: self.encode(x) if isinstance(x, str) else tuple(x) for n, x in texts.items()}
+        contents = {n: self.encode_content(x) if isinstance(x, str) else tuple(x) for n, x in texts.items()}
         plain = {n: x for n, x in texts.items() if isinstance(x, str)}
         return Request(self, RequestState(next(self._numbers), contents, plain))
 
@@ -147,10 +159,12 @@ class Request:
         """
         session = self.session
         agent, decoder = session.agents[name], session.decoder
-        prompt = self._prompt(name, frame, agent.max_new_tokens if answer is None else len(answer))
+        # A given message that goes on from a given answer is what the agent says in all.
+        rest = message[len(answer) :] if answer and message and message[: len(answer)] == answer else ()
+        room = agent.max_new_tokens if answer is None else len(answer) + len(rest)
+        prompt = self._prompt(name, frame, room)
         context = TurnContext(decoder, prompt, frame or session.frames[name], self.state, session.prefixes, keep)
-        # Room in the buffer: for the longest answer, or the given one.
-        arm, room = session.arm_of(name), agent.max_new_tokens if answer is None else len(answer)
+        arm = session.arm_of(name)
         found = prefill(context, arm, room)
         confidence = float(found.logits.float().softmax(-1).max())
         if answer is None:
@@ -160,16 +174,21 @@ class Request:
         else:
             ids, filled = answer, len(answer)
             logits = recite(decoder, found.buffer, prompt.length, found.logits, ids)
+            if rest and session.arm.shares:  # decoding, like the answer: no part of the time to first token
+                at = range(prompt.length + filled, prompt.length + filled + len(rest))
+                decoder.forward(decoder.tensor(rest), found.buffer, at, keep=0)
+                filled += len(rest)
         said = Answer(session.decode(ids), confidence)
         text = None  # of the message, where it is not only tokens
         if message is None and agent.speak is not None:
             text = agent.speak(said, self._texts(prompt))
-            message = session.encode(text)
+            message = session.encode_content(text)
         elif message is None:
             text, message = said.text, ids
         began = now(decoder.device)
         if keep:  # the arm learns first: the message that follows may move the buffer to a larger one
             arm.observe(context, found.buffer, found.given)
+            arm.hear(context, found.buffer, ids, logits)
             self.answers[name] = said
             # A message that begins with the answer has the KV of its first tokens in the buffer already.
             self._keep(context, found.buffer, message, text, filled if message[: len(ids)] == ids else 0)
@@ -230,8 +249,22 @@ def _topology(topology: str | Topology, names: list[str]) -> Topology:
     return topology
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the model's, and the tokenizer's."""
+def _first_token(frames: Mapping[str, Frame]) -> int:
+    """The one that all agents' prompts begin with."""
+    (name, frame), *others = frames.items()
+    for other, another in others:
+        if another.first != frame.first:
+            raise UserError(
+                f"the prompts of agents {name!r} and {other!r} begin with different tokens ({frame.first} and "
+                f"{another.first}), so that no text's cache can stand in both: give all agents messages, or none"
+            )
+    return frame.first
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, agents: Sequence[Agent]) -> frozenset[int]:
+    """Tokens that end an answer: the model's, the tokenizer's, and what ends a turn where agents have messages."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    several = ends if isinstance(ends, list) else [ends]
-    return frozenset(e for e in [*several, tokenizer.eos_token_id] if isinstance(e, int))
+    several = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    if any(isinstance(agent.template, Messages) for agent in agents):
+        several.append(end_of_turn(tokenizer))
+    return frozenset(e for e in several if isinstance(e, int))

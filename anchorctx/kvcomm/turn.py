@@ -83,9 +83,9 @@ def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
     for placement in given:
         placement.write(decoder, buffer)
         missing[placement.start : placement.start + placement.kv.length] = False
-    reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
     clock.append(now(decoder.device))
     missing[arm.choose(context, buffer)] = True
+    reused = tuple(not bool(missing[s.start : s.stop].all()) for s in prompt.placeholders if s.length)
     missing[-1] = True  # its logits are needed, whatever was placed there
     slots = torch.nonzero(missing)[:, 0]
     clock.append(now(decoder.device))

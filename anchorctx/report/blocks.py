@@ -60,7 +60,27 @@ class Note:
     kind: str = "note"
 
 
-Block = Figure | Table | Note
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text as it was said, with who said it."""
+
+    heading: str
+    text: str
+    folded: bool = False
+    """Shown when it is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What agents said on one problem, folded up."""
+
+    title: str
+    """All that is seen until it is unfolded."""
+    passages: Sequence[Passage]
+    kind: str = "conversation"
+
+
+Block = Figure | Table | Note | Conversation
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,9 @@ class Arm:
     def observe(self, context: TurnContext, buffer: Buffer, given: Sequence[Placement]) -> None:
         """Learn from the finished prefill; `given` is what `place` returned."""
 
+    def hear(self, context: TurnContext, buffer: Buffer, ids: Ids, logits: torch.Tensor) -> None:
+        """Learn from the finished answer: its tokens, and the logits (n, V), or (1, V) of the first one alone."""
+
     @property
     def nbytes(self) -> int:
         """Bytes kept from one request to the next, the session's glue not counted."""

@@ -30,6 +30,7 @@ ARMS = (
     "kvcomm_ungated",
     "mean_offset",
     "anchored",
+    "predicted",
 )
 """Ways to reuse."""
 CONTROLS = ("dense_chunked", "zeroed", "random", "other_request")
@@ -88,6 +89,7 @@ SETTINGS = {
     "rotate_glue": Setting("k", whole=True),
     "blend": Setting("share", most=1.0),
     "kvcomm": Setting("gamma"),
+    "predicted": Setting("bound"),
 }
 """The main setting of the arms that have one: how much is computed, or how readily they share."""
 
@@ -128,7 +130,7 @@ class ArmSpec:
 
 def makers() -> dict[str, Callable[..., Arm]]:
     """Every arm and control by name, with its default settings; those in SETTINGS also take a value for theirs."""
-    from anchorctx.kvcomm.arms import basic, blend, offsets
+    from anchorctx.kvcomm.arms import basic, blend, offsets, predicted
     from anchorctx.kvcomm.arms.pool import PoolConfig
 
     def kvcomm(gamma: float = PoolConfig().gamma) -> Arm:
@@ -136,7 +138,7 @@ def makers() -> dict[str, Callable[..., Arm]]:
 
     arms: tuple[Any, ...] = (
         *(basic.Dense, basic.DensePrefixCache, basic.Naive, basic.Rotate, basic.RotateFirst, basic.RotateGlue),
-        *(blend.Blend, kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored),
+        *(blend.Blend, kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored, predicted.Predicted),
     )
     controls = (basic.DenseChunked, basic.Zeroed, basic.RandomMoments, basic.OtherRequest)
     return dict(zip((*ARMS, *CONTROLS), (*arms, *controls), strict=True))

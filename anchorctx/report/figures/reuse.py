@@ -28,12 +28,15 @@ MEASURES: dict[str, tuple[str, dict[str, Any]]] = {
     "p50": ("kvcomm_ttft", {"agent": "request", "quantile": "p50"}),
     "p95": ("kvcomm_ttft", {"agent": "request", "quantile": "p95"}),
     "kept": ("kvcomm_kept_bytes", {}),
+    "cost: tokens": ("kvcomm_cost", {"by": "tokens"}),
+    "cost: seconds": ("kvcomm_cost", {"by": "seconds"}),
 }
 """What every arm has a number of: the metric, and what it is of where the metric has several."""
 KL_FLOOR = 1e-8
 """Where bars of a logarithmic KL axis begin, in nats: float32's rounding."""
 ERROR_ARMS = ("naive", "rotate", "rotate_glue", "kvcomm_ungated", "mean_offset", "anchored")
-"""Arms whose errors are drawn by layer: those with an error of their own, and few enough for a colour each."""
+"""Arms whose errors are drawn by layer, each with its first setting: those with an error of their own, and few enough
+for a colour each."""
 CAUSES = {"content": "other text before", "shift": "other place"}
 BLUE, GREEN, SKY, ORANGE = 1, 3, 5, 2
 """Numbers of colours."""
@@ -56,6 +59,11 @@ class TaskRows:
         metric, where = MEASURES[measure]
         return self.rows.find(metric, arm=arm, kind=kind, **where)
 
+    @property
+    def recommendation(self) -> Result | None:
+        """What the evaluation says is to be used."""
+        return self.rows.find("kvcomm_recommendation")
+
     def values(self, measure: str, kind: str = "all", scale: float = 1.0) -> list[float | None]:
         """A measure of every arm, times `scale`; None where it was not measured."""
         rows = (self.find(measure, arm, kind) for arm in self.arms)
@@ -67,16 +75,22 @@ def tasks_of(rows: Rows) -> list[TaskRows]:
     return [TaskRows(task, rows.of(task=task)) for task in rows.distinct("task")]
 
 
+def by_stem(rows: Sequence[Result]) -> Iterator[tuple[str, str, Rows]]:
+    """Each model, what its pictures' names begin with (its own only where there are several), and its rows."""
+    every = Rows(rows).latest()
+    models = every.distinct("model")
+    for model in models:
+        named = re.sub(r"[^\w.-]+", "_", model) + "_" if len(models) > 1 else ""
+        yield model, f"kvcomm_{named}", every.of(model=model)
+
+
 def draw_reuse(rows: Sequence[Result], folder: Path) -> list[Path]:
     """All pictures that the rows allow, kvcomm_<task>.png and kvcomm_<task>_cache.png; returns the files.
 
     With several models each one's name is in the files' names.
     """
-    every, drawn = Rows(rows).latest(), []
-    models = every.distinct("model")
-    for model in models:
-        mine = every.of(model=model)
-        stem = "kvcomm_" + (re.sub(r"[^\w.-]+", "_", model) + "_" if len(models) > 1 else "")
+    drawn = []
+    for model, stem, mine in by_stem(rows):
         tasks = tasks_of(mine)
         for task in tasks:
             charts = [(title, chart) for title, chart, _ in reuse_charts(task)]
@@ -128,7 +142,8 @@ def error_charts(task: TaskRows) -> dict[str, Chart]:
     """The error of each arm's keys and of its values by layer, for one model and task; empty where all are 0."""
     found = {}
     # An arm has the same colour in both figures, also where only its values are wrong.
-    measured = [arm for arm in ERROR_ARMS if task.rows.find("kvcomm_kv_error", arm=arm)]
+    first = {arm.partition(":")[0]: arm for arm in reversed(task.rows.of("kvcomm_kv_error").distinct("arm"))}
+    measured = [first[name] for name in ERROR_ARMS if name in first]
     for part in ("key", "value"):
         lines = []
         for color, arm in enumerate(measured):

@@ -9,6 +9,8 @@ from anchorctx.report.blocks import MISSING, Block, Cell, Figure, Section, Table
 from anchorctx.report.collect import Material
 from anchorctx.report.figures.reuse import TaskRows, error_charts, reuse_charts, tasks_of, variation_chart
 from anchorctx.report.numbers import number
+from anchorctx.report.sections import frontier
+from anchorctx.report.sections.conversations import conversations, transcripts_of
 from anchorctx.report.series import whole_evaluation
 
 PREFIX = "kvcomm_"
@@ -31,8 +33,10 @@ def build(material: Material) -> Section | None:
     series = whole_evaluation(material.rows, PREFIX, "the evaluation of KV reuse")
     blocks: list[Block] = []
     for model, rows in series.items():
+        said = transcripts_of(material, model, rows)
         for place, task in enumerate(tasks_of(rows)):
             name = f"{model}: {task.task}" if len(series) > 1 else task.task
+            blocks += frontier.blocks(name, task)
             blocks += [Figure(f"{name}: {title}", chart, caption) for title, chart, caption in reuse_charts(task)]
             for part, chart in error_charts(task).items():
                 caption = f"Norm of the difference to dense's {part}s, by dense's norm."
@@ -42,6 +46,7 @@ def build(material: Material) -> Section | None:
                 caption = "Norm of the change of a document's keys and values, by their norm."
                 blocks.append(Figure(chart.description, chart, caption))
             blocks.append(_table(name, task))
+            blocks += conversations(name, task.arms, [t for t in said if t.task == task.task])
     if not blocks:
         return None
     lead = (
@@ -80,16 +85,20 @@ HEAD = ["arm", "KL, nat", "agreement", "accuracy (difference to dense, 95 %)", "
 
 
 def reuse_table(rows: Sequence[Result]) -> str:
-    """A Markdown table for each model and task, one line an arm: closeness, accuracy, reuse, time and memory."""
-    every, parts = Rows(rows).latest(), []
+    """Markdown for each model and task: one line an arm with closeness, accuracy, reuse, time and memory; then what
+    each arm costs for what it loses, and which one to use."""
+    every, parts, closing = Rows(rows).latest(), [], []
     models = every.distinct("model")
     for model in models:
         parts += [f"### {model}"] if len(models) > 1 else []
         for task in tasks_of(every.of(model=model)):
             lines = [_line(HEAD), "|" + "---|" * len(HEAD), *(_line(_words(task, arm)) for arm in task.arms)]
             parts.append("\n".join([f"**{task.task}**", "", *lines]))
+            if text := frontier.frontier_text(task):
+                named = f"{model}: {task.task}" if len(models) > 1 else task.task
+                closing.append(f"**{named}: what to use**\n\n{text}")
     starred = any("* |" in part for part in parts)
-    return "\n\n".join([*parts, *(["* reuses everything by construction"] if starred else [])])
+    return "\n\n".join([*parts, *(["* reuses everything by construction"] if starred else []), *closing])
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -54,6 +54,22 @@ def test_every_arm_speaks_and_two_sessions_give_identical_numbers(make: Any, nam
         assert set(turn.seconds) == {"match", "encode", "assemble", "forward", "upkeep"}
 
 
+def test_what_an_agent_goes_on_to_say_is_no_work_beside_the_prompt(make: Any) -> None:
+    """The comparison is on the first words, and the message is all of them: its rest is decoding, as they are."""
+    said, message = (20, 21), (20, 21, 22, 23, 24)
+    arms = [make("rotate").start(TEXTS), make("rotate").start(TEXTS)]
+    short = arms[0].run("a", answer=said, message=said)
+    whole = arms[1].run("a", answer=said, message=message)
+    assert whole.hidden == short.hidden and whole.flops == short.flops and torch.equal(whole.logits, short.logits)
+    assert arms[1].state.shared["a"].kv.length == 5
+    # The same keys and values as when all of it was the answer; other words were never said, and are work.
+    again = make("rotate").start(TEXTS)
+    again.run("a", answer=message, message=message)
+    torch.testing.assert_close(again.state.shared["a"].kv.keys, arms[1].state.shared["a"].kv.keys)
+    other = make("rotate").start(TEXTS)
+    assert other.run("a", answer=said, message=(30, *message)).hidden == short.hidden + 6
+
+
 def test_dense_is_the_models_own_generation(make: Any, model: PreTrainedModel) -> None:
     for turn in make().ask(TEXTS).values():
         ids = torch.tensor([turn.prompt.ids])

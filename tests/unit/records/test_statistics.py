@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anchorctx.records.results import Result, mean_interval, wilson_interval
+from anchorctx.records.results import Result, mean_interval, median_interval, wilson_interval
 from anchorctx.records.statistics import difference, holm, over_cells, student_p, student_quantile
 from anchorctx.report.collect import Material, Place, Row
 from anchorctx.report.sections import comparison
@@ -35,6 +35,15 @@ def test_means_have_students_interval():
     half = 2.200985 * (143 / 11) ** 0.5 / 12**0.5  # 11 degrees of freedom; 0 to 11 have squares of deviations of 143
     assert (low, high) == pytest.approx((5.5 - half, 5.5 + half), abs=1e-6)
     assert mean_interval([1.0]) is None
+    wide = 3.496614 / 2.200985  # the quantile of 0.995, less what rounding leaves of it
+    assert (mean_interval([*range(12)], 0.005) or (0, 0))[1] == pytest.approx(5.5 + half * wide, abs=1e-5)
+
+
+def test_medians_have_an_interval_between_two_of_the_values():
+    # Binomial tables: of 10 values the 2nd and the 9th (97.9 %), of 20 the 6th and the 15th (95.9 %).
+    assert median_interval([*range(10)]) == (1, 8) and median_interval([*range(20)]) == (5, 14)
+    assert median_interval([3.0, 1.0, 2.0, 9.0, 5.0, 4.0]) == (1.0, 9.0)  # six: 96.9 %
+    assert median_interval([1.0] * 5) is None  # five: 93.8 %
 
 
 def test_paired_values_give_students_test():

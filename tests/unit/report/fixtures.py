@@ -16,6 +16,8 @@ from anchorctx.data.packed_set import Row, ShardWriter
 from anchorctx.layout import PackedLayout
 from anchorctx.records.manifest import write_manifest
 from anchorctx.records.results import Result, append_results, wilson_interval
+from anchorctx.records.transcripts import FILE as TRANSCRIPTS
+from anchorctx.records.transcripts import Said, Transcript, append_transcript
 
 LENGTHS = (4096, 8192, 16384, 32768)
 TASKS = ("niah_multikey_2", "niah_multikey_3", "niah_single_1", "ruler_cwe", "ruler_fwe", "ruler_vt")
@@ -149,7 +151,20 @@ def make_reuse(folder: Path, model: str) -> Path:
     """Rows of an evaluation of KV reuse: a task with answers, and one without."""
     mark = write_manifest(folder, manifest("kvcomm", "2026-11-24T10:00:00+00:00", config={"model": model}))
     append_results(folder / "results.jsonl", (_stamped(row, mark) for row in reuse_rows(model)))
+    for number in range(3):
+        append_transcript(folder / TRANSCRIPTS, transcript(model, number))
     return folder
+
+
+def transcript(model: str, number: int) -> Transcript:
+    """A problem of the retrieval task: dense is right; every other arm says something else, the later the worse."""
+    arms = {}
+    for place, arm in enumerate(ARMS):
+        answers = {"solver": f"<b>{arm}</b> " + "x" * 300 * place, "judge": f"{number} {arm}"}
+        arms[arm] = Said(answers, {"solver": place * number / 10, "judge": 0.0}, correct=place == 0 or number != 1)
+    prompts = {"solver": "You are <i>a solver</i>.\n" + "y" * 300, "judge": "You decide."}
+    return Transcript(model=model, task="retrieval", kind="single", problem=number, problems="", expected="7 & 8",
+                      prompts=prompts, arms=arms)  # fmt: skip
 
 
 def reuse_rows(model: str) -> Iterator[Result]:

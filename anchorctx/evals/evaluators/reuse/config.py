@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 
-from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, Feature, Reduce
+from anchorctx.kvcomm.arms.names import CONTROLS, Feature, Reduce
 from anchorctx.settings import Count, NonNegativeFloat, Positive, PositiveFloat, Share
 
 
@@ -120,6 +120,20 @@ class Limits:
 
 
 @dataclass(kw_only=True, slots=True)
+class PredictedConfig:
+    """Settings of the arm `predicted`."""
+
+    bound: NonNegativeFloat = 0.05
+    """A turn is shared where its KL(dense | arm), the mean over its answer's tokens in nats, is predicted within it."""
+    warmup: Positive = 12
+    """Dense requests whose divergence is measured before the first prediction; 1 / miss - 1 at least."""
+    ladder: list[Count] = field(default_factory=lambda: [8, 32])
+    """Tokens recomputed at the start of each content: what is tried, in this order, before dense."""
+    miss: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """Part of the turns that may exceed the limit they are shared by, above 0 and below 1."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ArmsConfig:
     """Settings of the arms, where a name in `arms` has none behind a colon."""
 
@@ -149,6 +163,27 @@ class ArmsConfig:
     """kvcomm: weights from one distance a content (frobenius) or one a token (per_token)."""
     partial: bool = True
     """kvcomm: a content that cannot be shared computes its own segment; false, as in the paper, the whole prompt."""
+    predicted: PredictedConfig = field(default_factory=PredictedConfig)
+    """predicted: when turns are shared."""
+
+
+@dataclass(kw_only=True, slots=True)
+class AgentsConfig:
+    """Who the agents are."""
+
+    count: Positive = 3
+    """Agents, the decision agent included, of the roles that come with the package; a file has its own number."""
+    file: str | None = None
+    """YAML file with the agents of gsm8k, mmlu and humaneval: names, messages, who hears whom, who decides; null takes
+    those of the package (docs/kvcomm.md says where they are, to copy and change)."""
+
+
+DEFAULT_ARMS = (
+    *("dense", "dense_prefix_cache", "naive", "rotate", "rotate_glue:8", "rotate_glue:32"),
+    *("blend:0.05", "blend:0.15", "blend:0.4", "kvcomm", "kvcomm_ungated", "mean_offset", "anchored", "predicted"),
+    *CONTROLS,
+)
+"""Two arms with points enough for a curve, every other one once; `rotate_first_k` is nearly `rotate_glue`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,15 +192,29 @@ class ReuseConfig:
 
     tasks: list[TaskName] = field(default_factory=lambda: [TaskName.retrieval, TaskName.copy])
     """Tasks: retrieval, copy, gsm8k, mmlu, humaneval."""
-    arms: list[str] = field(default_factory=lambda: [*ARMS, *CONTROLS])
+    arms: list[str] = field(default_factory=lambda: list(DEFAULT_ARMS))
     """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, blend:0.15,
-    kvcomm:0.3) sets k (or the share, gamma) for that arm: an arm may be there several times."""
-    agents: Positive = 3
-    """Agents, the decision agent included."""
+    kvcomm:0.3, predicted:0.05) sets k (or the share, gamma, the bound) for that arm: an arm may be there several
+    times."""
+    agents: AgentsConfig = field(default_factory=AgentsConfig)
+    """How many agents there are, or the file that describes them."""
+    chat: bool | None = None
+    """Put the agents' roles and questions into the model's chat template; null does so where there is one. false gives
+    prompts of plain text, which are short unless agents.file has others. copy has no words."""
     topology: str = "full"
-    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own."""
+    """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own, and agents.file may
+    have another."""
+    transcripts: Count = 200
+    """Problems of each task whose prompts and answers are kept in transcripts.jsonl; 0 keeps none."""
     decision_dense: bool = True
     """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
+    budget_minutes: Annotated[float, Gt(0), "null is no limit"] | None = None
+    """Time for a model's problems, shared out equally among the tasks; a task ends before the problem that would not
+    fit. null is no limit."""
+    until_interval: Annotated[float, Gt(0), "null runs all problems"] | None = None
+    """End a task once half of the interval of every arm's divergence is at most this part of gate.max_kl, or all of it
+    is on one side: 0.2 of 0.05 nats is 0.01. One looks after 16, 32, 64, ... problems. null
+    runs all."""
     compare_tokens: Positive = 64
     """Tokens of each answer over which an arm's distributions are compared with dense's."""
     settings: ArmsConfig = field(default_factory=ArmsConfig)

@@ -1,13 +1,15 @@
 """The evaluation `kvcomm`: how well agents that run a model reuse each other's KV caches, by arm, against dense.
 
-A unit is a whole task, since arms learn from one problem to the next, or the split of errors. What can be refused is
-refused before any weight is read, on a model that has only shapes. With several processes, each takes some of the arms
-beside dense, which all compute: an arm's numbers do not depend on the other arms.
+A unit is a whole task, since arms learn from one problem to the next, or the split of errors; the parts of a task are
+its problems. What can be refused is refused before any weight is read, on a model that has only shapes. With several
+processes, each takes some of the arms beside dense, which all compute: an arm's numbers do not depend on the others.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -23,22 +25,30 @@ from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKEN
 from anchorctx.errors import UserError
 from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
 from anchorctx.evals.corpus import Corpus
-from anchorctx.evals.distribute import gather, is_first, rank_and_size, same_everywhere, spread
+from anchorctx.evals.distribute import is_first, rank_and_size, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
+from anchorctx.evals.evaluators.reuse.course import run_task
+from anchorctx.evals.evaluators.reuse.frontier import recommendation
 from anchorctx.evals.evaluators.reuse.measures import context_error
 from anchorctx.evals.evaluators.reuse.rows import check_arm, record_rows, variation_rows
-from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
+from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
+from anchorctx.evals.evaluators.reuse.tasks.crew import Crew, agents_file
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
-from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
+from anchorctx.evals.evaluators.reuse.trial import Lab, Trial
+from anchorctx.evals.parts import Parts
 from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateFirst, RotateGlue
 from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.names import ArmSpec, makers
 from anchorctx.kvcomm.arms.offsets import Kvcomm, KvcommUngated, MeanOffset
 from anchorctx.kvcomm.arms.pool import PoolConfig
+from anchorctx.kvcomm.arms.predicted import Predicted
+from anchorctx.kvcomm.chat import has_template
 from anchorctx.kvcomm.decoder import Decoder
-from anchorctx.records.results import Result
+from anchorctx.records.results import Result, Rows
+from anchorctx.records.transcripts import FILE as TRANSCRIPTS
+from anchorctx.records.transcripts import Transcript, append_transcript
 from anchorctx.settings import check_ranges
 
 logger = logging.getLogger(__name__)
@@ -58,7 +68,7 @@ class Reuse:
     ) -> None:
         if not config.tasks:
             raise UserError(f"tasks=[] leaves nothing to run: name some of {', '.join(TaskName)}")
-        self.config, self._seed = config, seed
+        self.config, self._seed, self._label = config, seed, candidate.label
         self._arms = arm_makers(config, seed)
         # One line of text is one piece of documents: facts are planted between lines.
         self._lines = _lines(texts.first(CORPUS_TEXTS), candidate.tokenizer)
@@ -80,8 +90,12 @@ class Reuse:
         questions = (self.config.gsm8k, self.config.mmlu, self.config.humaneval)
         paths = [Path(task.path) for task in questions if task.path is not None]
         files = {str(path): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file()}
-        permissions = "allow_code_execution", "unsafe_code_execution"
-        return settings_of(self.config, ReuseConfig, "tasks", "gate", *permissions) | {"files": files}
+        # The agents by their content: the package's too, since only its Python is in the fingerprint of the code.
+        agents = hashlib.sha256(agents_file(self.config.agents.file)).hexdigest()[:12]
+        # The bound decides nothing but when to stop.
+        bound = {} if self.config.until_interval is None else {"bound": self.config.gate.max_kl}
+        without = ("tasks", "gate", "allow_code_execution", "unsafe_code_execution", "transcripts")
+        return settings_of(self.config, ReuseConfig, *without) | bound | {"files": files, "agents_file": agents}
 
     def units(self) -> list[Unit]:
         """One a task, and the split of errors, whose rows are named by their lengths."""
@@ -93,6 +107,10 @@ class Reuse:
 
     def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
         """The rows of one task through all arms, or of the split of errors."""
+        return self.resume(subject, unit, progress, Parts())
+
+    def resume(self, subject: Subject, unit: Unit, progress: Progress, parts: Parts) -> Iterator[Result]:
+        """The same, where `parts` holds a task's first problems."""
         if "task" not in unit:
             yield from self._variation(subject, progress)
             return
@@ -105,20 +123,19 @@ class Reuse:
         trials = [Trial(lab, task, team) for team in teams]
         for trial in trials:
             trial.prepare()
-        work = [(trial, problem) for trial in trials for problem in trial.team.problems]
-        for trial, problem in work:
-            trial.run(problem)
-            same_everywhere(None)  # meet after every problem, so that no wait is long enough to time out
-            progress(1, len(work))
-        records = self._together([trial.records for trial in trials])
-        yield from record_rows(task.name, records, fingerprint([problem for _, problem in work]))
+        keep = functools.partial(self._keep, folder=subject.folder)
+        found = run_task(task.name, trials, list(self._arms), self.config, parts, progress, keep)
+        yield from record_rows(task.name, found.records, found.problems, found.about)
 
-    def _together(self, mine: list[dict[str, Record]]) -> list[Record]:
-        """Every team's records, in the arms' order, from the processes that ran the arms; dense's from the first."""
-        parts = gather(mine)
-        # Dense is in every part; reversed, so that the first process's record of it wins.
-        teams = [{k: v for part in reversed(parts) for k, v in part[i].items()} for i in range(len(mine))]
-        return [records[name] for records in teams for name in self._arms]
+    def _keep(self, said: Transcript, folder: Path | None) -> None:
+        """Write what was said on one problem, but for the last ones; the first process does."""
+        if folder is not None and is_first() and said.problem < self.config.transcripts:
+            append_transcript(folder / TRANSCRIPTS, dataclasses.replace(said, model=self._label))
+
+    def conclude(self, rows: Sequence[Result]) -> list[Result]:
+        """What to use in each task."""
+        found = (recommendation(Rows(rows), task, self.config.gate) for task in self._tasks)
+        return [row for row in found if row is not None]
 
     def _lab(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arms: dict[str, Callable[[], Arm]]
@@ -182,6 +199,10 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
     def kvcomm(gamma: float = s.gamma) -> Arm:
         return Kvcomm(replace(pool, gamma=gamma), partial=s.partial)
 
+    p = s.predicted
+    learnt = {"warmup": p.warmup, "ladder": p.ladder, "miss": p.miss, "tokens": config.compare_tokens}
+    if any(spec.name == "predicted" for spec in specs.values()):
+        Predicted(**learnt)  # for its checks alone
     # Arms that take settings; the others are made as they are.
     known = makers() | {
         "rotate_first_k": lambda k=s.first: RotateFirst(k),
@@ -190,6 +211,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
         "kvcomm": kvcomm,
         "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
         "mean_offset": lambda: MeanOffset(s.warmup),
+        "predicted": lambda bound=p.bound: Predicted(bound, **learnt),
         "random": lambda: RandomMoments(seed),
     }
     check_arm(config.gate, config.arms)
@@ -208,15 +230,34 @@ def _task(
         FactTokens.of(tokenizer)  # UserError where the tokenizer does not know the facts
         ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
         words = FactVocabulary(KEY_TOKENS, VALUE_TOKENS)
-        return RetrievalTask(config.retrieval, config.agents, lines, words, ids, seed)
+        return RetrievalTask(config.retrieval, config.agents.count, lines, words, ids, seed)
     if name is TaskName.copy:
         vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-        return CopyTask(config.copy, config.agents, config.topology, int(vocabulary), seed)  # type: ignore
+        return CopyTask(config.copy, config.agents.count, config.topology, int(vocabulary), seed)  # type: ignore
+    chat = _chats(config, tokenizer)
+    crew = _crew(config, name) if chat or config.agents.file else None
     if name is TaskName.gsm8k:
-        return Gsm8k(config.gsm8k, config.agents, config.topology)
+        return Gsm8k(config.gsm8k, config.agents.count, config.topology, crew, chat)
     if name is TaskName.mmlu:
-        return Mmlu(config.mmlu, config.agents, config.topology)
-    return HumanEval(config)
+        return Mmlu(config.mmlu, config.agents.count, config.topology, crew, chat)
+    return HumanEval(config, crew, chat)
+
+
+def _chats(config: ReuseConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether agents have messages; UserError where they are asked for and there is no template to put them in."""
+    there = has_template(tokenizer)
+    asked = "chat=true" if config.chat else f"agents.file={config.agents.file}" if config.agents.file else None
+    if asked and config.chat is not False and not there:
+        raise UserError(
+            f"{asked} asks for roles, but the tokenizer {tokenizer.name_or_path} has no chat template to put them in: "
+            "set chat=false for prompts of plain text, or name a chat model"
+        )
+    return there if config.chat is None else config.chat
+
+
+def _crew(config: ReuseConfig, name: TaskName) -> Crew:
+    crew = Crew.of(config.agents.file, name)
+    return crew if config.agents.file else crew.of_size(config.agents.count)
 
 
 def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:

@@ -11,22 +11,30 @@ The gate at the end compares an arm's rows with given bounds, for deployments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import GateConfig
+from anchorctx.evals.evaluators.reuse.frontier import cost_rows
 from anchorctx.evals.evaluators.reuse.measures import KvError, paired_difference
+from anchorctx.evals.evaluators.reuse.predictions import prediction_rows
 from anchorctx.evals.evaluators.reuse.trial import Record
 from anchorctx.records.results import Result, Rows, mean_interval, wilson_interval
 
 PARTS = ("key", "value")
 
 
-def record_rows(task: str, records: Sequence[Record], problems: str = "") -> list[Result]:
-    """All rows of one task: for each arm over all kinds, and for each kind where there are several."""
+def record_rows(
+    task: str, records: Sequence[Record], problems: str = "", about: Mapping[str, Any] | None = None
+) -> list[Result]:
+    """All rows of one task: for each arm over all kinds, and for each kind where there are several.
+
+    `about` is more for the context of each row, such as why there are fewer problems than were asked for.
+    """
     kinds = list(dict.fromkeys(record.kind for record in records))
     rows: list[Result] = []
     for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
@@ -35,13 +43,14 @@ def record_rows(task: str, records: Sequence[Record], problems: str = "") -> lis
             # One record a kind: several together are the row over `all`.
             own = [record for record in chosen if record.arm == arm]
             dense = [record for record in chosen if record.arm == "dense"]
-            context = {"task": task, "kind": kind, "arm": arm, "problems": problems}
+            context = {"task": task, "kind": kind, "arm": arm, "problems": problems, **(about or {})}
             rows += _words(own, context)
             rows += _answers(own, dense, context)
             rows += _reuse(own, context)
             # Errors of the cache and times are not told apart by kind.
             if kind == "all":
-                rows += [*_cache(own, context), *_times(own, context)]
+                rows += [*_cache(own, context), *_times(own, context), *cost_rows(own, dense, context)]
+                rows += prediction_rows(own, context)
     return rows
 
 
@@ -96,7 +105,7 @@ def _reuse(own: Sequence[Record], context: dict) -> Iterator[Result]:
     tokens = np.array([t for record in own for t in record.tokens], dtype=np.float64)
     flops = np.array([f for record in own for f in record.flops])
     yield _share("kvcomm_reuse", [x for record in own for x in record.reused], context | {"by": "calls"})
-    # (turns, 2): the prompt's tokens and those computed with it; dense FLOPs and those spent.
+    # (turns, 3): the prompt's tokens, those computed with it and beside it; (turns, 2): dense FLOPs and those spent.
     shares: dict[str, Callable[[], float]] = {
         "tokens": lambda: 1 - tokens[:, 1].sum() / tokens[:, 0].sum(),
         "flops": lambda: 1 - flops[:, 1].sum() / flops[:, 0].sum(),

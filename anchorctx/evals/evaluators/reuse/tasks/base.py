@@ -73,11 +73,8 @@ def panel(
     agent it hears said. In a debate the others speak in two rounds, and the decision agent hears the second.
     """
     if count < 2:
-        raise UserError(f"agents={count} must be at least 2: one that answers, and the decision agent")
-    names = [f"agent_{i}" for i in range(1, count)]
-    graph = _named(topology, names)
-    # A debate's first round is heard through the second one alone.
-    graph = graph.with_decision(DECISION, hears=graph.last if topology == "debate" else None)
+        raise UserError(f"agents.count={count} must be at least 2: one that answers, and the decision agent")
+    graph = named_topology(topology, [f"agent_{i}" for i in range(1, count)], DECISION)
     agents = []
     for number, name in enumerate(graph.order):
         final = name == DECISION
@@ -88,10 +85,13 @@ def panel(
     return tuple(agents), graph
 
 
-def _named(topology: str, names: list[str]) -> Topology:
+def named_topology(topology: str, names: Sequence[str], decision: str) -> Topology:
+    """Agents in a named topology, and a decision agent at the end, who hears all others; UserError for other names."""
     if topology not in TOPOLOGIES:
         raise UserError(f"unknown topology {topology!r}: choose {', '.join(TOPOLOGIES)}")
-    return TOPOLOGIES[topology](names)
+    graph = TOPOLOGIES[topology](names)
+    # A debate's first round is heard through the second one alone.
+    return graph.with_decision(decision, hears=graph.last if topology == "debate" else None)
 
 
 def read_rows(

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import QuestionTaskConfig, ReuseConfig
-from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Team, panel, read_rows
+from anchorctx.evals.evaluators.reuse.tasks.base import DECISION, Problem, Team, panel, read_rows
+from anchorctx.evals.evaluators.reuse.tasks.crew import Crew
 from anchorctx.evals.evaluators.reuse.tasks.sandbox import CodeProblem, check_sandbox, passes
 from anchorctx.kvcomm.agents import Answer
 
@@ -38,24 +39,31 @@ class QuestionTask(ABC):
     final_tokens: ClassVar[int | None] = None
     """Longest answer of the decision agent, in tokens; None is that of the others, max_new_tokens."""
 
-    def __init__(self, config: QuestionTaskConfig, agents: int, topology: str) -> None:
+    def __init__(
+        self, config: QuestionTaskConfig, agents: int, topology: str, crew: Crew | None = None, chat: bool = False
+    ) -> None:
+        """`agents` with `roles` and plain prompts, or a crew, whose prompts are messages where the model chats."""
         self.config, self._agents, self._topology = config, agents, topology
+        self._crew, self._chat = crew, chat
 
     def teams(self) -> Sequence[Team]:
         """One."""
         config, tokens = self.config, self.config.max_new_tokens
+        if self._crew is not None:
+            agents, graph = self._crew.team(("question",), self._topology, tokens, self._chat)
+        else:
+            agents, graph = panel(
+                self._agents,
+                self._topology,
+                self.ask,
+                self.last,
+                roles=self.roles,
+                tokens=tokens,
+                final_tokens=self.final_tokens or tokens,
+            )
         rows = read_rows(config.path, config.dataset, config.split, self.fields, config.problems)
         problems = tuple(self.problem(row) for row in rows)
-        agents, graph = panel(
-            self._agents,
-            self._topology,
-            self.ask,
-            self.last,
-            roles=self.roles,
-            tokens=tokens,
-            final_tokens=self.final_tokens or tokens,
-        )
-        return [Team(self.name, agents, graph, problems)]
+        return [Team(self.name, agents, graph, problems, DECISION if self._crew is None else self._crew.decision)]
 
     @abstractmethod
     def problem(self, row: dict[str, Any]) -> Problem:
@@ -134,8 +142,8 @@ class HumanEval(QuestionTask):
     )
     last = "You decide. Read the other agents' functions and reply with the right one, in Python and nothing else."
 
-    def __init__(self, config: ReuseConfig) -> None:
-        super().__init__(config.humaneval, config.agents, config.topology)
+    def __init__(self, config: ReuseConfig, crew: Crew | None = None, chat: bool = False) -> None:
+        super().__init__(config.humaneval, config.agents.count, config.topology, crew, chat)
         if not config.allow_code_execution:
             raise UserError(
                 "humaneval runs code that a model wrote: set allow_code_execution=true to allow that, in processes "

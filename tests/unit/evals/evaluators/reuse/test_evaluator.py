@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from anchorctx.cli.main import main
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.config import GateConfig, ReuseConfig
+from anchorctx.evals.evaluators.reuse.config import KINDS, GateConfig, ReuseConfig
 from anchorctx.evals.evaluators.reuse.evaluator import arm_makers
 from anchorctx.evals.evaluators.reuse.measures import (
     context_error,
@@ -22,12 +22,15 @@ from anchorctx.evals.evaluators.reuse.measures import (
 )
 from anchorctx.evals.evaluators.reuse.rows import check_arm, judge
 from anchorctx.evals.evaluators.reuse.trial import Trial
+from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.records.results import Result, Rows, read_results
+from anchorctx.records.transcripts import read_transcripts
 from anchorctx.testing.tiny import save, text_model
 
+TESTED = [name for name in (*ARMS, *CONTROLS) if name not in ("rotate_first_k", "blend", "predicted")]
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
 
 
@@ -63,8 +66,13 @@ def command(folder: Path, out: Path, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> list[Result]:
-    assert command(folder, folder / "out", "tasks=[retrieval,copy,gsm8k]") == 0
+    assert command(folder, folder / "out", "tasks=[retrieval,copy,gsm8k]", f"arms=[{','.join(TESTED)}]") == 0
     return list(read_results(folder / "out" / "results.jsonl"))
+
+
+def timed(row: Result) -> bool:
+    """Whether it is of how long something took, and so another number each time."""
+    return row.unit == "s" or row.context.get("by") == "seconds" or row.metric == "kvcomm_recommendation"
 
 
 def value(rows: list[Result], metric: str, **context: Any) -> float:
@@ -74,7 +82,7 @@ def value(rows: list[Result], metric: str, **context: Any) -> float:
 
 
 def test_every_task_has_its_rows(folder: Path, rows: list[Result]) -> None:
-    arms = arm_makers(ReuseConfig())
+    arms = arm_makers(ReuseConfig(arms=TESTED))
     for task in ("retrieval", "copy", "gsm8k"):
         for arm in arms:
             base = {"task": task, "arm": arm, "kind": "all"}
@@ -92,9 +100,13 @@ def test_every_task_has_its_rows(folder: Path, rows: list[Result]) -> None:
     assert not [r for r in rows if r.metric == "kvcomm_accuracy" and r.context["task"] == "copy"]
     assert all(r.context["model"] == "tiny" and r.manifest for r in rows)
     assert {r.context["cause"] for r in rows if r.metric == "kvcomm_variation"} == {"content", "shift"}
-    for name in ("kvcomm_retrieval.png", "kvcomm_copy.png", "kvcomm_retrieval_cache.png"):
+    for name in ("kvcomm_retrieval.png", "kvcomm_copy.png", "kvcomm_retrieval_cache.png", "kvcomm_gsm8k_frontier.png"):
         assert (folder / "out" / name).stat().st_size > 10_000
-    assert (folder / "out" / "kvcomm.md").read_text().count("| kvcomm |") == 3
+    assert (folder / "out" / "kvcomm.md").read_text().count(
+        "| kvcomm |"
+    ) == 6  # a table of everything and one of what to use
+    said = [row.context["sentence"] for row in rows if row.metric == "kvcomm_recommendation"]
+    assert len(said) == 3 and all(sentence in (folder / "out" / "kvcomm.md").read_text() for sentence in said)
 
 
 def test_rows_say_what_is_exact_and_what_is_not(rows: list[Result]) -> None:
@@ -109,6 +121,84 @@ def test_rows_say_what_is_exact_and_what_is_not(rows: list[Result]) -> None:
     assert value(rows, "kvcomm_kv_error", arm="naive", layer=0, **rotate) > 0.1
     assert value(rows, "kvcomm_kv_error", arm="rotate", layer=1, **rotate) > 1e-3
     assert value(rows, "kvcomm_variation", layer=0, part="value", cause="content") == 0.0
+
+
+def test_what_was_said_is_kept(folder: Path, rows: list[Result]) -> None:
+    """One line a problem, with every arm, for the tasks in which somebody decides; accuracies are those of the rows."""
+    found = read_transcripts(folder / "out" / "transcripts.jsonl")
+    arms = list(arm_makers(ReuseConfig()))
+    kinds = [(t.task, t.kind, t.problem) for t in found]
+    assert kinds == [("retrieval", kind, i) for kind in KINDS for i in range(3)] + [
+        ("gsm8k", "gsm8k", i) for i in (0, 1)
+    ]
+    for transcript in found:
+        assert transcript.model == "tiny" and list(transcript.arms) == arms
+        agents = list(transcript.prompts)
+        assert all(list(said.answers) == list(said.kl) == agents for said in transcript.arms.values())
+    for task in ("retrieval", "gsm8k"):
+        mine = [t for t in found if t.task == task]
+        row = Rows(rows).find("kvcomm_accuracy", task=task, arm="rotate", kind="all")
+        assert row is not None and row.context["values"] == [int(t.arms["rotate"].correct) for t in mine]
+        assert {t.problems for t in mine} == {row.context["problems"]}
+        kl = [np.mean(list(t.arms["rotate"].kl.values())) for t in mine]
+        row = Rows(rows).find("kvcomm_kl", task=task, arm="rotate", kind="all", tokens="all")
+        assert row is not None and kl == pytest.approx(row.context["values"])
+    assert found[-1].prompts["agent_1"].count("What is 1 + 1?") == 1 and found[-1].expected == "2"
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+AGENTS = """
+gsm8k:
+  decision: last
+  agents:
+    - {name: first, system: Add., user: "Problem:\n{question} (end)\n\nSolve it."}
+    - {name: last, system: Decide., user: "Problem:\n{question} (end)\n\n{heard}Decide.", max_new_tokens: 3}
+"""
+
+
+@pytest.fixture(scope="module")
+def chatty(folder: Path) -> Path:
+    """The same kind of model with a chat template, and long enough for the package's roles."""
+    tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
+    tokenizer.chat_template = CHATML
+    save(text_model(tokenizer, 8192), tokenizer, folder / "chatty")
+    (folder / "agents.yaml").write_text(AGENTS)
+    return folder / "chatty"
+
+
+def chat(folder: Path, out: Path, *more: str) -> int:
+    return command(folder, out, f"model={folder / 'chatty'}", "tasks=[gsm8k]", "arms=[rotate_glue]", *more)
+
+
+def test_a_chat_model_is_told_its_role(folder: Path, chatty: Path, tmp_path: Path) -> None:
+    """The package's agents by default, a user's in a file, or plain prompts; another file is another study."""
+    assert chat(folder, tmp_path / "roles", "gsm8k.problems=1") == 0
+    (found,) = read_transcripts(tmp_path / "roles" / "transcripts.jsonl")
+    assert list(found.prompts) == ["solver", "checker", "judge"]
+    judge = found.prompts["judge"]
+    assert judge.startswith("<s>system\nYou are the judge") and judge.endswith("</s>\n<s>assistant\n")
+    for agent, said in found.arms["dense"].answers.items():
+        assert agent == "judge" or f"{agent} wrote:\n{said} (end of what {agent} wrote)\n\n" in judge
+    mine = f"agents.file={folder / 'agents.yaml'}"
+    assert chat(folder, tmp_path / "mine", mine, "gsm8k.problems=1") == 0
+    (found,) = read_transcripts(tmp_path / "mine" / "transcripts.jsonl")
+    assert found.prompts["first"] == (
+        "<s>system\nAdd.</s>\n<s>user\nProblem:\nWhat is 0 + 1? (end)\n\nSolve it.</s>\n<s>assistant\n"
+    )
+    assert chat(folder, tmp_path / "plain", mine, "chat=false", "transcripts=1") == 0
+    (found,) = read_transcripts(tmp_path / "plain" / "transcripts.jsonl")
+    assert found.prompts["first"] == "<s>Add.\n\nProblem:\nWhat is 0 + 1? (end)\n\nSolve it.\n\nAnswer:"
+    (folder / "agents.yaml").write_text(AGENTS.replace("Add.", "Sum."))
+    assert chat(folder, tmp_path / "mine", mine, "gsm8k.problems=1") == 2
+    (folder / "agents.yaml").write_text(AGENTS)
+
+
+def test_a_forecast_leaves_no_transcript(folder: Path, chatty: Path, tmp_path: Path) -> None:
+    assert chat(folder, tmp_path / "none", f"agents.file={folder / 'agents.yaml'}", "--dry-run") == 0
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_other_order_is_not_answered_from_the_same_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +261,10 @@ def test_reuse_and_accuracy_are_counted(rows: list[Result]) -> None:
 
 
 def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> None:
-    assert command(folder, folder / "again", "tasks=[retrieval]") == 0
+    assert command(folder, folder / "again", "tasks=[retrieval]", f"arms=[{','.join(TESTED)}]") == 0
     again = list(read_results(folder / "again" / "results.jsonl"))
     plain = [
-        [(r.metric, r.value, r.n, r.context) for r in found if r.metric != "kvcomm_ttft"]
+        [(r.metric, r.value, r.n, r.context) for r in found if not timed(r)]
         for found in ([r for r in rows if r.context.get("task") in (None, "retrieval")], again)
     ]
     assert plain[0] == plain[1]
@@ -183,32 +273,39 @@ def test_two_runs_give_identical_numbers(folder: Path, rows: list[Result]) -> No
 def test_typed_twice_or_cut_off_it_leaves_the_rows_of_one_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task that was done is not run again, one that was cut off is, and a report takes the folder each time."""
+    """A task that was done is not run again, one that was cut off goes on, and a report takes the folder each time."""
     only = ["tasks=[retrieval,copy]", "arms=[kvcomm,random]", "retrieval.kinds=[single,absent]"]
     file, run, ran = tmp_path / "out" / "results.jsonl", Trial.run, []
 
-    def cut(self: Trial, problem: Any) -> None:
+    def cut(self: Trial, problem: Any) -> Any:
         ran.append(self.team.kind)
         if ran.count("copy") == 2:
             raise KeyboardInterrupt
-        run(self, problem)
+        return run(self, problem)
 
     assert command(folder, tmp_path / "whole", *only) == 0
     monkeypatch.setattr(Trial, "run", cut)
     assert command(folder, file.parent, *only) == 130
     assert {row.context["task"] for row in read_results(file)} == {"retrieval"}
     assert main(["report", str(file.parent), f"out={tmp_path / 'a.html'}"]) == 0
-    monkeypatch.setattr(Trial, "run", run)
-    assert command(folder, file.parent, *only) == 0
+    assert command(folder, file.parent, *only) == 0 and ran.count("copy") == 4  # two more than the first and the cut
     whole, found = (list(read_results(path)) for path in (tmp_path / "whole" / "results.jsonl", file))
-    plain = [
-        [(r.metric, r.value, r.n, r.manifest, r.context) for r in rows if r.unit != "s"] for rows in (whole, found)
-    ]
+    plain = [[(r.metric, r.value, r.n, r.manifest, r.context) for r in rows if not timed(r)] for rows in (whole, found)]
     assert plain[0] == plain[1] and len(whole) == len(found)
 
     once = file.read_bytes()
     assert command(folder, file.parent, *only, "gate={arm: kvcomm, max_kl: 0, min_agreement: 1}") == 1
-    assert file.read_bytes() == once and "| kvcomm |" in (file.parent / "kvcomm.md").read_text()
+    assert "| kvcomm |" in (file.parent / "kvcomm.md").read_text()
+    # With another bound only what is recommended is new; with the first one again it is the latest again.
+    more = file.read_bytes().removeprefix(once).splitlines()
+    assert file.read_bytes().startswith(once) and len(more) == 2
+    assert all(
+        row["metric"] == "kvcomm_recommendation" and row["context"]["bound"] == 0 for row in map(json.loads, more)
+    )
+    assert command(folder, file.parent, "tasks=[copy]", *only[1:]) == 0
+    last = json.loads(file.read_bytes().splitlines()[-1])
+    assert (last["context"]["task"], last["context"]["bound"]) == ("copy", 0.05)
+    once = file.read_bytes()
     assert command(folder, file.parent, "tasks=[copy]", *only[1:]) == 0 and file.read_bytes() == once
     assert main(["report", str(file.parent), f"out={tmp_path / 'b.html'}"]) == 0
     assert json.loads((file.parent / "manifest.json").read_text())["command"] == "kvcomm"
@@ -232,7 +329,7 @@ def test_it_is_an_evaluation_like_the_others(folder: Path, tmp_path: Path) -> No
     base = ["eval", f"model={folder / 'tiny'}", f"out_dir={tmp_path / 'long'}", corpus, "evals=[kvcomm]"]
     assert main([*base, *(f"kvcomm.{option}" for option in options), "kvcomm.compare_tokens=4"]) == 0
     short, long = (list(read_results(tmp_path / name / "results.jsonl")) for name in ("short", "long"))
-    plain = [[(r.metric, r.value, r.context) for r in rows if r.unit != "s"] for rows in (short, long)]
+    plain = [[(r.metric, r.value, r.context) for r in rows if not timed(r)] for rows in (short, long)]
     assert plain[0] == plain[1] and plain[0]
 
 
@@ -273,9 +370,9 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         rows, "kvcomm_kl", model="a/full", arm="rotate"
     )
     assert {p.name for p in tmp_path.glob("*.png")} == {
-        f"kvcomm_{model}_{what}.png" for model in ("a_full", "anchor") for what in ("retrieval", "retrieval_cache")
+        f"kvcomm_{model}_retrieval{what}.png" for model in ("a_full", "anchor") for what in ("", "_cache", "_frontier")
     }
-    assert (tmp_path / "kvcomm.md").read_text().count("| rotate |") == 2
+    assert (tmp_path / "kvcomm.md").read_text().count("| rotate |") == 4
 
 
 @pytest.mark.parametrize(
@@ -287,7 +384,11 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("settings.warmup=0", "settings.warmup=0 must be at least 1"),
         ("settings.min_exemplars=30", "min_exemplars=30 must not exceed"),
         ("compare_tokens=0", "compare_tokens=0"),
-        ("agents=2", "agents=2 has too few readers"),
+        ("agents.count=2", "agents=2 has too few readers"),
+        ("agents=5", r"agents=5 is not {key: value}: write agents={count: 5}"),
+        ("tasks=[gsm8k] chat=true", "chat=true asks for roles, but .*no chat template.*set chat=false"),
+        ("tasks=[gsm8k] agents.file=TINY/none.yaml", "agents.file=.* asks for roles, but .*no chat template"),
+        ("tasks=[gsm8k] chat=false agents.file=TINY/none.yaml", "agents.file=TINY/none.yaml cannot be read"),
         ("retrieval.document_tokens=900", "prompt of .* the model reaches 1024"),
         ("tasks=[humaneval]", "allow_code_execution=true"),
         ("retrieval.kinds=[three_hop]", "retrieval.kinds has 'three_hop', which is unknown: choose single"),
@@ -297,6 +398,9 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
         ("model=[TINY,TINY/none]", "TINY/none does not exist"),
         ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
+        ("budget_minutes=0", "budget_minutes=0.0 must be above 0: null is no limit"),
+        ("until_interval=-1", "until_interval=-1.0 must be above 0: null runs all problems"),
+        ("arms=[predicted] settings.predicted.warmup=3", "from 3 requests: raise warmup to 9 or more"),
         ("gate.min_agreement=2 gate.arm=rotate", "gate.min_agreement=2.0 must be between 0 and 1"),
     ],
 )

@@ -237,7 +237,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         CopyTask(CopyTaskConfig(), 0, "full", 96, 0)
     with pytest.raises(UserError, match="confidence=5 must be between 0 and 1"):
         retrieval(confidence=5)
-    with pytest.raises(UserError, match="agents=1 must be at least 2"):
+    with pytest.raises(UserError, match="agents.count=1 must be at least 2"):
         panel(1, "full", "", "", roles=("r",), tokens=1, final_tokens=1)
     with pytest.raises(UserError, match="agents=2 has too few readers"):
         retrieval(2)
