@@ -31,6 +31,7 @@ from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team, fingerprint
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.crew import Crew, agents_file
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
+from anchorctx.evals.evaluators.reuse.tasks.reading import Reading
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Record, Trial
 from anchorctx.kvcomm.arms.basic import Arm, RandomMoments, RotateGlue
@@ -214,6 +215,12 @@ def _task(
     lines: list[tuple[int, ...]],
     seed: int,
 ) -> Task:
+    if name is TaskName.retrieval and _reads(config, tokenizer):
+
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+        return Reading(config.retrieval, _crew(config, name), lines, encode, seed)
     if name is TaskName.retrieval:
         FactTokens.of(tokenizer)  # UserError where the tokenizer does not know the facts
         ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
@@ -230,6 +237,12 @@ def _task(
         return Mmlu(config.mmlu, config.agents.count, config.topology, crew, chat)
     allowed, limits = config.allow_code_execution, config.sandbox
     return HumanEval(config.humaneval, config.agents.count, config.topology, allowed, limits, crew, chat)
+
+
+def _reads(config: ReuseConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether retrieval is in words: for chat models that were not trained on tokens for facts."""
+    known = set(tokenizer.get_vocab())
+    return not known.issuperset(SPECIAL_TOKENS) and _chats(config, tokenizer)
 
 
 def _chats(config: ReuseConfig, tokenizer: PreTrainedTokenizerBase) -> bool:

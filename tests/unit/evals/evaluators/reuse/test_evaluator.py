@@ -365,7 +365,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("settings.warmup=0", "settings.warmup=0 must be at least 1"),
         ("settings.min_exemplars=30", "min_exemplars=30 must not exceed"),
         ("compare_tokens=0", "compare_tokens=0"),
-        ("agents.count=2", "agents=2 has too few readers"),
+        ("agents.count=2", "agents.count=2 has too few readers"),
         ("agents=5", r"agents=5 is not {key: value}: write agents={count: 5}"),
         ("tasks=[gsm8k] chat=true", "chat=true asks for roles, but .*no chat template.*set chat=false"),
         ("tasks=[gsm8k] agents.file=TINY/none.yaml", "agents.file=.* asks for roles, but .*no chat template"),
