@@ -182,7 +182,7 @@ def _written(part: Any, stands: Mapping[str, str]) -> str:
 def agents_file(file: str | None) -> bytes:
     """The content of a file of agents, or of the package's; UserError where it cannot be read."""
     if file is None:
-        return (resources.files(__package__) / "agents.yaml").read_bytes()
+        return (resources.files("anchorctx.evals.evaluators.reuse.tasks") / "agents.yaml").read_bytes()
     try:
         return Path(file).expanduser().read_bytes()
     except OSError as error:

@@ -143,8 +143,8 @@ AGENTS = """
 gsm8k:
   decision: last
   agents:
-    - {name: first, system: Add., user: "Problem:\n{question} (end)\n\nSolve it."}
-    - {name: last, system: Decide., user: "Problem:\n{question} (end)\n\n{heard}Decide.", max_new_tokens: 3}
+    - {name: first, system: Add., user: "Problem:\\n{question} (end)\\n\\nSolve it."}
+    - {name: last, system: Decide., user: "Problem:\\n{question} (end)\\n\\n{heard}Decide.", max_new_tokens: 3}
 """
 
 
@@ -159,7 +159,9 @@ def chatty(folder: Path) -> Path:
 
 
 def chat(folder: Path, out: Path, *more: str) -> int:
-    return command(folder, out, f"model={folder / 'chatty'}", "tasks=[gsm8k]", "arms=[rotate_glue]", *more)
+    return command(
+        folder, out, f"model={folder / 'chatty'}", "tasks=[gsm8k]", "arms=[rotate_glue]", "variation.prefix=4000", *more
+    )
 
 
 def test_a_chat_model_is_told_its_role(folder: Path, chatty: Path, tmp_path: Path) -> None:
