@@ -55,4 +55,4 @@ def test_long_texts_lose_their_middle(tmp_path: Path) -> None:
     assert shortened("abc", 3) == "abc" and shortened("abcde", 4) == "ab [... 1 characters left out ...] de"
     lone = dataclasses.replace(transcript(), expected="\ud800")  # half a character, which UTF-8 does not have
     append_transcript(file, lone)
-    assert json.loads(file.read_text().splitlines()[-1])["expected"] == "?"
+    assert json.loads(file.read_bytes().splitlines()[-1])["expected"] == "?"

@@ -46,6 +46,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def test_the_page_fits_and_is_legible(chromium: Browser, page: Path, tmp_path: Path, width: int, dark: bool):
     chromium.open(page, width, dark)
     assert chromium.errors() == []
+    # What agents said is folded up at first, and breaks anywhere.
+    unfold = """const folded = [...document.querySelectorAll('.conversation, .conversation details')];
+        const open = folded.filter(details => details.open).length;
+        folded.forEach(details => { details.open = true; });
+        const wide = [...document.querySelectorAll('.conversation pre')].filter(p => p.scrollWidth > p.clientWidth);
+        return [folded.length > 8, open, wide.length]"""
+    assert chromium.run(unfold) == [True, 0, 0]
     assert chromium.run("return document.documentElement.scrollWidth") == width  # no horizontal scroll
     outside = """return [...document.querySelectorAll('svg text')].filter(t => {
         const a = t.getBoundingClientRect(), b = t.closest('svg').getBoundingClientRect();
@@ -93,6 +100,8 @@ found.cell = ratio(style('td', 'color'), style('.table', 'backgroundColor'));
 found.caption = ratio(style('figcaption', 'color'), style('figure', 'backgroundColor'));
 found.tick = ratio(style('svg text', 'fill'), style('figure', 'backgroundColor'));
 found.note = ratio(style('.note', 'color'), style('.note', 'backgroundColor'));
+found.passage = ratio(style('.conversation pre', 'color'), style('.conversation pre', 'backgroundColor'));
+found.speaker = ratio(style('.conversation h4', 'color'), style('.conversation', 'backgroundColor'));
 const fills = (selector) => [...document.querySelectorAll(selector)].map(mark => getComputedStyle(mark).fill);
 const [texts, cells] = [fills('svg .in-cell text'), fills('svg .cell path')];
 if (!cells.length || texts.length !== cells.length) throw new Error('cells without texts');

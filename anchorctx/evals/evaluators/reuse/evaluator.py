@@ -35,6 +35,7 @@ from anchorctx.evals.evaluators.reuse.tasks.base import Task, Team
 from anchorctx.evals.evaluators.reuse.tasks.copy import CopyTask
 from anchorctx.evals.evaluators.reuse.tasks.crew import Crew, agents_file
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu
+from anchorctx.evals.evaluators.reuse.tasks.reading import Reading
 from anchorctx.evals.evaluators.reuse.tasks.retrieval import FactVocabulary, RetrievalTask
 from anchorctx.evals.evaluators.reuse.trial import Lab, Trial
 from anchorctx.evals.parts import Parts
@@ -226,6 +227,12 @@ def _task(
     lines: list[tuple[int, ...]],
     seed: int,
 ) -> Task:
+    if name is TaskName.retrieval and _reads(config, tokenizer):
+
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+        return Reading(config.retrieval, _crew(config, name), lines, encode, seed)
     if name is TaskName.retrieval:
         FactTokens.of(tokenizer)  # UserError where the tokenizer does not know the facts
         ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in SPECIAL_TOKENS}  # type: ignore[arg-type]
@@ -241,6 +248,12 @@ def _task(
     if name is TaskName.mmlu:
         return Mmlu(config.mmlu, config.agents.count, config.topology, crew, chat)
     return HumanEval(config, crew, chat)
+
+
+def _reads(config: ReuseConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether retrieval is in words: for chat models that were not trained on tokens for facts."""
+    known = set(tokenizer.get_vocab())
+    return not known.issuperset(SPECIAL_TOKENS) and _chats(config, tokenizer)
 
 
 def _chats(config: ReuseConfig, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -100,7 +100,12 @@ class Crew:
         return replace(self, members=(*taken, decision))
 
     def team(
-        self, texts: Collection[str], topology: str, tokens: int, chat: bool
+        self,
+        texts: Collection[str],
+        topology: str,
+        tokens: int,
+        chat: bool,
+        own: Callable[[int], Mapping[str, str]] = lambda place: {},
     ) -> tuple[tuple[Agent, ...], Topology]:
         """The agents, in the order in which they speak, and who hears whom.
 
@@ -109,16 +114,18 @@ class Crew:
             topology: a name, where the file has none.
             tokens: longest answer, where the file has none.
             chat: whether they have messages, or prompts of plain text.
+            own: what else stands for a placeholder in the messages of a member, by its place.
 
         Raises:
             UserError: an unknown name or placeholder, or a circle.
         """
         graph = self._graph(self.topology or topology)
-        members = {member.name: member for member in self.members}
+        places = {member.name: place for place, member in enumerate(self.members)}
         agents = []
         for name in graph.order:
-            member = members[name.partition("@")[0]]  # solver@2 is solver's second turn in a debate
-            messages = self._messages(member, graph.inputs[name], texts)
+            place = places[name.partition("@")[0]]  # solver@2 is solver's second turn in a debate
+            member = self.members[place]
+            messages = self._messages(member, graph.inputs[name], texts, own(place))
             longest = member.max_new_tokens or tokens
             agents.append(Agent(name, messages if chat else messages.plain(), longest))
         return tuple(agents), graph
@@ -141,37 +148,41 @@ class Crew:
             )
         return graph
 
-    def _messages(self, member: _Member, heard: Sequence[str], texts: Collection[str]) -> Messages:
-        """A member's messages with {heard} written out; UserError for a placeholder that nothing fills."""
+    def _messages(
+        self, member: _Member, heard: Sequence[str], texts: Collection[str], own: Mapping[str, str]
+    ) -> Messages:
+        """A member's messages with {heard} and its own written out; UserError for a placeholder that nothing fills."""
         said = "".join(
             f"{other.replace('@', ' in round ')} wrote:\n{{{other}}} (end of what {other.partition('@')[0]} wrote)\n\n"
             for other in heard
         )
-        found = {}
+        stands, found = {HEARD: said, **own}, {}
         for role in ("system", "user"):
             try:
                 parts = Template.parse(getattr(member, role).strip()).parts
             except UserError as error:
                 raise UserError(f"{self.source}, {role} of {member.name}: {error}") from None
-            names, known = [part.name for part in parts if isinstance(part, Slot)], [*texts, *heard, HEARD]
+            names, known = [part.name for part in parts if isinstance(part, Slot)], [*texts, *heard, *stands]
             if unknown := [name for name in names if name not in known]:
                 raise UserError(
                     f"{self.source}: the {role} message of {member.name!r} has the placeholder {{{unknown[0]}}}, but "
                     f"the task and the topology give it {', '.join(known)}: correct the name, or connect the agents"
                 )
-            found[role] = "".join(said if part == Slot(HEARD) else _written(part) for part in parts).strip()
+            found[role] = "".join(_written(part, stands) for part in parts).strip()
         return Messages(**found)
 
 
-def _written(part: Any) -> str:
-    """A template's part as it is written: text with its braces doubled, or a placeholder."""
-    return f"{{{part.name}}}" if isinstance(part, Slot) else part.replace("{", "{{").replace("}", "}}")
+def _written(part: Any, stands: Mapping[str, str]) -> str:
+    """A template's part as it is written: text with its braces doubled, a placeholder, or what stands for it."""
+    if isinstance(part, Slot):
+        return stands.get(part.name, f"{{{part.name}}}")
+    return part.replace("{", "{{").replace("}", "}}")
 
 
 def agents_file(file: str | None) -> bytes:
     """The content of a file of agents, or of the package's; UserError where it cannot be read."""
     if file is None:
-        return (resources.files(__package__) / "agents.yaml").read_bytes()
+        return (resources.files("anchorctx.evals.evaluators.reuse.tasks") / "agents.yaml").read_bytes()
     try:
         return Path(file).expanduser().read_bytes()
     except OSError as error:

@@ -27,7 +27,7 @@ import numpy as np
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import KINDS, RetrievalTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.base import DECISION, Problem, Team
-from anchorctx.kvcomm.agents import Agent, Answer, Template
+from anchorctx.kvcomm.agents import Agent, Answer, Ids, Template
 from anchorctx.kvcomm.topology import Topology
 from anchorctx.settings import check_ranges
 
@@ -53,34 +53,19 @@ class RetrievalTask:
         self,
         config: RetrievalTaskConfig,
         agents: int,
-        lines: Sequence[tuple[int, ...]],
+        lines: Sequence[Ids],
         vocabulary: FactVocabulary,
         tokens: Mapping[str, int],
         seed: int,
     ) -> None:
         """`lines` are a text's lines in tokens, `tokens` the ids of the vocabulary's texts."""
-        if agents < 3:
-            raise UserError(f"retrieval with agents={agents} has too few readers: give at least 3, the last decides")
-        unknown = [kind for kind in config.kinds if kind not in KINDS]
-        if unknown or not config.kinds:
-            given = f"{unknown[0]!r}, which is unknown" if unknown else "none"
-            raise UserError(f"retrieval.kinds has {given}: choose {', '.join(KINDS)}")
-        check_ranges(config, "retrieval")
-        used = config.facts * (agents - 1) + 2
-        if used > len(vocabulary.keys):
-            raise UserError(
-                f"{config.facts} facts in each of {agents - 1} documents need {used} keys, but there are "
-                f"{len(vocabulary.keys)}: lower retrieval.facts"
-            )
+        check_retrieval(config, agents - 1, lines, len(vocabulary.keys))
         room = config.document_tokens - 2 * (config.facts + 1)
         if room < 0:
             raise UserError(
                 f"retrieval.document_tokens={config.document_tokens} has no room for {config.facts + 1} facts of two "
                 "tokens: lower retrieval.facts"
             )
-        for what, length in (("document", config.document_tokens), ("prefix", config.prefix)):
-            if sum(map(len, lines)) < length:
-                raise UserError(f"the text is shorter than a {what} of {length} tokens: give more text")
         self.config, self._readers, self._lines = config, agents - 1, lines
         self._vocabulary, self._tokens, self._seed = vocabulary, tokens, seed
 
@@ -138,7 +123,7 @@ class RetrievalTask:
         if not self.config.prefix:
             return Template(parts)
         starts = np.random.default_rng([self._seed, 7]).permutation(len(self._lines))
-        text = self._text(self.config.prefix, int(starts[number % len(starts)]))
+        text = text_of(self._lines, self.config.prefix, int(starts[number % len(starts)]))
         return Template((tuple(token for line in text for token in line), *parts))
 
     def _problem(self, kind: str, rng: np.random.Generator) -> Problem:
@@ -167,7 +152,7 @@ class RetrievalTask:
     def _document(self, facts: list[tuple[int, str]], rng: np.random.Generator) -> tuple[int, ...]:
         """Lines from a random place of the text, cut at the length, with the facts between them."""
         start = int(rng.integers(len(self._lines)))
-        lines = self._text(self.config.document_tokens - 2 * len(facts), start)
+        lines = text_of(self._lines, self.config.document_tokens - 2 * len(facts), start)
         slots = np.sort(rng.integers(0, len(lines) + 1, len(facts)))
         order = rng.permutation(len(facts))
         # From the back, so that the slots in front stay where they are.
@@ -176,12 +161,35 @@ class RetrievalTask:
             lines.insert(slot, (self._tokens[self._vocabulary.keys[key]], self._tokens[value]))
         return tuple(token for line in lines for token in line)
 
-    def _text(self, length: int, at: int) -> list[tuple[int, ...]]:
-        """The text's lines from line `at` on, `length` tokens of them; the last is cut."""
-        # Round the text's end to its beginning, if need be.
-        lines, found = [], 0
-        while found < length:
-            line = self._lines[at % len(self._lines)][: length - found]
-            lines.append(line)
-            found, at = found + len(line), at + 1
-        return lines
+
+def check_retrieval(config: RetrievalTaskConfig, readers: int, lines: Sequence[Ids], keys: int) -> None:
+    """UserError where `readers` documents cannot be made from a text's lines, with facts about so many keys."""
+    if readers < 2:
+        raise UserError(
+            f"retrieval with agents.count={readers + 1} has too few readers: give at least 3, the last decides"
+        )
+    unknown = [kind for kind in config.kinds if kind not in KINDS]
+    if unknown or not config.kinds:
+        given = f"{unknown[0]!r}, which is unknown" if unknown else "none"
+        raise UserError(f"retrieval.kinds has {given}: choose {', '.join(KINDS)}")
+    check_ranges(config, "retrieval")
+    used = config.facts * readers + 2
+    if used > keys:
+        raise UserError(
+            f"{config.facts} facts in each of {readers} documents need {used} keys, but there are {keys}: lower "
+            "retrieval.facts"
+        )
+    for what, length in (("document", config.document_tokens), ("prefix", config.prefix)):
+        if sum(map(len, lines)) < length:
+            raise UserError(f"the text is shorter than a {what} of {length} tokens: give more text")
+
+
+def text_of(lines: Sequence[Ids], length: int, at: int) -> list[Ids]:
+    """A text's lines from line `at` on, `length` tokens of them; the last is cut."""
+    # Round the text's end to its beginning, if need be.
+    taken, found = [], 0
+    while found < length:
+        line = lines[at % len(lines)][: length - found]
+        taken.append(line)
+        found, at = found + len(line), at + 1
+    return taken

@@ -58,12 +58,12 @@ def test_worked_examples_are_right_and_end_as_they_are_scored() -> None:
     sums = 0
     for member in Crew.of(None, "gsm8k").members:
         text = " ".join(member.system.split())
-        for left, right in re.findall(r"(\d+(?: [-+*/] \d+)+) = (\d+(?:\.\d+)?)", text):
+        for left, right in re.findall(r"(?<![\d.])(\d+(?: [-+*/] \d+)+) = (\d+(?:\.\d+)?)", text):
             assert eval(left) == float(right), (member.name, left, right)
             sums += 1
         marks = [line for line in member.system.splitlines() if line.startswith("#### ")]
         assert len([line for line in marks if number_of(line) is not None]) == 3
-    assert sums > 40
+    assert sums > 30
     replies = [line.removeprefix("Your reply: ") for m in Crew.of(None, "mmlu").members
                for line in m.system.splitlines() if line.startswith("Your reply: ")]  # fmt: skip
     assert [letter_of(reply) for reply in replies] == ["C", "B"]

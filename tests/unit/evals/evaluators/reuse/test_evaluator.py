@@ -154,8 +154,8 @@ AGENTS = """
 gsm8k:
   decision: last
   agents:
-    - {name: first, system: Add., user: "Problem:\n{question} (end)\n\nSolve it."}
-    - {name: last, system: Decide., user: "Problem:\n{question} (end)\n\n{heard}Decide.", max_new_tokens: 3}
+    - {name: first, system: Add., user: "Problem:\\n{question} (end)\\n\\nSolve it."}
+    - {name: last, system: Decide., user: "Problem:\\n{question} (end)\\n\\n{heard}Decide.", max_new_tokens: 3}
 """
 
 
@@ -170,7 +170,9 @@ def chatty(folder: Path) -> Path:
 
 
 def chat(folder: Path, out: Path, *more: str) -> int:
-    return command(folder, out, f"model={folder / 'chatty'}", "tasks=[gsm8k]", "arms=[rotate_glue]", *more)
+    return command(
+        folder, out, f"model={folder / 'chatty'}", "tasks=[gsm8k]", "arms=[rotate_glue]", "variation.prefix=4000", *more
+    )
 
 
 def test_a_chat_model_is_told_its_role(folder: Path, chatty: Path, tmp_path: Path) -> None:
@@ -384,7 +386,7 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("settings.warmup=0", "settings.warmup=0 must be at least 1"),
         ("settings.min_exemplars=30", "min_exemplars=30 must not exceed"),
         ("compare_tokens=0", "compare_tokens=0"),
-        ("agents.count=2", "agents=2 has too few readers"),
+        ("agents.count=2", "agents.count=2 has too few readers"),
         ("agents=5", r"agents=5 is not {key: value}: write agents={count: 5}"),
         ("tasks=[gsm8k] chat=true", "chat=true asks for roles, but .*no chat template.*set chat=false"),
         ("tasks=[gsm8k] agents.file=TINY/none.yaml", "agents.file=.* asks for roles, but .*no chat template"),

@@ -239,7 +239,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         retrieval(confidence=5)
     with pytest.raises(UserError, match="agents.count=1 must be at least 2"):
         panel(1, "full", "", "", roles=("r",), tokens=1, final_tokens=1)
-    with pytest.raises(UserError, match="agents=2 has too few readers"):
+    with pytest.raises(UserError, match="agents.count=2 has too few readers"):
         retrieval(2)
     with pytest.raises(UserError, match="lower retrieval.facts"):
         retrieval(facts=10)
