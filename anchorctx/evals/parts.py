@@ -7,9 +7,10 @@ unit's rows are written.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from anchorctx.records.files import append_bytes
 
 FOLDER = "parts"
 
@@ -27,9 +28,7 @@ class Parts:
         if self._path is None:
             return
         self._path.parent.mkdir(exist_ok=True)
-        with self._path.open("ab", buffering=0) as file:
-            file.write(json.dumps(part).encode() + b"\n")
-            os.fsync(file.fileno())
+        append_bytes(self._path, json.dumps(part).encode() + b"\n")
 
     def remove(self) -> None:
         """The unit is done: its file goes, and the folder with the last one."""

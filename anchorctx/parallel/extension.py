@@ -55,8 +55,8 @@ def folder() -> Path:
         root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
         why = f"nothing can be written in {root} ({error.strerror})"
     raise UserError(
-        f"parallel.offload_optimizer=true compiles DeepSpeed's CPU Adam, and {why}: set TORCH_EXTENSIONS_DIR to a folder "
-        "of your own"
+        f"parallel.offload_optimizer=true compiles DeepSpeed's CPU Adam, and {why}: set TORCH_EXTENSIONS_DIR to a "
+        "folder of your own"
     )
 
 

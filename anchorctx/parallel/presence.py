@@ -154,8 +154,8 @@ class Presence:
         names = list(missing.values())
         more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return (
-            f"rank {self._ranks.rank} waits at {self._what}, since {seconds:.0f} s, for {'; '.join(names[:SHOWN])}{more}"
-            ": see to these processes and their machines, then type the same command to go on from the last checkpoint"
+            f"rank {self._ranks.rank} waits at {self._what}, since {seconds:.0f} s, for "
+            f"{'; '.join(names[:SHOWN])}{more}: see to these processes and their machines, then type the same command to go on from the last checkpoint"
         )
 
     def _nobody(self, error: BaseException) -> str:
