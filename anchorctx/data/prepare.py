@@ -59,7 +59,7 @@ def prepare(config: PrepareConfig) -> PackedSet:
     folder = preparation.folder
     if packed := _existing(folder):
         return packed
-    with Writing("the packed set", folder, intact=KEPT), sole_writer(folder):
+    with Writing("the packed set", Path(config.out_dir), intact=KEPT), sole_writer(folder):
         return _existing(folder) or preparation.run()  # another process may have made it while we waited
 
 

@@ -145,7 +145,8 @@ class StagedFolder:
         except OSError:  # a folder that is not empty cannot be replaced: fine if it is another writer's whole one
             if not (self._final / self._marker).is_file():
                 raise
-        sync_file(self._final.parent)
+        with suppress(OSError):  # it is there and whole: only a power failure could undo the renaming
+            sync_file(self._final.parent)
         self.discard()
         return self._final
 

@@ -55,7 +55,7 @@ class JsonlMetrics:
 
     def __init__(self, out_dir: Path, resumed_step: int) -> None:
         self._path = out_dir / METRICS
-        self._writing = Writing("metrics", out_dir, intact="the complete checkpoints are")
+        self._writing = Writing("metrics", out_dir, intact="the complete checkpoints are intact")
         # A run killed after step 7, whose checkpoint is of step 5, computes 6 and 7 again: their rows go.
         kept = [line for line in _lines(self._path) if resumed_step and _step(line) <= resumed_step]
         with self._writing:

@@ -141,7 +141,11 @@ class TokenWriter:
         self._staged = StagedFolder(folder, FILE)
         self._dtype = np.dtype(token_dtype(vocab_size))
         self._eos = None if eos is None else np.array([eos], self._dtype).tobytes()
-        self._tokens = (self._staged.folder / "tokens.bin").open("wb")
+        try:
+            self._tokens = (self._staged.folder / "tokens.bin").open("wb")
+        except BaseException:
+            self._staged.discard()
+            raise
         self._weights: BinaryIO | None = None  # opened by the first document, if it has some: then all have
         self._documents: list[tuple[int, int, int, int, bytes]] = []
         self._domains: dict[str, int] = {}
@@ -208,9 +212,9 @@ class TokenWriter:
 
     def _close_files(self) -> None:
         with ExitStack() as files:  # both are closed, also where one cannot write its last bytes
-            files.enter_context(self._tokens)
+            files.callback(self._tokens.close)
             if self._weights is not None:
-                files.enter_context(self._weights)
+                files.callback(self._weights.close)
 
 
 def _digest(content: bytes, trained: np.ndarray | None) -> bytes:
