@@ -22,6 +22,7 @@ from types import TracebackType
 from anchorctx.errors import UserError
 
 FREE = "free some there, or choose another folder, and run the same command again"
+SHORT = "the disk took less than it was given, and is most likely full"
 REASONS = {
     errno.ENOSPC: ("the disk is full", FREE),
     errno.EDQUOT: ("the quota is used up", FREE),
@@ -82,7 +83,7 @@ class Writing:
             if number in OF_WRITES:  # elsewhere: a cache or a folder for temporary files
                 return DiskError(_writing(name, self.intact).sentence(*REASONS[number]))
         if any(NO_NUMBER.search(str(link)) for link in _chain(error)):
-            return DiskError(self.sentence("the disk took less than it was given: it is most likely full", FREE))
+            return DiskError(self.sentence(SHORT, FREE))
         return None
 
     def sentence(self, reason: str, remedy: str) -> str:
@@ -113,6 +114,8 @@ def refused_write(error: BaseException) -> DiskError | None:
             if isinstance(name, str | bytes):
                 return DiskError(_writing(name).sentence(reason, remedy))
             return DiskError(f"the standard output or a file cannot be written: {reason}: {remedy}")
+    if any(NO_NUMBER.search(str(link)) for link in _chain(error)):
+        return DiskError(f"a file cannot be written: {SHORT}: {FREE}")
     return None
 
 

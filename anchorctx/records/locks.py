@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from anchorctx.errors import UserError
+from anchorctx.records.disk import Writing
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,10 @@ def lock_folder(folder: Path, key: str = "out_dir") -> IO[str]:
 
     Raises:
         UserError: another process holds it; names that process and `key`, the setting that named the folder.
+        DiskError: nothing can be written there.
     """
-    return _lock(folder / LOCK, f"{key}={folder}", f"choose another {key}")
+    with Writing("results", folder):
+        return _lock(folder / LOCK, f"{key}={folder}", f"choose another {key}")
 
 
 @contextmanager

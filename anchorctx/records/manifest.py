@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from anchorctx.records.disk import Writing
 from anchorctx.records.files import write_bytes
 from anchorctx.records.typed import read_typed
 
@@ -48,8 +49,9 @@ def build_manifest(command: str, config: dict[str, Any], **facts: Any) -> dict[s
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> str:
     """Write `manifest.json` into `folder` (made if needed), atomically; returns the manifest's hash."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, manifest)
+    with Writing("the manifest", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, manifest)
     return manifest_hash(manifest)
 
 

@@ -162,7 +162,8 @@ def mend_results(path: Path) -> list[Result]:
             continue
         together = [*(together if number > 1 else ()), (line, row)]
         if number == count:
-            kept, together = kept + together, []
+            kept += together
+            together = []
     whole = b"".join(line + b"\n" for line, _ in kept)
     if whole != content:
         lines = content.count(b"\n") + (not content.endswith(b"\n")) - len(kept)

@@ -109,6 +109,8 @@ def test_an_error_that_nobody_explained_is_told_by_the_command_line(tmp_path: Pa
     assert str(refused_write(full)).startswith(f"kvcomm.md cannot be written to {tmp_path}: the disk is full (")
     nameless = OSError(errno.ENOSPC, "No space left on device")
     assert "the standard output or a file cannot be written: the disk is full" in str(refused_write(nameless))
+    torch_says = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    assert "a file cannot be written: the disk took less than it was given" in str(refused_write(torch_says))
     assert refused_write(OSError(errno.ENOENT, "No such file or directory", "x")) is None
     assert refused_write(PermissionError(errno.EACCES, "Permission denied", "corpus.jsonl")) is None  # read, perhaps
 
