@@ -142,14 +142,14 @@ def _told(command: str, argv: list[str]) -> int:
         sys.stdout.flush()
     except UserError as error:
         if _rank() > 0:
-            time.sleep(PATIENCE_S)
+            _let_the_first_end()
         print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return 2
     except LostProcesses as error:
         if error.code == LOST:
             print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(PATIENCE_S)  # torchrun takes the first to end for the one that failed
+            _let_the_first_end()  # which torchrun takes for the one that failed
         return error.code
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint about stdout at the exit either
@@ -160,6 +160,13 @@ def _told(command: str, argv: list[str]) -> int:
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
     return code
+
+
+def _let_the_first_end() -> None:
+    """Wait for torchrun, which ends the other processes after the first."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and not interrupt.requested():
+        time.sleep(0.05)
 
 
 def _set_up_logging() -> None:

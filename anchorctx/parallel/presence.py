@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as torch_dist
@@ -28,8 +28,9 @@ BEAT_S = 2.0
 """Seconds between two signs of life; a store of 1,000 processes gets 500 a second, of 100 bytes."""
 SILENCE_S = 10.0
 """A process without a sign of life for so long is frozen or gone, where others wait for it beyond their limit."""
-GRACE_S = 5.0
-"""Seconds to end by itself after another process has failed, which most notice as their connection closes."""
+GRACE_S = 15.0
+"""Seconds to end by itself after another process has failed, which most notice as their connection closes. Its traceback
+and its end take their time, and torchrun takes the first to end for the one that failed."""
 MARGIN_S = 30.0
 """By how much the collectives' own limit is beyond ours, so that the sentence comes first."""
 SHOWN = 8
@@ -89,8 +90,11 @@ class Presence:
         self._thread.start()
 
     def begin(self, what: str) -> None:
-        """Note what is done next."""
+        """Note what is done next, and write it down, which waits for no answer (some 20 microseconds)."""
         self._count, self._what, self._since = self._count + 1, what, time.monotonic()
+        if self._thread.is_alive():  # it ends where the store is gone
+            with suppress(RuntimeError):
+                self._write()
 
     def close(self) -> None:
         """Nobody is watched any more."""

@@ -42,7 +42,7 @@ def test_a_process_that_raises_ends_the_job_with_its_error(launcher: Launcher) -
 @pytest.mark.slow
 def test_processes_that_do_not_notice_end_too(launcher: Launcher) -> None:
     """As in a collective on CUDA. torchrun would give them 30 s; slow, as it differs from the one above in this alone."""
-    assert seconds_until_the_end(launcher, "stuck") < 25
+    assert seconds_until_the_end(launcher, "stuck") < 29
 
 
 def test_a_frozen_process_is_named_and_ends_the_job(launcher: Launcher) -> None:

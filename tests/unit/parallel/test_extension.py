@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from anchorctx.errors import UserError
 from anchorctx.parallel import extension
 
 
@@ -72,22 +71,3 @@ def test_what_a_living_process_holds_is_waited_for(place: Path, impatient: None,
         raise AssertionError("took over a build that is running")
     assert "another program builds" in caplog.text
     baton.release()
-
-
-def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A read-only HOME, a full quota, another user's folder."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=f"nothing can be written in {tmp_path}/file .* set TORCH_EXTENSIONS_DIR"):
-        extension.folder()
-
-
-def test_without_a_home_no_folder_called_tilde_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A container's user without an entry in /etc/passwd (pytorch/pytorch#140765 is of the same kind)."""
-    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="there is no home folder to put it in: set TORCH_EXTENSIONS_DIR"):
-        extension.folder()
-    assert not list(tmp_path.iterdir())
