@@ -1,8 +1,8 @@
 """Being told to end, by a signal or by a limit of time, and ending with the process that started this one.
 
 The first signal ends the work where it stands, with `InterruptedRun`, unless that is put off: training finishes its
-step, a file of results its rows. A second one, two seconds later or more, ends the process at once. What comes sooner is
-the same request on another way: SLURM tells every process of a job, and torchrun tells its workers again.
+step, a file of results its rows. A second one, two seconds later or more, ends the process at once. What comes sooner
+is the same request on another way: SLURM tells every process of a job, and torchrun tells its workers again.
 """
 
 from __future__ import annotations

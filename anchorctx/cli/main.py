@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from anchorctx import interrupt
-from anchorctx.errors import LOST, InterruptedRun, LostProcesses, UserError
+from anchorctx.errors import InterruptedRun, LostProcesses, UserError
 from anchorctx.records.table import text_table
 
 logger = logging.getLogger(__name__)
@@ -146,10 +146,10 @@ def _told(command: str, argv: list[str]) -> int:
         print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return 2
     except LostProcesses as error:
-        if error.code == LOST:
-            print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+        if error.told:
+            _let_the_first_end()  # torchrun takes it for the one that failed
         else:
-            _let_the_first_end()  # which torchrun takes for the one that failed
+            print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
         return error.code
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint about stdout at the exit either

@@ -117,5 +117,6 @@ def test_a_cache_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch
     """huggingface/text-generation-inference#3082 and many others: a read-only HOME, or another user's."""
     no_cache(monkeypatch)
     monkeypatch.setenv("HOME", "/dev/null")
-    with pytest.raises(UserError, match=r"nothing can be written in /dev/null/.cache/torch_extensions \(Not a directory\)"):
+    place = "/dev/null/.cache/torch_extensions"
+    with pytest.raises(UserError, match=rf"nothing can be written in {place} \(Not a directory\)"):
         extension.folder()

@@ -126,7 +126,11 @@ def test_a_forked_child_is_told_for_itself() -> None:
 
 GRANDCHILD = (
     "import subprocess\n"
-    "inner = 'import time; from anchorctx import interrupt; interrupt.end_with_launcher(); print(1, flush=True); time.sleep(60)'\n"
+    "inner = '''import time\n"
+    "from anchorctx import interrupt\n"
+    "interrupt.end_with_launcher()\n"
+    "print(1, flush=True)\n"
+    "time.sleep(60)'''\n"
     "started = subprocess.Popen([sys.executable, '-c', inner], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
     "started.stdout.readline()\n"
     "print('ready', flush=True)\n"
@@ -202,7 +206,7 @@ def test_a_mistake_of_another_process_is_not_told_again(
         if deferred:
             interrupt.defer()
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        raise LostProcesses("rank 0 has ended", 2)
+        raise LostProcesses("rank 0 has ended", 2, told=True)
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(commands, "run", run)

@@ -31,12 +31,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension.time, "sleep", waits)
 
 
+def age(file: Path, seconds: float) -> None:
+    made = time.time() - seconds
+    os.utime(file, (made, made))
+
+
 def left(place: Path, seconds: float) -> Path:
     """The file of a process that is gone, made so long ago."""
     baton = FileBaton(str(place / "lock"))
     assert baton.try_acquire() and baton.fd is not None
     os.close(baton.fd)
-    os.utime(place / "lock", (time.time() - seconds,) * 2)
+    age(place / "lock", seconds)
     return place / "lock"
 
 
@@ -58,7 +63,7 @@ def test_what_another_program_left_is_removed_once_no_build_takes_so_long(place:
         raise AssertionError("took over a build that may be running on another machine")
     assert "nobody here has it, so until it is 30 min old, unless you remove it" in caplog.text
     (place / extension.TURN).write_text("")
-    os.utime(place / "lock", (time.time() - extension.BUILD_S - 60,) * 2)
+    age(place / "lock", extension.BUILD_S + 60)
     with extension.turn(place):
         assert not (place / "lock").exists()
 
@@ -66,7 +71,7 @@ def test_what_another_program_left_is_removed_once_no_build_takes_so_long(place:
 def test_what_a_living_process_holds_is_waited_for(place: Path, impatient: None, caplog) -> None:
     baton = FileBaton(str(place / "lock"))
     assert baton.try_acquire()
-    os.utime(place / "lock", (time.time() - 10 * extension.BUILD_S,) * 2)
+    age(place / "lock", 10 * extension.BUILD_S)
     with pytest.raises(WaitsError), extension.turn(place):
         raise AssertionError("took over a build that is running")
     assert "another program builds" in caplog.text
