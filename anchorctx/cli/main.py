@@ -127,7 +127,7 @@ def _guarded(command: str, argv: list[str]) -> int:
             notice = error if isinstance(error, InterruptedRun) else InterruptedRun(interrupt.reason(130), 130)
             if _rank() == 0:
                 how = notice.how or GO_ON.get(command, "type the same command again")
-                print(f"anchorctx {command}: {notice.reason}: {how}", file=sys.stderr, flush=True)
+                _say(f"anchorctx {command}: {notice.reason}: {how}")
             return notice.code
 
 
@@ -143,13 +143,13 @@ def _told(command: str, argv: list[str]) -> int:
     except UserError as error:
         if _rank() > 0:
             _let_the_first_end()
-        print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+        _say(f"anchorctx {command}: {error}")
         return 2
     except LostProcesses as error:
         if error.told:
             _let_the_first_end()  # torchrun takes it for the one that failed
         else:
-            print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+            _say(f"anchorctx {command}: {error}")
         return error.code
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no complaint about stdout at the exit either
@@ -160,6 +160,16 @@ def _told(command: str, argv: list[str]) -> int:
         print(f"anchorctx {command}: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
     return code
+
+
+def _say(sentence: str) -> None:
+    """Print it on stderr, below progress bars, which leave their line open where they are cut off."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _let_the_first_end() -> None:

@@ -172,8 +172,8 @@ class Presence:
     def _nobody(self, error: BaseException) -> str:
         said = " ".join(str(error).split())[:200]
         return (
-            f"rank {self._ranks.rank} lost its connections at {self._what} ({said}): see to the network and to the other "
-            "processes, then type the same command to go on from the last checkpoint"
+            f"rank {self._ranks.rank} lost its connections at {self._what} ({said}): see to the network, then "
+            " type the same command to go on from the last checkpoint"
         )
 
     # -- the store --------------------------------------------------------------------------------------------------
