@@ -25,12 +25,12 @@ LOST = 3
 class LostProcesses(Exception):
     """Other processes of the job have ended, or do not answer any more; the message says which.
 
-    `code` is the exit code: `LOST`, or that of the process that failed first, which has said why.
+    `code` is the exit code: `LOST`, or that of the process that failed first; `told` where another process says why.
     """
 
-    def __init__(self, message: str, code: int = LOST) -> None:
+    def __init__(self, message: str, code: int = LOST, *, told: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.told = code, told
 
 
 class BackendUnavailableError(UserError):

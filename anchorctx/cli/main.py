@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from anchorctx import interrupt
-from anchorctx.errors import LOST, InterruptedRun, LostProcesses, UserError
+from anchorctx.errors import InterruptedRun, LostProcesses, UserError
 from anchorctx.records.disk import refused_write
 from anchorctx.records.table import text_table
 
@@ -128,7 +128,7 @@ def _guarded(command: str, argv: list[str]) -> int:
             notice = error if isinstance(error, InterruptedRun) else InterruptedRun(interrupt.reason(130), 130)
             if _rank() == 0:
                 how = notice.how or GO_ON.get(command, "type the same command again")
-                print(f"anchorctx {command}: {notice.reason}: {how}", file=sys.stderr, flush=True)
+                _say(f"anchorctx {command}: {notice.reason}: {how}")
             return notice.code
 
 
@@ -143,14 +143,14 @@ def _told(command: str, argv: list[str]) -> int:
         sys.stdout.flush()
     except UserError as error:
         if _rank() > 0:
-            time.sleep(PATIENCE_S)
-        print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+            _let_the_first_end()
+        _say(f"anchorctx {command}: {error}")
         return 2
     except LostProcesses as error:
-        if error.code == LOST:
-            print(f"anchorctx {command}: {error}", file=sys.stderr, flush=True)
+        if error.told:
+            _let_the_first_end()  # torchrun takes it for the one that failed
         else:
-            time.sleep(PATIENCE_S)  # torchrun takes the first to end for the one that failed
+            _say(f"anchorctx {command}: {error}")
         return error.code
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         _drop_output()
@@ -177,6 +177,23 @@ def _drop_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(sentence: str) -> None:
+    """Print it on stderr, below progress bars, which leave their line open where they are cut off."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _let_the_first_end() -> None:
+    """Wait for torchrun, which ends the other processes after the first."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline and not interrupt.requested():
+        time.sleep(0.05)
 
 
 def _set_up_logging() -> None:

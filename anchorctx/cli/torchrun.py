@@ -5,8 +5,8 @@ that was a mistake of the user's, which is one sentence, they hide it. Whatever 
 The exit code is then the process's own: 2 for a mistake, 143 for a run that was asked to end, where torchrun's is 1.
 
 Signals are handed on to the processes, SIGUSR1 too, of which torchrun dies, but SIGHUP not where it is ignored:
-torchrun under nohup ends with the terminal. It then waits for them as long as they take to write their checkpoint, instead of
-30 seconds; a second signal ends all of them at once.
+torchrun under nohup ends with the terminal. They then have half an hour to write their checkpoint, instead of 30
+seconds; a second signal ends all of them at once.
 """
 
 from __future__ import annotations

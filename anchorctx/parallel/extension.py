@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 BUILD_S = 1800.0
 """Seconds after which another program's build on another machine is over: CPU Adam takes two minutes where there are
 cores for it."""
-NAME = "cpu_adam"
+NAME, ROOT = "cpu_adam", "TORCH_EXTENSIONS_DIR"
 TURN, BATON = ".anchorctx.lock", "lock"
 
 
@@ -43,8 +43,10 @@ def folder() -> Path:
     """Where torch compiles the extension; made if needed."""
     from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
-    # torch would take ~/.cache literally, and make a folder called ~
-    homeless = os.path.expanduser("~") == "~" and not {"TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"} & os.environ.keys()
+    # torch would take a ~ that stands for nothing literally, and make a folder of that name
+    if root := os.environ.get(ROOT):
+        os.environ[ROOT] = os.path.expanduser(root)
+    homeless = os.path.expanduser("~") == "~" and not {ROOT, "XDG_CACHE_HOME"} & os.environ.keys()
     why = "there is no home folder to put it in"
     try:
         if not homeless:
@@ -52,11 +54,9 @@ def folder() -> Path:
             (place / TURN).touch()
             return place
     except OSError as error:
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-        why = f"nothing can be written in {root} ({error.strerror})"
+        why = f"nothing can be written in {os.environ.get(ROOT) or get_default_build_root()} ({error.strerror})"
     raise UserError(
-        f"parallel.offload_optimizer=true compiles DeepSpeed's CPU Adam, and {why}: set TORCH_EXTENSIONS_DIR to a "
-        "folder of your own"
+        f"parallel.offload_optimizer=true compiles DeepSpeed's CPU Adam, and {why}: set {ROOT} to a folder of your own"
     )
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as torch_dist
@@ -28,15 +28,14 @@ BEAT_S = 2.0
 """Seconds between two signs of life; a store of 1,000 processes gets 500 a second, of 100 bytes."""
 SILENCE_S = 10.0
 """A process without a sign of life for so long is frozen or gone, where others wait for it beyond their limit."""
-GRACE_S = 5.0
-"""Seconds to end by itself after another process has failed, which most notice as their connection closes."""
+GRACE_S = 15.0
+"""Seconds to end by itself after another process has failed, which most notice as their connection closes. Its
+traceback and its end take their time, and torchrun takes the first to end for the one that failed."""
 MARGIN_S = 30.0
 """By how much the collectives' own limit is beyond ours, so that the sentence comes first."""
 SHOWN = 8
 """Processes that a sentence names at most."""
-CONNECTION = re.compile(
-    r"gloo|NCCL|ncclSystemError|Connection closed by peer|Connection reset by peer|Timed out waiting"
-)
+CONNECTION = re.compile(r"gloo|NCCL|Connection closed by peer|Connection reset by peer|Timed out waiting")
 """What torch says, in a RuntimeError, where a collective fails for want of another process."""
 
 _starts = 0
@@ -91,8 +90,11 @@ class Presence:
         self._thread.start()
 
     def begin(self, what: str) -> None:
-        """Note what is done next."""
+        """Note what is done next, and write it down, which waits for no answer (some 20 microseconds)."""
         self._count, self._what, self._since = self._count + 1, what, time.monotonic()
+        if self._thread.is_alive():  # it ends where the store is gone
+            with suppress(RuntimeError):
+                self._write()
 
     def close(self) -> None:
         """Nobody is watched any more."""
@@ -102,16 +104,25 @@ class Presence:
     def told(self, error: BaseException) -> BaseException:
         """The error with which this process ends, after the others were told of it or have told theirs."""
         if isinstance(error, RuntimeError) and CONNECTION.search(str(error)):
-            deadline = time.monotonic() + BEAT_S
-            while (failure := self._failure()) is None and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if failure is not None:
-                return LostProcesses(f"rank {failure['rank']} has ended, and said why", failure["code"])
-            missing = self._missing()
-            return LostProcesses(self._sentence(missing) if missing else self._nobody(error), LOST)
+            try:
+                return self._lost(error)
+            except RuntimeError:  # the store is gone as well
+                return LostProcesses(self._nobody(error))
         code = error.code if isinstance(error, InterruptedRun) else 2 if isinstance(error, UserError) else 1
         self._fail(code)
         return error
+
+    def _lost(self, error: RuntimeError) -> LostProcesses:
+        """In place of a collective's error: what ended it."""
+        deadline = time.monotonic() + BEAT_S
+        while (failure := self._failure()) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if failure is None:
+            missing = self._missing()
+            if self._fail(LOST):
+                return LostProcesses(self._sentence(missing) if missing else self._nobody(error))
+            failure = self._failure() or {"rank": -1, "code": LOST}
+        return LostProcesses(f"rank {failure['rank']} has ended, and said why", failure["code"], told=True)
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
@@ -151,18 +162,18 @@ class Presence:
 
     def _sentence(self, missing: dict[int, str]) -> str:
         seconds = time.monotonic() - self._since
-        names = list(missing.values())
-        more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        names = "; ".join(list(missing.values())[:SHOWN])
+        more = f", and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
         return (
-            f"rank {self._ranks.rank} waits at {self._what}, since {seconds:.0f} s, for "
-            f"{'; '.join(names[:SHOWN])}{more}: see to these processes and their machines, then type the same command to go on from the last checkpoint"
+            f"rank {self._ranks.rank} waits at {self._what}, since {seconds:.0f} s, for {names}{more}: see to these "
+            "processes and their machines, then type the same command to go on from the last checkpoint"
         )
 
     def _nobody(self, error: BaseException) -> str:
         said = " ".join(str(error).split())[:200]
         return (
-            f"rank {self._ranks.rank} lost its connections at {self._what}, though all processes live ({said}): see to "
-            "the network, then type the same command to go on from the last checkpoint"
+            f"rank {self._ranks.rank} lost its connections at {self._what} ({said}): see to the network, then "
+            " type the same command to go on from the last checkpoint"
         )
 
     # -- the store --------------------------------------------------------------------------------------------------

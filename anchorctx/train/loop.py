@@ -26,7 +26,7 @@ from anchorctx.flops import ModelFlops, whole_shape
 from anchorctx.models import check_attention, check_length, check_vocabulary
 from anchorctx.models.loss import check_loss
 from anchorctx.models.router import Routed
-from anchorctx.parallel import dist, presence, ulysses
+from anchorctx.parallel import dist, extension, presence, ulysses
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Shard, shard_batch
 from anchorctx.parallel.ulysses import exchanged_bytes
@@ -57,6 +57,8 @@ def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
     config.validate()
     with interrupt.listening():
         interrupt.limit(config.max_hours)
+        if config.parallel.offload_optimizer:
+            extension.folder()  # refuses what it would find out only behind the model's loading
         ranks = dist.start(config.parallel.timeout_s + presence.MARGIN_S)
         try:
             lock = folders.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()

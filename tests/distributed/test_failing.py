@@ -41,8 +41,8 @@ def test_a_process_that_raises_ends_the_job_with_its_error(launcher: Launcher) -
 
 @pytest.mark.slow
 def test_processes_that_do_not_notice_end_too(launcher: Launcher) -> None:
-    """As in a collective on CUDA. torchrun would give them 30 s; slow, as it differs from the one above in this alone."""
-    assert seconds_until_the_end(launcher, "stuck") < 25
+    """As in a collective on CUDA; torchrun would give them 30 s. Slow, being so like the one above."""
+    assert seconds_until_the_end(launcher, "stuck") < 29
 
 
 def test_a_frozen_process_is_named_and_ends_the_job(launcher: Launcher) -> None:
@@ -61,8 +61,8 @@ def test_a_frozen_process_is_named_and_ends_the_job(launcher: Launcher) -> None:
     assert job.returncode == 3
     line = next(line for line in said.splitlines() if line.startswith("anchorctx train: "))
     assert re.search(
-        rf"rank 0 waits at step \d+, since \d+ s, for rank 1 \(pid {frozen.pid} on \S+\), which does not answer any more "
-        r"and began (step \d+|what follows step \d+) last: see to these processes",
+        rf"rank 0 waits at step \d+, since \d+ s, for rank 1 \(pid {frozen.pid} on \S+\), which does not answer any "
+        r"more and began (step \d+|what follows step \d+) last: see to these processes",
         line,
     )
     assert "Traceback" not in said

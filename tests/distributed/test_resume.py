@@ -34,12 +34,8 @@ def whole(launcher):
 
 def interrupt(launcher, name, how):
     """Start a run, and once it wrote a checkpoint end it by `how`(launcher process); returns its exit code."""
-    process = subprocess.Popen(
-        launcher.command(name, 2, *LONG, ours=True),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    command = launcher.command(name, 2, *LONG, ours=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     first = launcher.root / name / "checkpoints" / "step_00000005"
     deadline = time.monotonic() + 120
     while not first.exists():

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from anchorctx import interrupt
 from anchorctx.cli import commands
 from anchorctx.cli.main import main
-from anchorctx.errors import InterruptedRun
+from anchorctx.errors import InterruptedRun, LostProcesses
 
 
 def tell(number: int) -> None:
@@ -125,7 +126,11 @@ def test_a_forked_child_is_told_for_itself() -> None:
 
 GRANDCHILD = (
     "import subprocess\n"
-    "inner = 'import time; from anchorctx import interrupt; interrupt.end_with_launcher(); print(1, flush=True); time.sleep(60)'\n"
+    "inner = '''import time\n"
+    "from anchorctx import interrupt\n"
+    "interrupt.end_with_launcher()\n"
+    "print(1, flush=True)\n"
+    "time.sleep(60)'''\n"
     "started = subprocess.Popen([sys.executable, '-c', inner], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
     "started.stdout.readline()\n"
     "print('ready', flush=True)\n"
@@ -191,12 +196,20 @@ def test_every_command_says_how_to_go_on(
     assert capsys.readouterr().err == ("" if rank == "1" else f"anchorctx {command}: ended by SIGUSR1: {how}\n")
 
 
+@pytest.mark.parametrize("deferred", [False, True])
 def test_a_mistake_of_another_process_is_not_told_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    deferred: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """torchrun ends the processes that wait for the first to say what all have met."""
+
+    def run(*_: object) -> int:
+        if deferred:
+            interrupt.defer()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise LostProcesses("rank 0 has ended", 2, told=True)
+
     monkeypatch.setenv("RANK", "1")
-    real: Callable[[float], None] = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: tell(signal.SIGTERM) if seconds > 1 else real(seconds))
-    assert main(["no_such_command"]) == 143
-    assert not capsys.readouterr().err
+    monkeypatch.setattr(commands, "run", run)
+    began = time.monotonic()
+    assert main(["train"]) == (2 if deferred else 143)
+    assert time.monotonic() - began < 2 and not capsys.readouterr().err
