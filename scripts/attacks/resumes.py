@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "length": {"max_position_embeddings": 64},
     "biases": {"attention_bias": True},
     "tied embeddings": {"tie_word_embeddings": True},
-    "another family": {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+    "family": {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
 }
 
 
@@ -75,6 +75,20 @@ def model(fields: dict[str, Any], scene: Scene) -> str | None:
     return f"went on with another {list(fields)[0]}" if done.code == 0 else _refused(scene, done, before)
 
 
+SHAPE = ("model_type", "vocab_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE += ("max_position_embeddings",)
+
+
+def new_model(width: int, scene: Scene) -> str | None:
+    """A new model of another width instead of the checkpoint: refused before the run's own configuration is written."""
+    before = _begin(scene)
+    config = json.loads((scene.world.folder / "model" / "config.json").read_text())
+    fields = [f"{name}: {config[name]}" for name in SHAPE]
+    words = [w for w in scene.world.words("train", scene.out) if not w.startswith("model.path=")]
+    done = scene.run([*words, f"model.config={{{', '.join([*fields, f'hidden_size: {width}'])}}}"])
+    return "went on with another width" if done.code == 0 else _refused(scene, done, before)
+
+
 def _begin(scene: Scene) -> dict[str, bytes]:
     """A run that was cut off; returns its files' contents by name."""
     scene.world.half_trained(scene.out)
@@ -107,6 +121,8 @@ def _attacks() -> Iterator[Attack]:
         yield Attack("resumes", f"{what}, which matters", partial(applied, what), short, 1, 4.0)
     for what, fields in MODELS.items():
         yield Attack("resumes", f"model with another {what}", partial(model, fields), 0, 1, 4.0)
+    for width in (16, 64):
+        yield Attack("resumes", f"a new model {width} wide", partial(new_model, width), 0, 1, 4.0)
 
 
 ATTACKS = list(_attacks())
