@@ -25,9 +25,10 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LEAST:
         return torch.empty(*shape, dtype=dtype, device=device)
-    lent = _block(size)[:size]
+    block = _block(size)
+    lent = block[:size]
     # The array alone knows when nothing uses it any more: views of a tensor share memory without naming the tensor.
-    weakref.finalize(lent, _free.append, lent.base).atexit = False
+    weakref.finalize(lent, _free.append, block).atexit = False
     return torch.from_numpy(lent).view(dtype).view(*shape)
 
 
