@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from anchorctx.kvcomm import memory
+
 
 @dataclass(frozen=True, slots=True)
 class KV:
@@ -51,8 +53,8 @@ class KV:
         return KV(self.keys[start:], self.values[start:], self.rotated_at)
 
     def copy(self) -> KV:
-        """The same in new memory, so that a short slice does not keep a long buffer alive."""
-        return replace(self, keys=self.keys.clone(), values=self.values.clone())
+        """The same in memory of its own, so that a short slice does not keep a long buffer alive."""
+        return replace(self, keys=_own(self.keys), values=_own(self.values))
 
     def minus(self, other: KV) -> KV:
         """The offset from `other` to this; both un-rotated and of equal length."""
@@ -89,6 +91,11 @@ def concatenate(parts: Sequence[KV]) -> KV:
     )
 
 
+def _own(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied where it is a part of something larger."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
 def _same_frame(a: KV, b: KV) -> KV:
     """`b`, after a check that both are un-rotated."""
     if a.rotated_at is not None or b.rotated_at is not None:
@@ -105,7 +112,7 @@ def _weighted_sum(
     # Layers 0..31 and offsets of layers 1..31: skipped = 1, and layer 0 is copied as it is.
     skipped = base.shape[0] - offsets[0].shape[0]
     # Each offset is read once and nothing is copied besides: long contents have large offsets.
-    total = torch.empty_like(base)
+    total = memory.empty_like(base)
     total[:skipped] = base[:skipped]
     if isinstance(weights, torch.Tensor):
         columns = weights[:, :, None].unbind()  # (T, 1) each, against (l, B, H, T, D)

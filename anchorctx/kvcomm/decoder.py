@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from anchorctx.errors import UserError
 from anchorctx.flops import layer_windows
-from anchorctx.kvcomm import grouped
+from anchorctx.kvcomm import grouped, memory
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.rope import Rope
 
@@ -88,8 +88,8 @@ class Decoder:
         # empty, not zeros: every slot is written before anything attends to it.
         heads, key_dim, value_dim = self._head_shape
         shape = (self.layers, batch, heads, capacity)
-        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        return Buffer(torch.empty(*shape, key_dim, **options), torch.empty(*shape, value_dim, **options))
+        keys, values = (memory.empty((*shape, dim), self.dtype, self.device) for dim in (key_dim, value_dim))
+        return Buffer(keys, values)
 
     def tensor(self, ids: Sequence[int]) -> torch.Tensor:
         """(1, T) token ids on the model's device."""

@@ -19,13 +19,15 @@ from transformers import PreTrainedModel
 
 from anchorctx.attention.rope import LENGTH_BOUND, rotary_modules
 from anchorctx.errors import UserError
+from anchorctx.kvcomm import memory
 from anchorctx.kvcomm.cache import KV
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines (T, P) of positions 0 to T - 1, for P pairs of dimensions."""
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.2}
 """Relative error of a layer's keys in the check, by the model's dtype. Measured on random models of 4, 32 and 80
-layers: up to 6e-7 in float32, 3e-3 in float16, 2.5e-2 in bfloat16; 0.4 and more for any wrong rotation."""
+layers: up to 6e-7 in float32 (3e-7 on SmolLM2 135M), 3e-3 in float16, 2.5e-2 in bfloat16. Wrong rotations leave 0.05
+to 1: the least error is taken, and has to be this small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +45,25 @@ class Rotation:
     backwards: bool = False
     """They turn against the usual direction (nanochat)."""
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first and the second dimension of each pair, views (..., pairs)."""
-        turned = x[..., self.first : self.first + 2 * self.pairs]
-        if self.neighbours:
-            return turned[..., 0::2], turned[..., 1::2]
-        return turned[..., : self.pairs], turned[..., self.pairs :]
-
     def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
         """Rotate `x` into `out` without temporaries; dimensions of no pair are copied."""
-        # (a, b) becomes (a cos - b sin, b cos + a sin).
-        (a, b), (to_a, to_b) = self.split(x), self.split(out)
-        sign = -1 if self.backwards else 1
-        torch.mul(a, cos, out=to_a)
-        to_a.addcmul_(b, sin, value=-sign)
-        torch.mul(b, cos, out=to_b)
-        to_b.addcmul_(a, sin, value=sign)
+        # (a, b) becomes (a cos - b sin, b cos + a sin). Both cosines in one product: a third quicker than one by one.
         stop = self.first + 2 * self.pairs
+        turned, to = x[..., self.first : stop], out[..., self.first : stop]
+        both = cos.repeat_interleave(2, -1) if self.neighbours else cos.repeat(1, 2)
+        torch.mul(turned, both, out=to)
+        (a, b), (to_a, to_b), sign = self._split(turned), self._split(to), -1 if self.backwards else 1
+        to_a.addcmul_(b, sin, value=-sign)
+        to_b.addcmul_(a, sin, value=sign)
         for rest in (slice(0, self.first), slice(stop, None)):
             if x[..., rest].shape[-1]:
                 out[..., rest] = x[..., rest]
+
+    def _split(self, turned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the second dimension of each pair, views (..., pairs)."""
+        if self.neighbours:
+            return turned[..., 0::2], turned[..., 1::2]
+        return turned[..., : self.pairs], turned[..., self.pairs :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Rope:
         """The segment with its first token at position `start`."""
         if kv.rotated_at == start:
             return kv
-        out = KV(torch.empty_like(kv.keys), torch.empty_like(kv.values), start)
+        out = KV(memory.empty_like(kv.keys), memory.empty_like(kv.values), start)
         self.write(kv, start, out)
         return out
 
@@ -144,7 +145,7 @@ class Rope:
     def _turned_back(self, x: torch.Tensor, layers: Sequence[Layers], at: int) -> torch.Tensor:
         if all(own.rotation is None for own in layers):
             return x
-        out = torch.empty_like(x)
+        out = memory.empty_like(x)
         for own in layers:
             self._turn(x[own.span], own.rotation, at, out[own.span], back=True)
         return out
@@ -165,7 +166,7 @@ class Rope:
         if out.dtype is self.dtype and x.dtype is self.dtype:
             rotation.turn(x, cos, sin, out)
         else:
-            wide = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+            wide = memory.empty(x.shape, self.dtype, x.device)
             rotation.turn(x.to(self.dtype), cos, sin, wide)
             out.copy_(wide)
 
