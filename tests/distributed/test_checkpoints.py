@@ -53,7 +53,6 @@ def test_another_stage_goes_on(launcher: Launcher, whole: dict[int, Path]) -> No
     done = launcher.several(1, [(name, *SHORT, *STAGES[new]) for name, new in runs])
     for (name, new), (old, _), result in zip(runs, pairs, done, strict=True):
         assert result["code"] == 0, result["stderr"][-2000:]
-        assert (f"parallel.zero_stage={new} (was {old})" in result["stderr"]) == (old != new)
         found, expected = states(launcher.root / name), states(whole[old])
         assert found.keys() == expected.keys()
         if (old == 3) == (new == 3):
@@ -81,15 +80,13 @@ def test_another_model_is_refused_before_anything_is_written(launcher: Launcher,
     assert files(whole[2]) == before
 
 
-def test_new_settings_of_the_optimizer_are_said_and_used(launcher: Launcher, whole: dict[int, Path]) -> None:
+def test_an_update_uses_new_settings_of_the_optimizer(launcher: Launcher, whole: dict[int, Path]) -> None:
     """The same update, made by hand: gradients clipped to nearly nothing leave the decay and the first moment's."""
     settings = {"betas": "[0.5,0.6]", "eps": "0.1", "weight_decay": "0.5", "clip": "1e-9"}
     run = stopped(launcher, whole[2], "settings")
     overrides = [f"optim.{name}={value}" for name, value in settings.items()]
     (result,) = launcher.several(1, [(run.name, *SHORT, "steps=5", "optim.schedule=constant", *overrides)])
     assert result["code"] == 0, result["stderr"][-2000:]
-    for name in settings:
-        assert f"optim.{name}=" in result["stderr"]
     old, new = states(run, 4), states(run, 5)
     first = {key: 0.5 * old[key] for key in old if key.startswith("exp_avg:")}
     for key, moment in first.items():
@@ -110,7 +107,7 @@ def test_offloading_is_switched_on_and_off(launcher: Launcher, whole: dict[int, 
         on, off = (OFFLOAD, *more), ()
         run = stopped(launcher, whole[stage], f"on{stage}")
         (result,) = launcher.several(1, [(run.name, *SHORT, *STAGES[stage], *on)])
-        assert result["code"] == 0 and "parallel.offload_optimizer=True (was False)" in result["stderr"], result
+        assert result["code"] == 0, result["stderr"][-2000:]
         back = stopped(launcher, run, f"off{stage}", 6)
         steps = "steps=8"
         done = launcher.several(1, [(back.name, *SHORT, *STAGES[stage], steps, *off), (f"zero{stage}", *SHORT, steps)])
@@ -147,8 +144,10 @@ def test_planted_pickles_run_neither_in_a_resume_nor_in_an_export(launcher: Laun
     done = launcher.several(1, runs)
     for by_name, auto in zip(done[::2], done[1::2], strict=True):
         assert by_name["code"] == 2 and "Traceback" not in by_name["stderr"]
-        assert auto["code"] == 0 and "passing over step_00000006" in auto["stderr"], auto["stderr"][-2000:]
+        assert auto["code"] == 0, auto["stderr"][-2000:]
     assert not target.exists()
+    resumed = [(launcher.root / name / "resumed_00000004").is_dir() for name, *_ in runs]
+    assert resumed == [True] * len(runs)
 
 
 def test_a_run_that_begins_with_anothers_checkpoint_names_its_own(launcher: Launcher, whole: dict[int, Path]) -> None:

@@ -180,7 +180,7 @@ def read_state(folder: Path) -> State:
 
 
 def prune(root: Path, config: CheckpointConfig, newest: Path, damaged: Collection[Path]) -> None:
-    """Remove older and half-written checkpoints.
+    """Remove older checkpoints, and what a kill left of such.
 
     Never `newest`, which may precede those of an abandoned run. `damaged` ones neither count among the newest that are
     kept nor are removed: who knows what else can be had from them. Nor is anything of another name.
@@ -190,10 +190,9 @@ def prune(root: Path, config: CheckpointConfig, newest: Path, damaged: Collectio
         if folder != newest and not (config.keep_every and step is not None and step % config.keep_every == 0):
             (folder / MARKER).unlink()  # first, so that a kill in between leaves nothing that looks complete
             shutil.rmtree(folder)
-    # left by a kill in the middle of writing or pruning; the run's lock says that nobody uses it
-    halves = {folder for folder in root.glob("step_*") if step_of(folder) is not None and not _is_marked(folder)}
-    for left in {*halves, *root.glob(".step_*.partial")}:
-        shutil.rmtree(left)
+    for left in root.glob("step_*"):
+        if step_of(left) is not None and not _is_marked(left):
+            shutil.rmtree(left)  # by a kill in the middle of pruning; the run's lock says that nobody uses it
 
 
 def _is_marked(folder: Path) -> bool:

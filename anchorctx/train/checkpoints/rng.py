@@ -54,8 +54,8 @@ def restore(path: Path) -> None:
     states = read_typed(path, RandomStates, REMEDY)
     try:
         random.setstate((states.python[0], tuple(states.python[1]), states.python[2]))
-        name, key, *rest = states.numpy
-        np.random.set_state((name, np.array(key, np.uint32), *rest))
+        name, key, position, has_gauss, cached = states.numpy
+        np.random.set_state((name, np.array(key, np.uint32), position, has_gauss, cached))
         torch.set_rng_state(_bytes(states.torch))
         if states.cuda and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([_bytes(state) for state in states.cuda])

@@ -70,10 +70,14 @@ class Writer:
     ) -> None:
         """`root` is the folder of checkpoints, `run` the name under which they are written (rank 0's counts).
 
-        Pruning does not count those that are `damaged`.
+        Pruning does not count those that are `damaged`. The caller holds the run's lock: what a killed process left
+        half-written is removed.
         """
         self._root, self._run, self._ranks, self._config, self._damaged = root, run, ranks, config, damaged
         self._writing: _Writing | None = None
+        if ranks.is_main:
+            for left in root.glob(".step_*.partial"):  # by a kill; it only fills the disk
+                shutil.rmtree(left)
 
     def save(self, engine: Any, state: State, *, wait: bool) -> Path:
         """Write a checkpoint from every rank; returns the folder that it will have.
