@@ -218,7 +218,7 @@ def test_a_manifest_names_no_file_outside_its_folder(packed: PackedSet, name: st
     manifest = json.loads((packed.folder / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
     (packed.folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=f"manifest.json names {name}, outside its folder: anchorctx prepare did not"):
+    with pytest.raises(UserError, match=f"manifest.json names {name}, outside its folder: it was not made by"):
         PackedSet.open(packed.folder)
 
 
