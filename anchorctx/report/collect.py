@@ -22,6 +22,10 @@ MANIFESTS = "manifests"
 """Folder beside results.jsonl with a manifest for each evaluation of each model."""
 SKIPPED = ("checkpoints", "wandb", "units", "tokenizer", MANIFESTS)
 """Folders inside runs that hold nothing to report; hidden and unfinished (`.partial`) ones are skipped too."""
+NUMBERS = ("length", "context_length", "start", "stop", "depth", "shift")
+"""Entries of a row's context that are numbers wherever they are."""
+LARGEST = 1e100
+"""Of any number in a row: sums and squares of such numbers are finite."""
 Column = tuple[list[float], list[float]]
 """Trained tokens, and the value of a metric there."""
 
@@ -145,7 +149,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def column(rows: Sequence[dict[str, Any]], key: str) -> Column:
     """(trained tokens, value) of every row of metrics that has a finite `key`."""
-    points = [(row["tokens"], row[key]) for row in rows if _finite(row.get(key)) and "tokens" in row]
+    points = [(row["tokens"], row[key]) for row in rows if _finite(row.get(key)) and _finite(row.get("tokens"))]
     return [x for x, _ in points], [y for _, y in points]
 
 
@@ -159,8 +163,22 @@ def _take(place: Place, material: Material) -> list[tuple[Result, Place]]:
         material.runs.append(TrainRun(place, read_metrics(path)))
     # A folder may be several things: a run's out_dir can hold its evaluation.
     if (path := place.path / RESULTS).is_file():
-        return [(row, place) for row in read_results(path)]
+        return [(checked(row, path), place) for row in read_results(path)]
     return []
+
+
+def checked(row: Result, path: Path) -> Result:
+    """The row of a results file; UserError for one that holds something else than an evaluation writes."""
+    numbers = {"value": row.value, "n": row.n}
+    numbers |= {name: end for name, end in {"low": row.low, "high": row.high}.items() if end is not None}
+    context = row.context if isinstance(row.context, dict) else {}
+    numbers |= {name: context[name] for name in NUMBERS if name in context}
+    wrong = next((name for name, number in numbers.items() if not _finite(number) or abs(number) > LARGEST), None)
+    texts = isinstance(row.metric, str) and isinstance(row.manifest, str) and isinstance(row.context, dict)
+    if wrong is not None or not texts:
+        what = f"{numbers[wrong]!r:.40} as {wrong}" if wrong else "no texts where a metric and its manifest are named"
+        raise UserError(f"{path} has {what} in a row of {row.metric!r:.40}: delete the row, or evaluate again")
+    return row
 
 
 def _places(folder: Path, argument: str) -> Iterator[Place]:

@@ -6,11 +6,11 @@ A new section is a function in a module under `sections/` that takes the materia
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
@@ -26,6 +26,7 @@ from anchorctx.report.sections import comparison, evaluations, inputs, precision
 from anchorctx.report.series import by_model
 from anchorctx.report.wandb_report import send_report
 
+Made = TypeVar("Made")
 SECTIONS: Sequence[Build] = (
     evaluations.build_retrieval,
     evaluations.build_perplexity,
@@ -67,7 +68,7 @@ def write_report(config: ReportConfig, material: Material) -> Path:
 
 def build_sections(material: Material) -> list[Section]:
     """Those that the material has something for; UserError when one cannot be made from its rows."""
-    return [section for build in SECTIONS if (section := build(material)) is not None]
+    return [section for build in SECTIONS if (section := _made(build, material)) is not None]
 
 
 def render_page(title: str, material: Material) -> str:
@@ -79,12 +80,25 @@ def render_page(title: str, material: Material) -> str:
     environment.filters["numeric"] = lambda table, column: table.numeric(column)
     content: dict[str, Any] = {
         "title": title,
-        "tiles": tiles(material),
+        "tiles": _made(tiles, material),
         "sections": build_sections(material),
         "style": Markup(_asset("page.css")),
         "script": Markup(_asset("page.js")),
     }
     return environment.from_string(_asset("page.html.j2")).render(content)
+
+
+def _made(build: Callable[[Material], Made], material: Material) -> Made:
+    """A part of the page; UserError where the files hold something else than their commands write."""
+    try:
+        return build(material)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"these files cannot be drawn ({type(error).__name__}: {error}): one of them was changed after its command "
+            "wrote it; report fewer folders to find out which, and make it again"
+        ) from error
 
 
 def _asset(name: str) -> str:

@@ -215,6 +215,30 @@ def test_a_manifest_of_something_else(tmp_path: Path, content: str, sentence: st
         PackedSet.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
+def test_a_manifest_names_no_file_outside_its_folder(packed: PackedSet, name: str) -> None:
+    (packed.folder.parent / "outside").write_text("x")
+    manifest = json.loads((packed.folder / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 1, "sha256": "0"}
+    (packed.folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"manifest.json names {name}, outside its folder: it was not made by"):
+        PackedSet.open(packed.folder)
+
+
+def test_a_pickle_among_the_arrays_is_not_opened(packed: PackedSet, tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    np.savez(packed.folder / "rows.npz", weight=np.array([Runs()], dtype=object))
+    manifest = json.loads((packed.folder / "manifest.json").read_text())
+    manifest["files"]["rows.npz"]["bytes"] = (packed.folder / "rows.npz").stat().st_size
+    (packed.folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="rows.npz holds no plain arrays: prepare the set again"):
+        PackedSet.open(packed.folder, verify=False)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_folder_of_several_sets(packed: PackedSet) -> None:
     write(packed.folder.parent / "x", [packed.row(0)], name="cd34").folder.rename(packed.folder.parent / "cd34")
     with pytest.raises(UserError, match=r"holds 2 packed sets \(ab12, cd34\): name one of them"):

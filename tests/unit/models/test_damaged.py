@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,3 +183,52 @@ def test_a_changed_field_must_exist(folder: Path) -> None:
         match=r"config\.max_position=77 is not a field of LlamaConfig: did you mean max_position_embeddings\?",
     ):
         read_config(str(folder), {"max_position": 77})
+
+
+def hostile_pickle(folder: Path, target: Path) -> Path:
+    """A model whose .bin would make a file `ran` when it is unpickled."""
+
+    class Runs:
+        def __reduce__(self) -> Any:
+            return Path.touch, (folder.parent / "ran",)
+
+    shutil.copytree(folder, target)
+    (target / "model.safetensors").unlink()
+    torch.save({NAME: Runs()}, target / "pytorch_model.bin")
+    return target
+
+
+@pytest.mark.parametrize("read", [train, train_sharded, plan, evaluation, precision])
+def test_no_code_of_a_checkpoint_is_run(read: Callable[[Path], None], folder: Path, tmp_path: Path) -> None:
+    bad = hostile_pickle(folder, tmp_path / "pickle")
+    with pytest.raises(UserError, match=f"^model {bad} has a file of weights that holds more than weights, which cou"):
+        read(bad)
+    assert not (folder.parent / "ran").exists()
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    config = json.loads((own / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}}
+    (own / "config.json").write_text(json.dumps(config))
+    (own / "mine.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match=f"^model {own} needs code of its own, which comes with it and is never run"):
+        read(own)
+    assert not (folder.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("read", [train, train_sharded, plan, evaluation, precision])
+def test_files_that_are_none(read: Callable[[Path], None], folder: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for; a pointer of git-lfs is a text; an index may name any file of the machine."""
+    pipe, pointer, outside = (tmp_path / name for name in ("pipe", "pointer", "outside"))
+    for path in (pipe, pointer, outside):
+        shutil.copytree(folder, path)
+        (path / "model.safetensors").unlink()
+    os.mkfifo(pipe / "model.safetensors")
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    index = {"metadata": {}, "weight_map": {NAME: "../tiny/model.safetensors"}}
+    (outside / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="model.safetensors, which is no file but a pipe, socket or device: remove it"):
+        read(pipe)
+    with pytest.raises(UserError, match="has a pointer of git-lfs as model.safetensors: fetch it with git lfs pull"):
+        read(pointer)
+    with pytest.raises(UserError, match=r"index.json names ../tiny/model.safetensors, outside its folder"):
+        read(outside)
