@@ -17,6 +17,7 @@ from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.records.results import Result, Rows, read_results
 from anchorctx.records.transcripts import read_transcripts
+from anchorctx.testing.tiny import save, text_model
 
 from .conftest import command
 
