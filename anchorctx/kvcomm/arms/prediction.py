@@ -18,8 +18,9 @@ import numpy as np
 
 FLOOR = 1e-6
 """Nats added to a divergence before its logarithm is taken: what is below makes no difference to anybody."""
-RIDGE = 1.0
-"""Weight of the penalty on coefficients of signals with a spread of 1: as much as one observation."""
+RIDGE = 8.0
+"""Weight of the penalty on coefficients of signals with a spread of 1, as much as eight observations: it costs little
+where signals are strong, and signals that say nothing widen the margin less."""
 
 
 @dataclass(frozen=True, slots=True)

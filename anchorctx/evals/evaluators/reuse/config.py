@@ -29,12 +29,13 @@ class TaskName(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class GateConfig:
-    """Bounds on one arm, for every model and task that runs; null asks for no gate."""
+    """Bounds on one arm, for every model and task that runs."""
 
     arm: str | None = None
-    """The arm that must stay within the bounds."""
+    """The arm that must stay within the bounds; null asks for no gate."""
     max_kl: NonNegativeFloat = 0.05
-    """Mean KL(dense | arm) over the compared tokens, at most, in nats."""
+    """Mean KL(dense | arm) over the compared tokens, at most, in nats. What is recommended is within it with the whole
+    of its interval."""
     min_agreement: Share = 0.95
     """Share of compared tokens with the same most probable token, at least, 0..1."""
     min_reuse: Share = 0.1

@@ -70,7 +70,8 @@ def _known(config: ReuseConfig, parts: Sequence[dict[str, Any]], asked: int) -> 
     """Whether this is a moment to look, and every arm's divergence is known as well as was asked."""
     moments, before = looks(asked), max(len(parts) - _teams(parts), 0)
     # Rounds of three problems, looks at 16 and 32: after 18, the first round's end that is not before 16, and after 33.
-    if config.until_interval is None or not any(before < moment <= len(parts) for moment in moments):
+    wanted = config.until_interval
+    if wanted is None or not any(before < moment <= len(parts) for moment in moments):
         return False
     arms = [arm for arm in parts[0]["records"] if arm != "dense" and arm not in CONTROLS]
     bound = config.gate.max_kl
@@ -79,7 +80,7 @@ def _known(config: ReuseConfig, parts: Sequence[dict[str, Any]], asked: int) -> 
         ends = mean_interval([_kl(part, arm) for part in parts], MISS / len(moments))
         assert ends is not None  # there are sixteen at least
         low, high = ends
-        return high <= bound or low > bound or (high - low) / 2 <= config.until_interval * bound
+        return high <= bound or low > bound or (high - low) / 2 <= wanted * bound
 
     return all(map(known, arms))
 

@@ -37,13 +37,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def evaluated(folder: Path, out: Path, **more: Any) -> list[Result]:
+def evaluated(folder: Path, out: Path) -> list[Result]:
     """The rows but those of times."""
     config = KvcommConfig(
         model=str(folder / "tiny"), out_dir=str(out), tasks=[TaskName.gsm8k], compare_tokens=3,
         corpus=SourceConfig(path=str(folder / "gsm8k.jsonl"), format=SourceFormat.auto, text_field="question"),
         gsm8k=QuestionTaskConfig(path=str(folder / "gsm8k.jsonl"), problems=5, max_new_tokens=5),
-        **{"arms": ["rotate", "random", *LEARNING]} | more,
+        arms=["rotate", "random", *LEARNING],
     )  # fmt: skip
     config.settings.warmup = config.settings.min_exemplars = 2
     config.variation.prefix = 600  # left out
