@@ -20,7 +20,7 @@ def test_the_wheel_carries_its_configuration(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "installed")
     for path in ROOT.glob("conf/**/*.yaml"):
         assert f"anchorctx/conf/{path.relative_to(ROOT / 'conf')}" in names
-    assert "anchorctx/py.typed" in names
+    assert {"anchorctx/py.typed", "anchorctx/evals/evaluators/reuse/tasks/agents.yaml"} <= names
     assert not [name for name in names if name.startswith("tests/") or "__pycache__" in name]
     recipe = ["--recipe", "llama3_8b_128k", "parallel=zero3_offload"]
     show = [sys.executable, "-m", "anchorctx", "train", "--show", *recipe]

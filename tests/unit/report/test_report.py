@@ -16,8 +16,6 @@ from anchorctx.cli.main import main
 from anchorctx.errors import UserError
 from anchorctx.layout import PackedLayout, Pattern
 from anchorctx.records.results import Result, append_results, read_results
-from anchorctx.records.transcripts import append_transcript
-from anchorctx.report.blocks import Conversation
 from anchorctx.report.collect import collect
 from anchorctx.report.numbers import number
 from anchorctx.report.page import render_page
@@ -35,7 +33,6 @@ from .fixtures import (
     make_reuse,
     make_run,
     reuse_rows,
-    transcript,
 )
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -367,33 +364,6 @@ def test_reuse_is_shown_by_arm_and_never_mixed(tmp_path: Path):
     append_results(tmp_path / "reuse" / "results.jsonl", [row("kl", 0.1, "two", arm="dense", tokens="all")])
     with pytest.raises(UserError, match="KV reuse of m has rows of different manifests"):
         reuse.build(collect([str(tmp_path)]))
-
-
-def test_the_worst_problems_of_an_arm_can_be_read(tmp_path: Path):
-    """Problem 2 is where dense is right and the arm is wrong, problem 3 has the largest divergence; dense has none."""
-    make_reuse(tmp_path / "reuse", "m")
-    material = collect([str(tmp_path)])
-    section = reuse.build(material)
-    assert section is not None
-    titles = [block.title for block in section.blocks if isinstance(block, Conversation)]
-    others = [arm for arm in ARMS if arm != "dense"]
-    assert len(titles) == 2 * len(others) and not [title for title in titles if ", dense, problem" in title]
-    for place, arm in enumerate(others, 1):
-        wrong, far = (title for title in titles if f", {arm}, " in title)
-        assert f"problem 2 of single: wrong, dense right; KL up to {place / 10:.2g} nats" in wrong
-        assert f"problem 3 of single: right, dense right; KL up to {place / 5:.2g} nats" in far
-    page = render_page("t", material)
-    assert "<b>naive" not in page and "&lt;b&gt;naive&lt;/b&gt;" in page and "7 &amp; 8" in page
-    assert page.count('<details class="conversation">') == len(titles) and " open>" not in page
-    # Of other problems than the rows', of another model, or half a line: not shown.
-    file = tmp_path / "reuse" / "transcripts.jsonl"
-    lines = [dataclasses.replace(transcript(m, 0), problems=p) for m, p in (("m", "other"), ("n", ""))]
-    file.unlink()
-    for line in lines:
-        append_transcript(file, line)
-    file.write_text(file.read_text() + '{"model": "m"')
-    section = reuse.build(material)
-    assert section is not None and not [block for block in section.blocks if isinstance(block, Conversation)]
 
 
 def test_the_markdown_table_has_a_line_for_each_arm():

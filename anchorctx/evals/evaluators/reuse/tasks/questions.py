@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, ClassVar
 
@@ -22,6 +23,9 @@ from anchorctx.kvcomm.agents import Answer
 LETTERS = "ABCD"
 # A whole number with its sign and decimals: not the 3 of 3/4, the 1 of 1e3 or the 8 of 18.
 _NUMBER = re.compile(r"(?<!\d)-?\$?\d[\d,]*(?:\.\d+)?(?!\d|\.\d|[/^]|e[+-]?\d)")
+
+
+_LAST_LINE = re.compile(r"####[^\n]*\d[^\n]*\n")
 
 
 class QuestionTask(ABC):
@@ -63,7 +67,12 @@ class QuestionTask(ABC):
             )
         rows = read_rows(config.path, config.dataset, config.split, self.fields, config.problems)
         problems = tuple(self.problem(row) for row in rows)
+        agents = tuple(replace(agent, stop=self.complete) for agent in agents)
         return [Team(self.name, agents, graph, problems, DECISION if self._crew is None else self._crew.decision)]
+
+    def complete(self, text: str) -> bool:
+        """Whether an answer is whole, so that its agent stops: small models repeat their last line for ever."""
+        return False
 
     @abstractmethod
     def problem(self, row: dict[str, Any]) -> Problem:
@@ -86,6 +95,10 @@ class Gsm8k(QuestionTask):
         "You are a programmer. Set the problem up as a calculation, carry it out, then write #### and the number.",
     )
     last = "You decide. Read the other agents' solutions, then write #### and the right number."
+
+    def complete(self, text: str) -> bool:
+        """A line with #### and a number has ended."""
+        return _LAST_LINE.search(text) is not None
 
     def problem(self, row: dict[str, Any]) -> Problem:
         """The question, and the number that is right."""
@@ -151,6 +164,10 @@ class HumanEval(QuestionTask):
             )
         self._limits, self._unsafe = config.sandbox, config.unsafe_code_execution
         check_sandbox(self._limits, unsafe=self._unsafe)
+
+    def complete(self, text: str) -> bool:
+        """A block of code has ended."""
+        return text.count("```") > 1
 
     def problem(self, row: dict[str, Any]) -> Problem:
         """The prompt, and what its tests need."""

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.config import QuestionTaskConfig
+from anchorctx.evals.evaluators.reuse.config import Limits, QuestionTaskConfig
 from anchorctx.evals.evaluators.reuse.tasks.crew import Crew, agents_file
-from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, letter_of, number_of
+from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu, letter_of, number_of
 from anchorctx.kvcomm.agents import Messages, Template
 from anchorctx.kvcomm.topology import TOPOLOGIES
 
@@ -67,6 +68,17 @@ def test_worked_examples_are_right_and_end_as_they_are_scored() -> None:
     replies = [line.removeprefix("Your reply: ") for m in Crew.of(None, "mmlu").members
                for line in m.system.splitlines() if line.startswith("Your reply: ")]  # fmt: skip
     assert [letter_of(reply) for reply in replies] == ["C", "B"]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "whole"),
+    [(Gsm8k, "so #### 18\n", True), (Gsm8k, "so #### 18", False), (Gsm8k, "#### and\n", False),
+     (Gsm8k, "18\n", False), (HumanEval, "```python\nx", False), (HumanEval, "```python\nx\n```", True),
+     (Mmlu, "B\n", False)],
+)  # fmt: skip
+def test_an_answer_ends_where_it_is_whole(task: Any, text: str, whole: bool) -> None:
+    limits = (True, Limits()) if task is HumanEval else ()
+    assert task(QuestionTaskConfig(), 3, "full", *limits).complete(text) is whole
 
 
 def test_a_users_file_says_who_speaks_and_who_decides(tmp_path: Path) -> None:

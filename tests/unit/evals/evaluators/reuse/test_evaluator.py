@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 
 from anchorctx.cli.main import main
-from anchorctx.data.sources.stdlib import train_tokenizer
-from anchorctx.evals.evaluators.reuse.config import KINDS, ReuseConfig
+from anchorctx.evals.evaluators.reuse.config import ReuseConfig
 from anchorctx.evals.evaluators.reuse.evaluator import arm_makers
 from anchorctx.evals.evaluators.reuse.trial import Trial
 from anchorctx.kvcomm.arms.names import ARMS, CONTROLS
 from anchorctx.kvcomm.arms.offsets import Kvcomm
 from anchorctx.records.results import Result, Rows, read_results
-from anchorctx.records.transcripts import read_transcripts
-from anchorctx.testing.tiny import save, text_model
 
 from .conftest import command
 
@@ -81,86 +78,6 @@ def test_rows_say_what_is_exact_and_what_is_not(rows: list[Result]) -> None:
     assert value(rows, "kvcomm_kv_error", arm="naive", layer=0, **rotate) > 0.1
     assert value(rows, "kvcomm_kv_error", arm="rotate", layer=1, **rotate) > 1e-3
     assert value(rows, "kvcomm_variation", layer=0, part="value", cause="content") == 0.0
-
-
-def test_what_was_said_is_kept(folder: Path, rows: list[Result]) -> None:
-    """One line a problem, with every arm, for the tasks in which somebody decides; accuracies are those of the rows."""
-    found = read_transcripts(folder / "out" / "transcripts.jsonl")
-    arms = list(arm_makers(ReuseConfig()))
-    kinds = [(t.task, t.kind, t.problem) for t in found]
-    assert kinds == [("retrieval", kind, i) for kind in KINDS for i in range(3)] + [
-        ("gsm8k", "gsm8k", i) for i in (0, 1)
-    ]
-    for transcript in found:
-        assert transcript.model == "tiny" and list(transcript.arms) == arms
-        agents = list(transcript.prompts)
-        assert all(list(said.answers) == list(said.kl) == agents for said in transcript.arms.values())
-    for task in ("retrieval", "gsm8k"):
-        mine = [t for t in found if t.task == task]
-        row = Rows(rows).find("kvcomm_accuracy", task=task, arm="rotate", kind="all")
-        assert row is not None and row.context["values"] == [int(t.arms["rotate"].correct) for t in mine]
-        assert {t.problems for t in mine} == {row.context["problems"]}
-        kl = [np.mean(list(t.arms["rotate"].kl.values())) for t in mine]
-        row = Rows(rows).find("kvcomm_kl", task=task, arm="rotate", kind="all", tokens="all")
-        assert row is not None and kl == pytest.approx(row.context["values"])
-    assert found[-1].prompts["agent_1"].count("What is 1 + 1?") == 1 and found[-1].expected == "2"
-
-
-CHATML = (
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-AGENTS = """
-gsm8k:
-  decision: last
-  agents:
-    - {name: first, system: Add., user: "Problem:\\n{question} (end)\\n\\nSolve it."}
-    - {name: last, system: Decide., user: "Problem:\\n{question} (end)\\n\\n{heard}Decide.", max_new_tokens: 3}
-"""
-
-
-@pytest.fixture(scope="module")
-def chatty(folder: Path) -> Path:
-    """The same kind of model with a chat template, and long enough for the package's roles."""
-    tokenizer = train_tokenizer(vocabulary=300, sample_chars=20_000)
-    tokenizer.chat_template = CHATML
-    save(text_model(tokenizer, 8192), tokenizer, folder / "chatty")
-    (folder / "agents.yaml").write_text(AGENTS)
-    return folder / "chatty"
-
-
-def chat(folder: Path, out: Path, *more: str) -> int:
-    return command(
-        folder, out, f"model={folder / 'chatty'}", "tasks=[gsm8k]", "arms=[rotate_glue]", "variation.prefix=4000", *more
-    )
-
-
-def test_a_chat_model_is_told_its_role(folder: Path, chatty: Path, tmp_path: Path) -> None:
-    """The package's agents by default, a user's in a file, or plain prompts; another file is another study."""
-    assert chat(folder, tmp_path / "roles", "gsm8k.problems=1") == 0
-    (found,) = read_transcripts(tmp_path / "roles" / "transcripts.jsonl")
-    assert list(found.prompts) == ["solver", "checker", "judge"]
-    judge = found.prompts["judge"]
-    assert judge.startswith("<s>system\nYou are the judge") and judge.endswith("</s>\n<s>assistant\n")
-    for agent, said in found.arms["dense"].answers.items():
-        assert agent == "judge" or f"{agent} wrote:\n{said} (end of what {agent} wrote)\n\n" in judge
-    mine = f"agents.file={folder / 'agents.yaml'}"
-    assert chat(folder, tmp_path / "mine", mine, "gsm8k.problems=1") == 0
-    (found,) = read_transcripts(tmp_path / "mine" / "transcripts.jsonl")
-    assert found.prompts["first"] == (
-        "<s>system\nAdd.</s>\n<s>user\nProblem:\nWhat is 0 + 1? (end)\n\nSolve it.</s>\n<s>assistant\n"
-    )
-    assert chat(folder, tmp_path / "plain", mine, "chat=false", "transcripts=1") == 0
-    (found,) = read_transcripts(tmp_path / "plain" / "transcripts.jsonl")
-    assert found.prompts["first"] == "<s>Add.\n\nProblem:\nWhat is 0 + 1? (end)\n\nSolve it.\n\nAnswer:"
-    (folder / "agents.yaml").write_text(AGENTS.replace("Add.", "Sum."))
-    assert chat(folder, tmp_path / "mine", mine, "gsm8k.problems=1") == 2
-    (folder / "agents.yaml").write_text(AGENTS)
-
-
-def test_a_forecast_leaves_no_transcript(folder: Path, chatty: Path, tmp_path: Path) -> None:
-    assert chat(folder, tmp_path / "none", f"agents.file={folder / 'agents.yaml'}", "--dry-run") == 0
-    assert not (tmp_path / "none").exists()
 
 
 def test_the_other_order_is_not_answered_from_the_same_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
