@@ -119,8 +119,10 @@ class Crew:
         Raises:
             UserError: an unknown name or placeholder, or a circle.
         """
-        graph = self._graph(self.topology or topology)
         places = {member.name: place for place, member in enumerate(self.members)}
+        if taken := [name for name, place in places.items() if name in (*texts, HEARD, *own(place))]:
+            raise UserError(f"{self.source}: an agent is called {taken[0]!r}, as a placeholder is: rename it")
+        graph = self._graph(self.topology or topology)
         agents = []
         for name in graph.order:
             place = places[name.partition("@")[0]]  # solver@2 is solver's second turn in a debate

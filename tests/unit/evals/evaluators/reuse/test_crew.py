@@ -110,6 +110,7 @@ def test_a_users_file_says_who_speaks_and_who_decides(tmp_path: Path) -> None:
         ("  decision: boss\n", "", "gsm8k.decision is missing: add it"),
         ("name: bob", "name: ann", "two agents are called 'ann': rename one"),
         ("name: bob", "name: b b", "is no name: use letters"),
+        ("name: bob", "name: heard", "an agent is called 'heard', as a placeholder is: rename it"),
         ("name: bob", "naem: bob", r"gsm8k.agents\[2\].*(name is missing|unknown key)"),
         (
             "max_new_tokens: 5",
