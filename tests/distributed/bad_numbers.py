@@ -28,7 +28,7 @@ case, changed = {}, []
 
 
 def fault_of(step):
-    return case["faults"].get(str(step)) if int(os.environ["RANK"]) == case["rank"] else None
+    return case["faults"].get(str(step), "") if int(os.environ["RANK"]) == case["rank"] else ""
 
 
 def loss_sum(self, mine):
