@@ -231,7 +231,9 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         command(folder, tmp_path, models, *only, "gate={arm: rotate, max_kl: 1e9, min_agreement: 0, max_ttft: 100}")
         == 0
     )
-    rows = list(read_results(tmp_path / "results.jsonl"))
+    found = list(read_results(tmp_path / "results.jsonl"))
+    rows = [row for row in found if row.metric != "kvcomm_recommendation"]  # one each, which may differ
+    assert len(found) == len(rows) + 2
     assert len({r.manifest for r in rows}) == 2 and len({r.context.get("problems") for r in rows}) == 2
     cells = {
         model: [(r.metric, r.context | {"model": "", "values": len(r.context.get("values", []))}) for r in rows
