@@ -34,7 +34,7 @@ def lock_folder(folder: Path, key: str = "out_dir") -> IO[str]:
         UserError: another process holds it; names that process and `key`, the setting that named the folder.
         DiskError: nothing can be written there.
     """
-    with Writing("results", folder):
+    with Writing("a lock", folder):
         return _lock(folder / LOCK, f"{key}={folder}", f"choose another {key}")
 
 

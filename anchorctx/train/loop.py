@@ -30,6 +30,7 @@ from anchorctx.parallel import dist, extension, presence, ulysses
 from anchorctx.parallel.mesh import Mesh
 from anchorctx.parallel.sharder import Shard, shard_batch
 from anchorctx.parallel.ulysses import exchanged_bytes
+from anchorctx.records.locks import sole_command
 from anchorctx.records.manifest import build_manifest, write_manifest
 from anchorctx.train.balance import Balance
 from anchorctx.train.build import build_model, build_module
@@ -61,7 +62,7 @@ def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
             extension.folder()  # refuses what it would find out only behind the model's loading
         ranks = dist.start(config.parallel.timeout_s + presence.MARGIN_S)
         try:
-            lock = folders.lock(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
+            lock = sole_command(Path(config.out_dir)) if ranks.is_main else contextlib.nullcontext()
             with presence.presence(ranks, config.parallel.timeout_s), lock, deterministic(config.deterministic):
                 trainer = Trainer(config, ranks, probes)
                 try:

@@ -12,13 +12,11 @@ pure functions of the step, so there is nothing else to save.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,30 +80,6 @@ class State:
     router_fractions: list[float] | None = None
     health: dict[str, Any] | None = None
     """What `train.health` had seen."""
-
-
-@contextmanager
-def lock(out_dir: Path) -> Iterator[None]:
-    """Hold the run's folder, made if needed; UserError when another process holds it.
-
-    A run that failed before it wrote anything leaves no folder behind.
-    """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / ".lock"
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"out_dir={out_dir} is in use by a run that is still alive: "
-                "wait for it, end it, or choose another out_dir"
-            ) from None
-        try:
-            yield
-        finally:
-            if list(out_dir.iterdir()) == [path]:
-                path.unlink()
-                out_dir.rmdir()
 
 
 @dataclass(frozen=True, slots=True)

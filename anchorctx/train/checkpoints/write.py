@@ -18,6 +18,7 @@ from typing import Any
 
 from anchorctx.errors import UserError
 from anchorctx.parallel import dist
+from anchorctx.records.disk import FREE, DiskError, Writing, free_space
 from anchorctx.records.manifest import write_json
 from anchorctx.records.typed import read_typed
 from anchorctx.train.checkpoints import rng, states, tensors
@@ -92,6 +93,7 @@ class Writer:
             partial.mkdir(parents=True)
         dist.barrier()
         fragments, updates = states.read_out(engine, self._ranks.is_main)
+        self._ask_for_space(partial, sum(map(_bytes, fragments)))
         if copied := not wait and fits_twice(sum(map(_bytes, fragments))):
             fragments = [_copied(fragment) for fragment in fragments]
         self._writing = writing = _Writing(final, state)
@@ -119,12 +121,9 @@ class Writer:
             return
         if self._ranks.is_main:
             shutil.rmtree(partial_folder(writing.folder), ignore_errors=True)  # half of one only fills the disk
-        if isinstance(writing.error, OSError):
-            raise UserError(
-                f"{writing.folder} cannot be written ({writing.error.strerror or writing.error}): make room on the "
-                "disk and type the same command again; the checkpoints before are intact"
-            ) from writing.error
-        raise writing.error or UserError(
+        if writing.error is not None:
+            raise self._of_disk().error(writing.error) or writing.error
+        raise UserError(
             f"{writing.folder} was not written, because another process could not write its part: see its message; "
             "the checkpoints before are intact"
         )
@@ -135,6 +134,20 @@ class Writer:
             writing.thread.join(PATIENCE_S)
             writing.given_up.set()  # another rank is gone
             writing.thread.join()
+
+    def _ask_for_space(self, partial: Path, mine: int) -> None:
+        """DiskError, on every rank, where there is no room for the ranks' states; `mine` are this one's bytes."""
+        whole = round(dist.total([float(mine)], self._ranks.device)[0])
+        room = free_space(self._root)
+        # each machine may see another file system
+        free = [bytes for bytes in dist.gathered(room, self._ranks) if bytes is not None]
+        if free and min(free) < whole:
+            if self._ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise DiskError(self._of_disk(whole).sentence("too little space is left", FREE))
+
+    def _of_disk(self, needed: int | None = None) -> Writing:
+        return Writing("the checkpoint", self._root, needed, "the checkpoints before are intact")
 
     def _has_failed(self, writing: _Writing) -> bool:
         """On any rank; each must ask."""

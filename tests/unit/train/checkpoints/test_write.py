@@ -17,7 +17,7 @@ from anchorctx.train.config import CheckpointConfig
 from .engine import FakeEngine
 from .saving import ALONE, RUN, find, save, state_of, steps
 
-LEFT = r"cannot be written \(No space left on device\): make room on the disk and type the same command again; the ch"
+LEFT = r"the checkpoint cannot be written to .*: the disk is full \(.* free\); the checkpoints before are intact: free "
 
 
 def fail(*_: Any) -> None:
@@ -68,6 +68,19 @@ def test_without_memory_for_a_copy_the_states_are_written_at_once(
     assert found is not None
     read.load(other, found, ALONE)
     assert all(a.equal(b) for a, b in zip(expected, other.everything(), strict=True))
+
+
+def test_space_is_asked_for_before_anything_is_written(
+    tmp_path: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("states_*"))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="too little space is left .* needed, .* free"):
+        patch.setattr(write, "free_space", lambda _: size // 2)
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    save(tmp_path, 2)
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_the_next_save_says_what_went_wrong_with_the_one_before(
