@@ -247,7 +247,8 @@ def write_store(folder: Path, tokens: int) -> None:
         for start in range(0, total, 2**24):
             file.write(rng.integers(0, 128_000, min(2**24, total - start), dtype=np.uint32).tobytes())
     facts = {"documents": len(lengths), "tokens": total, "dtype": "uint32", "weights": False, "domains": [""]}
-    write_json(folder / "part.json", facts | {"skipped": {}, "bytes": {}})
+    facts |= {"read": len(lengths), "written": 0, "skipped": {}, "is_last": True, "is_clean": True, "bytes": {}}
+    write_json(folder / "part.json", facts)
 
 
 def pack_store(store: Path, row_length: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anchorctx"
-FOUNDATION = ("records", "layout", "pieces", "errors", "settings", "flops")
+FOUNDATION = ("records", "layout", "pieces", "errors", "settings", "flops", "interrupt")
 """Every package may import these: they are drawn as the ground, without arrows."""
 LEFT_OUT = ("testing", "lazy", "__main__", "__init__")
 WHAT = {
@@ -34,6 +34,7 @@ WHAT = {
     "errors": "what a user can mend",
     "settings": "ranges of numbers",
     "flops": "what a model costs",
+    "interrupt": "being told to end",
 }
 """A package that is not in here is drawn with its name alone."""
 COLOURS = ("#0072B2", "#009E73", "#D55E00", "#8C6BB1", "#E69F00", "#56B4E9", "#CC79A7", "#222222")

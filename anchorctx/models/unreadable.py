@@ -1,7 +1,7 @@
 """What is wrong with a checkpoint that a library cannot read, and what to do about it, in a sentence.
 
-Libraries fail in many ways: a KeyError of the scaling that they do not know, an UnpicklingError where a file is a
-git-lfs pointer. The files say more than the error does.
+Libraries fail in many ways, such as a KeyError of the scaling that they do not know. The files say more than the error
+does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 
 from anchorctx.errors import UserError
 
-POINTER = b"version https://git-lfs"
 NAMED = ("OSError", "ValueError", "ImportError", "RuntimeError", "SafetensorError", "JSONDecodeError")
 """Errors whose message says what is wrong without their name."""
 HERE = "correct its files if you changed them, else download or export it again"
@@ -68,12 +67,6 @@ def _from_error(error: Exception) -> str | None:
 
 def _problems(folder: Path, error: Exception) -> Iterator[str]:
     """What the files of a folder show, the most certain first."""
-    for file in sorted(folder.glob("*")):
-        if file.is_file() and _begins(file, POINTER):
-            yield (
-                f"has a git-lfs pointer in the place of {file.name}: fetch the file itself, by `git lfs pull` in the "
-                "folder or `hf download`"
-            )
     for file in sorted(folder.glob("*.safetensors")):
         if file.is_file() and (reason := _broken(file)) is not None:
             yield f"has a {file.name} that is cut short or damaged ({reason}): download or export it again"
@@ -114,14 +107,6 @@ def _rope_types(config: dict[str, Any]) -> set[Any]:
     found += [part for settings in found if isinstance(settings, dict) for part in settings.values()]
     kinds = [s.get(name) for s in found if isinstance(s, dict) for name in ("rope_type", "type")]
     return {kind for kind in kinds if isinstance(kind, str)}
-
-
-def _begins(file: Path, start: bytes) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(start)) == start
-    except OSError:
-        return False
 
 
 def _broken(file: Path) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from anchorctx.records.wandb_run import start_wandb
 from anchorctx.report.blocks import Cell, Figure, Section, Table
@@ -51,7 +52,7 @@ def send_report(config: ReportConfig, title: str, sections: Sequence[Section], m
         run.finish()
 
 
-def _data(table: Table) -> list[list[float | str | None]]:
+def _data(table: Table) -> list[Any]:
     """What a row's cells sort by: a number where there is one; the text of a number's interval is left behind."""
     return [[_value(cell, table.numeric(column)) for column, cell in enumerate(row)] for row in table.rows]
 

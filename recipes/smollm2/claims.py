@@ -89,7 +89,7 @@ def losses(metric: str, worse: str, better: str, **where: Any) -> Measure:
         found = None if one is None or other is None else difference(one, other)
         if found is None or other is None:
             return None
-        return Effect(*(math.log(x) for x in (found.value, found.low, found.high)), other.n)
+        return Effect(math.log(found.value), math.log(found.low), math.log(found.high), other.n)
 
     return measure
 
@@ -150,6 +150,7 @@ def results(claims: Sequence[Claim], by_seed: Sequence[Rows]) -> list[Result]:
     for claim in claims:
         if (effect := claim.effect(by_seed)) is not None:
             context = {"claim": claim.name, "answer": claim.answer(effect), "margin": claim.margin}
-            ends = {"low": effect.low, "high": effect.high}
-            found.append(Result(metric="claim", value=effect.value, unit="1", n=effect.n, **ends, context=context))
+            low, high = effect.low, effect.high
+            row = Result(metric="claim", value=effect.value, unit="1", n=effect.n, low=low, high=high, context=context)
+            found.append(row)
     return found

@@ -142,7 +142,7 @@ def test_settings_of_prepare(run: Run, tmp_path: Path, overrides: list[str], sen
         ([MODEL, "micro_rows=2"], "micro_rows moved: write micro_tokens=TOKENS, what a forward pass holds"),
         ([MODEL, "data.validation=nowhere"], "nowhere holds no packed set: make one with `anchorctx prepare"),
         ([MODEL, "checkpoint.resume=nowhere"], "nowhere is no folder (no COMPLETE in it): name a complete one"),
-        ([MODEL, "parallel.zero_stage=4"], "parallel.zero_stage=4 must be 1, 2 or 3"),
+        ([MODEL, "parallel.zero_stage=4"], "parallel.zero_stage=4 must be between 1 and 3"),
         (["model.path=./nowhere"], "model ./nowhere does not exist: name the folder of a Hugging Face model"),
     ],
 )

@@ -98,9 +98,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4}
 CUT = "has a model.safetensors that is cut short or damaged .*: download or export it again"
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     # huggingface/transformers #27923, microsoft/OmniParser #34, codefuse-ai/MFTCoder #20: cloned without git-lfs
-    "pointer": (write("model.safetensors", POINTER), "git-lfs pointer in the place of model.safetensors: .*lfs pull"),
-    "pointer_bin": (as_bin(POINTER), "git-lfs pointer in the place of pytorch_model.bin"),
-    "pointer_tokenizer": (write("tokenizer.json", POINTER), "git-lfs pointer in the place of tokenizer.json"),
+    "pointer": (write("model.safetensors", POINTER), "pointer of git-lfs as model.safetensors: fetch it with git lfs"),
+    "pointer_bin": (as_bin(POINTER), "a pointer of git-lfs as pytorch_model.bin"),
+    "pointer_tokenizer": (write("tokenizer.json", POINTER), "a pointer of git-lfs as tokenizer.json"),
     # datalab-to/marker #970, PaddlePaddle/PaddleFormers #2435, mindverse/Second-Me #105: a download that was cut off
     "half": (cut(30_000), CUT),
     "header": (cut(200), CUT),

@@ -122,11 +122,13 @@ def _executor(encoder: Encoder, workers: int) -> Iterator[tuple[Executor, Callab
 def _encoding(encoder: Encoder) -> Callable[[list[str]], Encoded]:
     if encoder.rules is not None:
         return partial(_encode, _fast(encoder.rules, encoder.special is SpecialTokens.text), encoder.names)
-    slow, options = encoder.slow, {"split_special_tokens": encoder.special is SpecialTokens.text, "verbose": False}
+    slow, as_text = encoder.slow, encoder.special is SpecialTokens.text
     assert slow is not None
-    return lambda texts: _flat(
-        [slow.encode(text, add_special_tokens=False, **options) for text in texts], _written(encoder.names, texts)
-    )
+
+    def encode(text: str) -> list[int]:
+        return slow.encode(text, add_special_tokens=False, split_special_tokens=as_text, verbose=False)
+
+    return lambda texts: _flat([encode(text) for text in texts], _written(encoder.names, texts))
 
 
 @lru_cache(maxsize=2)  # a worker tokenises one part after the other

@@ -57,6 +57,7 @@ class _Facts:
     weights: bool
     domains: list[str]
     read: int
+    written: int
     skipped: dict[str, int]
     is_last: bool
     is_clean: bool

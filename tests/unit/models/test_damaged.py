@@ -210,7 +210,9 @@ def test_no_code_of_a_checkpoint_is_run(read: Callable[[Path], None], folder: Pa
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}}
     (own / "config.json").write_text(json.dumps(config))
     (own / "mine.py").write_text(f"open({str(folder.parent / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match=f"^model {own} needs code of its own, which comes with it and is never run"):
+    with pytest.raises(
+        UserError, match=f"^model {own} needs code of its own from its repository, which is not run here"
+    ):
         read(own)
     assert not (folder.parent / "ran").exists()
 

@@ -68,7 +68,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Command]:
     model, corpus, run = inputs / "tiny", f"corpus={{path: {inputs / 'corpus.jsonl'}, format: auto}}", inputs / "run"
     weights = text_model(train_tokenizer(vocabulary=300, sample_chars=20_000), 512)
-    monkeypatch.setattr(export, "_checkpoint", lambda *_: inputs)  # reading checkpoints is tested elsewhere
+    found = SimpleNamespace(folder=inputs, state=None)
+    monkeypatch.setattr(export, "_checkpoint", lambda *_: found)  # reading checkpoints is tested elsewhere
+    monkeypatch.setattr(export, "gather", lambda _: {})
     monkeypatch.setattr(export, "_restore", lambda *_: (weights, dict(weights.state_dict())))
     monkeypatch.setattr(export, "model_card", lambda *_: "a card\n")
     small = ["perplexity={max_length: 128, documents: 4}", "retrieval={lengths: [64, 128], rows: 1}"]

@@ -128,7 +128,7 @@ def test_metrics_of_anything_make_a_page(tmp_path: Path, value: Any) -> None:
 def test_what_is_no_number_is_one_sentence(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "mine")
     with pytest.raises(
-        UserError, match=r"(in a row of .*: delete the row, or evaluate again|cannot be drawn)"
+        UserError, match=r"(in a row of .*: delete the row, or evaluate again|is no result row|cannot be drawn)"
     ) as error:
         render_page("t", collect([str(tmp_path / "mine")]))
     assert "\n" not in str(error.value)

@@ -51,12 +51,14 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {name: stage["tables"] for name, stage in result["stages"].items()}
 
 
+@pytest.mark.slow  # the rehearsal takes two minutes
 def test_a_rehearsal_goes_through_every_stage(rehearsed: dict[str, Any]) -> None:
     assert list(rehearsed) == ["check", "attention", "fused", "step", "reuse", "precision", "smollm2"]
     rows = [row for tables in rehearsed.values() for table in tables.values() for row in table]
     assert not [row for row in rows if "failed" in row or "skipped" in row]
 
 
+@pytest.mark.slow  # the rehearsal takes two minutes
 def test_check_and_attention(rehearsed: dict[str, Any]) -> None:
     errors = rehearsed["check"]["errors"]
     assert {row["case"] for row in errors} == {"batch of 2", "window"} and all(row["ok"] for row in errors)
@@ -70,6 +72,7 @@ def test_check_and_attention(rehearsed: dict[str, Any]) -> None:
         assert row["largest deviation"] < 1e-5 * row["largest"]
 
 
+@pytest.mark.slow  # the rehearsal takes two minutes
 def test_training_reports_rates_and_losses(rehearsed: dict[str, Any]) -> None:
     steps = {row["setting"]: row for row in rehearsed["step"]["training step"]}
     assert steps["full"]["attention saved"] == 0 < steps["anchor"]["attention saved"]
@@ -80,6 +83,7 @@ def test_training_reports_rates_and_losses(rehearsed: dict[str, Any]) -> None:
         assert row["steps"] == 3 and row["validation after"] < row["validation before"]
 
 
+@pytest.mark.slow  # the rehearsal takes two minutes
 def test_reuse_stands_beside_the_paper(rehearsed: dict[str, Any]) -> None:
     arms = {row["arm"]: row for row in rehearsed["reuse"]["time to first token"]}
     wanted = {"dense", "rotate_glue", "kvcomm_ungated", "mean_offset", "anchored", "the paper's dense, H100"}

@@ -82,6 +82,7 @@ def by_command_line(folder: Path, out: Path, tasks: str, *options: str) -> tuple
     return json.loads(results.read_text())["results"], samples
 
 
+@pytest.mark.slow  # two minutes
 def test_numbers_and_answers_are_those_of_lm_evals_own_command_line(small: Path, own_tasks: Path, tmp_path: Path):
     options = ("--limit", "3", "--batch_size", "3", "--include_path", str(own_tasks))
     results, samples = by_command_line(small, tmp_path / "theirs", "ruler_cwe,z_pick_the_sum", *options)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from anchorctx.errors import UserError
-from anchorctx.evals.evaluators.reuse.config import Limits, QuestionTaskConfig
+from anchorctx.evals.evaluators.reuse.config import QuestionTaskConfig, ReuseConfig
 from anchorctx.evals.evaluators.reuse.tasks.crew import Crew, agents_file
 from anchorctx.evals.evaluators.reuse.tasks.questions import Gsm8k, HumanEval, Mmlu, letter_of, number_of
 from anchorctx.kvcomm.agents import Messages, Template
@@ -77,8 +77,12 @@ def test_worked_examples_are_right_and_end_as_they_are_scored() -> None:
      (Mmlu, "B\n", False)],
 )  # fmt: skip
 def test_an_answer_ends_where_it_is_whole(task: Any, text: str, whole: bool) -> None:
-    limits = (True, Limits()) if task is HumanEval else ()
-    assert task(QuestionTaskConfig(), 3, "full", *limits).complete(text) is whole
+    made = (
+        HumanEval(ReuseConfig(allow_code_execution=True))
+        if task is HumanEval
+        else task(QuestionTaskConfig(), 3, "full")
+    )
+    assert made.complete(text) is whole
 
 
 def test_a_users_file_says_who_speaks_and_who_decides(tmp_path: Path) -> None:
