@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from chain.recipe import read_yaml
 
 from anchorctx.errors import UserError
 from anchorctx.layout import Pattern
@@ -25,15 +25,7 @@ COMMANDS = ("kvcomm", "precision", "eval")
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe in a file; UserError when it is none, or asks for what nothing makes."""
-    if not path.is_file():
-        raise UserError(f"{path} is no file: give recipe.yaml, recipe_ci.yaml or one like them")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML ({str(error).splitlines()[0]}): give recipe.yaml or one like it") from None
-    wanted = ("seeds", "bases", "defaults", "arms", "needles", "studies")
-    if missing := [key for key in wanted if not isinstance(recipe, dict) or key not in recipe]:
-        raise UserError(f"{path} has no {missing[0]}: a recipe has {', '.join(wanted)}, as recipe.yaml does")
+    recipe = read_yaml(path, ("seeds", "bases", "defaults", "arms", "needles", "studies"))
     for problem in _problems(recipe):
         raise UserError(f"{path}: {problem}")
     return recipe

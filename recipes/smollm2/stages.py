@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from chain.recipe import read_yaml
 from chain.stage import ANCHORCTX, Stage, flow
 
 from anchorctx.errors import UserError
@@ -21,15 +21,7 @@ BASES = ("base", "raised")
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe in a file; UserError when it is none, or measures what nothing makes."""
-    if not path.is_file():
-        raise UserError(f"{path} is no file: give recipe.yaml or one like it")
-    try:
-        recipe = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML ({str(error).splitlines()[0]}): give recipe.yaml or one like it") from None
-    for key in KEYS:
-        if not isinstance(recipe, dict) or key not in recipe:
-            raise UserError(f"{path} has no {key}: a recipe has {', '.join(KEYS)}, as recipe.yaml does")
+    recipe = read_yaml(path, KEYS)
     for name, measure in recipe["measures"].items():
         if measure.get("command") not in COMMANDS:
             raise UserError(

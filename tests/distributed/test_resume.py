@@ -172,7 +172,7 @@ def test_a_folder_in_use_is_refused(launcher, whole):
         fcntl.flock(file, fcntl.LOCK_EX)
         done = subprocess.run(launcher.command("whole", 1, *LONG), capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    assert "is being written by another process" in done.stderr
+    assert "is being written by " in done.stderr
 
 
 def test_a_failing_rank_ends_the_job_quickly(launcher, tmp_path):

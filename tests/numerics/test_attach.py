@@ -119,6 +119,12 @@ def alone(model: PreTrainedModel, pattern: Pattern, form: str) -> tuple[torch.Te
     return torch.cat(logits), torch.cat(losses).mean()
 
 
+def compare_gradients(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    for (parameter_name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None, parameter_name
+        assert (one.grad - other.grad).abs().max() < TOLERANCE * max(1.0, other.grad.abs().max().item())
+
+
 def check(name: str, pattern: Pattern, form: str, batch: dict[str, Any]) -> None:
     model, plain = model_of(name), model_of(name)
     attach(model, pattern, row_length=ROW)
@@ -131,9 +137,7 @@ def check(name: str, pattern: Pattern, form: str, batch: dict[str, Any]) -> None
     assert output.logits.shape[:2] == batch["input_ids"].shape
     assert (output.logits[real] - logits).abs().max() < TOLERANCE
     assert (output.loss - loss).abs() < TOLERANCE
-    for (parameter_name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None, parameter_name
-        assert (one.grad - other.grad).abs().max() < TOLERANCE * max(1.0, other.grad.abs().max().item())
+    compare_gradients(model, plain)
 
 
 @pytest.mark.parametrize("form", list(batches()))
@@ -158,9 +162,7 @@ def test_activations_that_are_recomputed() -> None:
     with true_float64():
         model(**batches()["trl"]).loss.backward()
         alone(plain, Pattern.anchor, "trl")[1].backward()
-    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None
-        assert (one.grad - other.grad).abs().max() < TOLERANCE * max(1.0, other.grad.abs().max().item())
+    compare_gradients(model, plain)
 
 
 @pytest.fixture
@@ -181,9 +183,7 @@ def test_under_distributed_data_parallel(attached_first: bool, one_process: None
     with true_float64():
         wrapped(**batches()["trl"]).loss.backward()
         alone(plain, Pattern.anchor, "trl")[1].backward()
-    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-        assert one.grad is not None and other.grad is not None
-        assert (one.grad - other.grad).abs().max() < TOLERANCE * max(1.0, other.grad.abs().max().item())
+    compare_gradients(model, plain)
 
 
 def test_routers_and_hidden_states_are_those_of_the_trainers_tokens() -> None:
