@@ -83,7 +83,8 @@ def _model(
     recipe: dict[str, Any], measure: dict[str, Any], model: str, out: Path, seed: int | None, name: str
 ) -> list[str]:
     """The keys that name a model, and have it read to `measure.length` tokens, past its limit if need be."""
-    words = [f"model={model if seed is None else _folder(out, seed, name)}", f"label={name}"]
+    label = measure.get("label", "{}").format(name)  # two measures of one metric need labels of their own
+    words = [f"model={model if seed is None else _folder(out, seed, name)}", f"label={flow(label)}"]
     if name == "raised":
         if measure["command"] != "eval":
             raise UserError(f"raised can be measured by eval, not by {measure['command']}: leave it out of the models")

@@ -135,7 +135,7 @@ def test_claims_are_read_off_the_rows_that_they_name(module) -> None:
     claims = {claim.name: claim for claim in module("smollm2.claims").CLAIMS}
     beyond = {"measure": "long", "start": 8192, "stop": 16384}
     rows = Rows([loss_rows("full", 2.5, **beyond), loss_rows("anchor", 2.4, **beyond)])
-    rows += [loss_rows("full", 3.0, measure="short"), loss_rows("base", 2.9, measure="short")]
+    rows += [loss_rows(f"{name} cut at 512", nats, measure="short") for name, nats in (("full", 3.0), ("base", 2.9))]
     rows += [loss_rows("full", 9.0, measure="long"), loss_rows("base", 1.0, measure="long")]  # another measure's
     effect = claims["T2"].effect([rows])
     assert effect is not None and effect.value == pytest.approx(0.1) and effect.n == 6
@@ -143,6 +143,12 @@ def test_claims_are_read_off_the_rows_that_they_name(module) -> None:
     worse = claims["T6"].effect([rows])
     assert worse is not None and worse.value == pytest.approx(0.1)  # the longer perplexity rows are another measure's
     assert claims["T4"].effect([rows]) is None  # not measured
+    at = {"task": "retrieval", "kind": "all", "tokens": "all"}
+    pair = [("full", [0.3, 0.2]), ("anchor", [0.2, 0.1])]
+    kl = [row("kvcomm_kl", 0.0, values, model=model, arm="rotate", **at) for model, values in pair]
+    assert claims["K1"].effect([Rows(kl)]).value == pytest.approx(math.log(0.25 / 0.15))
+    single = [row("kvcomm_kl", 0.0, values[:1], model=model, arm="rotate", **at) for model, values in pair]
+    assert claims["K1"].effect([Rows(single)]) is None  # one problem has no interval
 
 
 def test_three_seeds_are_judged_over_seeds(module) -> None:
