@@ -41,7 +41,7 @@ def sentence(path: Path, **options: Any) -> str:
 def bomb(kind: str, content: bytes, times: int) -> bytes:
     """`content`, `times` over, in between good lines."""
     if kind == "gz":
-        return b"".join(gzip.compress(part) for part in (GOOD, content * times, b"\n" + GOOD))
+        return b"".join(gzip.compress(part, mtime=0) for part in (GOOD, content * times, b"\n" + GOOD))
     compressor = zstandard.ZstdCompressor().compressobj()
     parts = [compressor.compress(part) for part in (GOOD, *[content] * times, b"\n" + GOOD)]
     return b"".join([*parts, compressor.flush()])
@@ -150,7 +150,7 @@ def test_pipes_sockets_and_devices_are_refused(tmp_path: Path) -> None:
         ),
         ("a.txt.bz2", bz2.compress(GOOD), "is compressed in a way that is not read: unpack it with bunzip2"),
         ("a.jsonl", lzma.compress(GOOD), "is compressed by xz: unpack it"),
-        ("a.txt", gzip.compress(GOOD), "is compressed by gzip: give its name the ending .gz"),
+        ("a.txt", gzip.compress(GOOD, mtime=0), "is compressed by gzip: give its name the ending .gz"),
         ("a.txt", "Läufe und mehr".encode("utf-16-le"), "is UTF-16, not UTF-8: convert it with iconv"),
         ("a.jsonl", GOOD.decode().encode("utf-16-be"), "is UTF-16, not UTF-8: convert it with iconv"),
         ("a.jsonl", GOOD.decode().encode("utf-16"), "is UTF-16, not UTF-8: convert it with iconv"),
