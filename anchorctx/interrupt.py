@@ -104,6 +104,14 @@ def requested() -> int:
     return _state.code
 
 
+def swallowed() -> InterruptedRun | None:
+    """The end that was asked for at once, where a library made an error of its own of it; None where nobody asked.
+
+    pydantic's compiled code, for one, raises a SchemaError in its place.
+    """
+    return InterruptedRun(reason(_state.code), _state.code) if _state.code and not _state.deferrals else None
+
+
 def reason(code: int) -> str:
     """What such an exit code says: `ended by SIGTERM`."""
     return f"ended by {'max_hours' if code == OUT_OF_TIME else signal.Signals(code - 128).name}"

@@ -123,7 +123,12 @@ def _guarded(command: str, argv: list[str]) -> int:
     _set_up_logging()
     with interrupt.listening():
         try:
-            return _told(command, argv)
+            try:
+                return _told(command, argv)
+            except Exception:
+                if (notice := interrupt.swallowed()) is not None:
+                    raise notice from None
+                raise
         except (InterruptedRun, KeyboardInterrupt) as error:
             notice = error if isinstance(error, InterruptedRun) else InterruptedRun(interrupt.reason(130), 130)
             if _rank() == 0:
@@ -142,6 +147,8 @@ def _told(command: str, argv: list[str]) -> int:
         code = run(command, parse(argv))
         sys.stdout.flush()
     except UserError as error:
+        if (notice := interrupt.swallowed()) is not None:  # reading a model makes a sentence of any error
+            raise notice from None
         if _rank() > 0:
             _let_the_first_end()
         _say(f"anchorctx {command}: {error}")

@@ -116,7 +116,7 @@ def _positions(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _checkpoint(run: Path, step: int | None, trust: bool) -> read.Found:
-    """The run's checkpoint, verified: the newest that is intact, or that of a step."""
+    """The run's checkpoint, verified: the newest, or that of a step."""
     root = run / folders.CHECKPOINTS
     complete = folders.complete(root)
     if not complete:
@@ -125,6 +125,11 @@ def _checkpoint(run: Path, step: int | None, trust: bool) -> read.Found:
     if step is None:
         found = read.newest(complete, run=run_id, trust=trust, ranks=ALONE)
         assert found is not None
+        if found.damaged:  # nobody who exports the newest weights means others
+            raise UserError(
+                f"{max(found.damaged)} is damaged: set step={found.state.step} to export {found.folder.name}, the "
+                "newest that is intact"
+            )
         return found
     folder = folders.step_folder(root, step)
     if folder not in complete:

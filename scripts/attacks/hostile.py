@@ -46,7 +46,7 @@ def checkpoint(way: str, scene: Scene) -> str | None:
 
     scene.world.half_trained(scene.out)
     folder = last_checkpoint(scene.out)
-    files = sorted(folder.rglob("*.pt"))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "COMPLETE")
     file = files[scene.number % len(files)]
     torch.save({"module": Planted(scene.folder / "marker")}, file)
     sizes = json.loads((folder / "COMPLETE").read_text())

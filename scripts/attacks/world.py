@@ -157,6 +157,8 @@ def results(out: Path) -> list[tuple[str, Any, Any]]:
     """Rows without those of times, in order; a doubled row is there twice."""
     rows = [json.loads(line) for path in sorted(out.rglob("results.jsonl")) for line in path.read_text().splitlines()]
     rows = [row for row in rows if not any(word in row["metric"] for word in TIMES)]
+    # of how long something took, though their metrics do not say so
+    rows = [row for row in rows if row["context"].get("by") != "seconds" and row["metric"] != "kvcomm_recommendation"]
     return sorted((r["metric"], json.dumps(r["context"].get("model")), repr(r["value"])) for r in rows)
 
 

@@ -177,10 +177,11 @@ USUAL: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", USUAL)
-def test_what_is_only_unusual_is_read(name: str, folder: Path) -> None:
+def test_what_is_only_unusual_is_read(name: str, folder: Path, whole: Path) -> None:
     USUAL[name](folder)
     read(folder)
-    load_model(ModelConfig(path=str(folder)))
+    found, expected = (load_model(ModelConfig(path=str(path))).state_dict() for path in (folder, whole))
+    assert found.keys() == expected.keys() and all(found[key].equal(expected[key]) for key in expected)
 
 
 def test_a_quantised_checkpoint_is_not_trained_even_where_it_can_be_read(folder: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from anchorctx import interrupt
 from anchorctx.cli import commands
 from anchorctx.cli.main import main
-from anchorctx.errors import InterruptedRun, LostProcesses
+from anchorctx.errors import InterruptedRun, LostProcesses, UserError
 
 
 def tell(number: int) -> None:
@@ -213,3 +213,31 @@ def test_a_mistake_of_another_process_is_not_told_again(
     began = time.monotonic()
     assert main(["train"]) == (2 if deferred else 143)
     assert time.monotonic() - began < 2 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("made", [UserError, RuntimeError])
+def test_a_library_that_makes_its_own_error_of_the_end_does_not_hide_it(
+    made: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As pydantic's compiled code does while a signal arrives, and our reading of models, which takes any error."""
+
+    def run(*_: Any) -> int:
+        try:
+            tell(signal.SIGTERM)
+        except InterruptedRun as error:
+            raise made("Error building validator") from error
+        return 0
+
+    monkeypatch.setattr(commands, "run", run)
+    assert main(["eval"]) == 143
+    said = capsys.readouterr().err
+    assert "ended by SIGTERM" in said and "Error building" not in said
+
+
+def test_an_error_of_nobodys_request_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any) -> int:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(commands, "run", run)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["eval"])

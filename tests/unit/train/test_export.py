@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,19 @@ def test_a_foreign_or_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Pa
     with pytest.raises(UserError, match="none of the 1 checkpoints in .* can be used"):
         export(config)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_not_replaced_by_an_older_one_unasked(run: Path, tmp_path: Path) -> None:
+    newest = run / "checkpoints" / "step_00000003"
+    shutil.copytree(run / "checkpoints" / "step_00000002", newest)
+    shard = newest / file_name(0)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    config = ExportConfig(run=str(run), out_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="step_00000003 is damaged: set step=2 to export step_00000002, the "):
+        export(config)
+    assert not (tmp_path / "out").exists()
+    config.step = 2
+    assert export(config).is_dir()
 
 
 def test_the_card_says_what_the_run_knows(run: Path, tmp_path: Path, packed: PackedSet) -> None:
