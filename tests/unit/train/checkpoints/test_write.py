@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from anchorctx.errors import UserError
 from anchorctx.train.checkpoints import read, tensors, write
@@ -22,6 +23,14 @@ LEFT = r"the checkpoint cannot be written to .*: the disk is full \(.* free\); t
 
 def fail(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def assert_holds(folder: Path, expected: list[torch.Tensor]) -> None:
+    """The newest checkpoint of a folder has these states, to the bit."""
+    found, other = find(folder), FakeEngine()
+    assert found is not None
+    read.load(other, found, ALONE)
+    assert all(a.equal(b) for a, b in zip(expected, other.everything(), strict=True))
 
 
 def test_older_ones_stay_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +57,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     assert steps(tmp_path) == []
     begin.set()
     writer.finish()
-    found, other = find(tmp_path), FakeEngine()
-    assert found is not None
-    read.load(other, found, ALONE)
-    assert all(a.equal(b) for a, b in zip(expected, other.everything(), strict=True))
+    assert_holds(tmp_path, expected)
 
 
 def test_without_memory_for_a_copy_the_states_are_written_at_once(
@@ -64,10 +70,7 @@ def test_without_memory_for_a_copy_the_states_are_written_at_once(
     writer.save(engine, state_of(engine, 1), wait=False)
     engine.train_step()
     writer.finish()
-    found, other = find(tmp_path), FakeEngine()
-    assert found is not None
-    read.load(other, found, ALONE)
-    assert all(a.equal(b) for a, b in zip(expected, other.everything(), strict=True))
+    assert_holds(tmp_path, expected)
 
 
 def test_space_is_asked_for_before_anything_is_written(
