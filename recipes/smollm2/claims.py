@@ -99,6 +99,12 @@ def shorter(worse: str, better: str) -> Measure:
     return losses("perplexity", f"{worse} cut at 512", f"{better} cut at 512", measure="short")
 
 
+def far(worse: str, better: str, positions: str) -> Measure:
+    """The same of the documents' tokens that the recipe's `positions` name, such as `beyond`: past the checkpoint's
+    length."""
+    return losses("perplexity_by_position", worse, better, measure="long", positions=positions)
+
+
 def change(model: str, length: int, arithmetic: str = "bfloat16", first: str = "kept") -> dict[str, Any]:
     """The row of how much attention a shift by 16 moves."""
     where = {"weights": "trained", "rows": "shift", "layer": "all", "shift": 16, "length": length}
@@ -115,8 +121,6 @@ def divergence(model: str, arm: str, task: str) -> dict[str, Any]:
     return {"metric": "kvcomm_kl", "model": model, "arm": arm, "task": task, "kind": "all", "tokens": "all"}
 
 
-BEYOND = {"measure": "long", "start": 8192, "stop": 16384}
-TWICE = {"measure": "long", "start": 16384, "stop": 32768}
 CLAIMS = (
     Claim("P1", "the first token has more of the change than any other", ratio_of(part("first_share", 8192),
           part("other_share", 8192)), math.log(2)),
@@ -128,15 +132,16 @@ CLAIMS = (
           change("base", 8192, "float32_rotation")), math.log(2)),
     Claim("P5", "it grows less in anchor than in full", ratio_of(change("full", 8192), change("anchor", 8192)),
           math.log(1.1)),
-    Claim("T1", "training helps from 8,192 to 16,384", losses("perplexity_by_position", "raised", "anchor", **BEYOND),
-          0.05),
-    Claim("T2", "there anchor beats full", losses("perplexity_by_position", "full", "anchor", **BEYOND), 0.01),
-    Claim("T3", "there anchor beats intra_doc", losses("perplexity_by_position", "intra_doc", "anchor", **BEYOND),
-          0.005),
-    Claim("T4", "beyond the trained length anchor beats full", losses("perplexity_by_position", "full", "anchor",
-          **TWICE), 0.01),
+    Claim("T1", "training helps past the checkpoint's length", far("raised", "anchor", "beyond"), 0.05),
+    Claim("T2", "there anchor beats full", far("full", "anchor", "beyond"), 0.01),
+    Claim("T3", "there anchor beats intra_doc", far("intra_doc", "anchor", "beyond"), 0.005),
+    Claim("T4", "beyond the trained length anchor beats full", far("full", "anchor", "twice"), 0.01),
     Claim("T5", "anchor keeps 512 tokens better than full", shorter("full", "anchor"), 0.005),
     Claim("T6", "full loses 512 tokens against the checkpoint", shorter("full", "base"), 0.005),
+    Claim("G1", "rotation in bfloat16: anchor beats intra_doc", far("intra_doc_bf16", "anchor_bf16", "beyond"), 0.005),
+    Claim("G2", "float32 rotation helps intra_doc", far("intra_doc_bf16", "intra_doc", "beyond"), 0.005),
+    Claim("G3", "positions that begin anew help intra_doc", far("intra_doc", "intra_doc_reset", "beyond"), 0.005),
+    Claim("G4", "anchor beats full in the last half of a row", far("full", "anchor", "last"), 0.01),
     Claim("K1", "rotate loses less in anchor than in full", ratio_of(divergence("full", "rotate", "retrieval"),
           divergence("anchor", "rotate", "retrieval")), math.log(1.1)),
     Claim("K2", "and than in the checkpoint", ratio_of(divergence("base", "rotate", "retrieval"),

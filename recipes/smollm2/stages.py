@@ -12,7 +12,7 @@ from chain.stage import ANCHORCTX, Stage, flow
 
 from anchorctx.errors import UserError
 
-KEYS = ("base_length", "seeds", "corpus", "train", "arms", "measures")
+KEYS = ("base_length", "positions", "seeds", "corpus", "train", "arms", "measures")
 """What a recipe has."""
 COMMANDS = ("eval", "kvcomm", "precision")
 BASES = ("base", "raised")
@@ -62,7 +62,8 @@ def _train(recipe: dict[str, Any], model: str, out: Path, seed: int, name: str) 
     train += [f"checkpoint.every={settings['steps']}", *_filled(settings["options"])]
     export = [*ANCHORCTX, "export", f"run={run}", f"out_dir={exported}"]
     clear = ["rm", "-rf", str(run), str(exported)]  # a run of other settings would be gone on with
-    return Stage(f"train/{seed}/{name}", [clear, train, export], arm["seconds"], ["corpus"])
+    room = ["rm", "-rf", str(run / "checkpoints")]  # 1.9 GB
+    return Stage(f"train/{seed}/{name}", [clear, train, export, room], arm["seconds"], ["corpus"])
 
 
 def _measures(recipe: dict[str, Any], model: str, out: Path, seed: int | None) -> Iterator[Stage]:

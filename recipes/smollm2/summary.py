@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from anchorctx.report.figures.charts import line_chart
 from anchorctx.report.figures.curves import result_line, ticks
 
 
-def rows_of(out: Path, seeds: Sequence[int]) -> list[Rows]:
+def rows_of(out: Path, recipe: Mapping[str, Any]) -> list[Rows]:
     """What was measured, by seed; the checkpoint's own rows are in each."""
-    base = _rows(out / "base")
-    return [Rows([*base, *_rows(out / f"seed_{seed}")]) for seed in seeds]
+    positions = {tuple(ends): name for name, ends in recipe["positions"].items()}
+    base = _rows(out / "base", positions)
+    return [Rows([*base, *_rows(out / f"seed_{seed}", positions)]) for seed in recipe["seeds"]]
 
 
 def tables(by_seed: Sequence[Rows], claims: Sequence[Result], out: Path) -> str:
@@ -58,13 +59,15 @@ def shown(row: Result | None, form: str = "{:.3g}") -> str:
     return form.format(row.value) + ends
 
 
-def _rows(folder: Path) -> list[Result]:
-    """Rows with the measure that they are of: OUT/base/short/raised/results.jsonl is of `short`."""
+def _rows(folder: Path, positions: Mapping[tuple[int, int], str]) -> list[Result]:
+    """Rows with the measure that they are of (OUT/base/short/raised/results.jsonl: `short`), and what the recipe calls
+    their positions."""
     found = []
     for path in sorted(folder.glob(f"*/*/{FILE}")):
-        found += [
-            dataclasses.replace(row, context=row.context | {"measure": path.parts[-3]}) for row in read_results(path)
-        ]
+        for row in read_results(path):
+            ends = (row.context.get("start"), row.context.get("stop"))
+            more = {"measure": path.parts[-3], "positions": positions.get(ends)}  # type: ignore[arg-type]
+            found.append(dataclasses.replace(row, context=row.context | more))
     return found
 
 
@@ -176,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not out.is_dir():
             raise UserError(f"{out} is no folder: give one that run.py has filled")
         recipe = read_recipe(options.recipe)
-        by_seed = rows_of(out, recipe["seeds"])
+        by_seed = rows_of(out, recipe)
         claims = results(CLAIMS, by_seed)
         text = tables(by_seed, claims, out)
     except UserError as error:

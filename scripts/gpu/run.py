@@ -31,7 +31,16 @@ from stages.stage import ROWS, Stage, read_rows
 from anchorctx.records.manifest import FILE, build_manifest, read_manifest, write_json, write_manifest
 from anchorctx.records.table import text_table
 
-STAGES = {"check": 75, "attention": 70, "fused": 30, "step": 110, "reuse": 85, "precision": 60, "smollm2": 90}
+STAGES = {
+    "check": 75,
+    "attention": 60,
+    "fused": 25,
+    "step": 90,
+    "resume": 80,
+    "reuse": 70,
+    "precision": 50,
+    "smollm2": 70,
+}
 """In order of worth, with each one's share of the time: its limit in seconds where all run and none ends early."""
 TOTAL = 520
 GRACE = 5.0

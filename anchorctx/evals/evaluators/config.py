@@ -17,6 +17,9 @@ class PerplexityConfig:
 
     documents: Count = 200
     """Held-out documents scored, in the corpus' order, every so many of them; 0 scores all."""
+    min_length: Annotated[int, Ge(0), Le(LONGEST)] = 0
+    """Leave documents of fewer tokens out, the anchor included: perplexity at far positions needs long ones; 0 takes
+    all."""
     max_length: Annotated[int, Ge(3), Le(LONGEST)] = 4096
     """Longest input in tokens, the anchor included; longer documents are cut there (or see stride)."""
     stride: Count = 0

@@ -37,6 +37,7 @@ class Perplexity:
 
     def __init__(self, config: PerplexityConfig, texts: Sequence[str]) -> None:
         self.config, self._texts = config, texts
+        self._long: tuple[PreTrainedTokenizerBase, list[np.ndarray]] | None = None
         check_ranges(config, "perplexity")
         if config.stride >= config.max_length:
             raise UserError(
@@ -52,7 +53,7 @@ class Perplexity:
     def settings(self) -> dict[str, Any]:
         """See Evaluator."""
         config = self.config
-        names = ("documents", "max_length", "stride", "exclude_facts")
+        names = ("documents", "min_length", "max_length", "stride", "exclude_facts")
         return {name: getattr(config, name) for name in names} | {"buckets": self._stops}
 
     def units(self) -> list[Unit]:
@@ -62,14 +63,15 @@ class Perplexity:
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """See Evaluator."""
         anchor_token(tokenizer)
+        if self.config.min_length:  # else there is nothing that could be missing
+            self._documents(tokenizer)
 
     def run(self, subject: Subject, unit: Unit, progress: Progress) -> Iterator[Result]:
         """`perplexity` over all scored tokens, and a row `perplexity_by_position` for each bucket.
 
         Each is exp of a mean loss, with a 95 % interval over documents.
         """
-        texts = every(self._texts, self.config.documents)
-        documents = encode(subject.tokenizer, texts)
+        documents = self._documents(subject.tokenizer)
         facts = known_facts(subject.tokenizer) if self.config.exclude_facts else None
         pieces = [p for i, ids in enumerate(documents) for p in windows(i, ids, self.config)]
         sums, counts = self._sums(subject, pieces, facts, len(documents), progress)
@@ -80,6 +82,15 @@ class Perplexity:
                 where = {"start": start, "stop": stop}
                 yield perplexity_row("perplexity_by_position", sums[:, bucket], counts[:, bucket], where)
             start = stop
+
+    def _documents(self, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+        """Token ids of the documents that are scored; long ones, which are looked for among all, are kept."""
+        if not self.config.min_length:
+            return encode(tokenizer, every(self._texts, self.config.documents))
+        if self._long is None or self._long[0] is not tokenizer:
+            found = long_enough(tokenizer, self._texts, self.config.min_length, "perplexity.min_length")
+            self._long = tokenizer, every(found, self.config.documents)
+        return self._long[1]
 
     def _sums(
         self, subject: Subject, pieces: list[Piece], facts: FactTokens | None, documents: int, progress: Progress
@@ -162,15 +173,8 @@ class ContextPerplexity:
         """The first `longest()` tokens of each long document, the anchor first; kept for the next unit."""
         if self._starts is None or self._starts[0] is not tokenizer:
             longest = self.longest()
-            # Short texts are passed over before they are encoded, which takes longest.
-            texts = [text for text in self._texts if len(text.encode()) >= longest - 1]  # no token is less than a byte
-            encoded = [ids[:longest] for ids in encode(tokenizer, texts) if len(ids) >= longest]
-            if not encoded:
-                raise UserError(
-                    f"none of the {len(self._texts)} held-out documents has the {longest} tokens that "
-                    f"context.lengths={self.config.lengths} asks for: lower it, or name a corpus of longer documents"
-                )
-            self._starts = tokenizer, every(encoded, self.config.documents)
+            found = long_enough(tokenizer, self._texts, longest, "context.lengths")
+            self._starts = tokenizer, [ids[:longest] for ids in every(found, self.config.documents)]
         return self._starts[1]
 
 
@@ -186,6 +190,19 @@ def windows(document: int, ids: np.ndarray, config: PerplexityConfig) -> Iterato
         start = min(start + config.stride, len(text) - body)  # so the last window is full too
         yield Piece(document, np.concatenate([anchor, text[start : start + body]]), done - start + 1)
         done = start + body
+
+
+def long_enough(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], least: int, setting: str) -> list[np.ndarray]:
+    """Token ids of the texts that have `least` tokens, the anchor included; UserError where none has."""
+    # Short texts are passed over before they are encoded, which takes longest; no token is less than a byte.
+    candidates = [text for text in texts if len(text.encode()) >= least - 1]
+    found = [ids for ids in encode(tokenizer, candidates) if len(ids) >= least]
+    if not found:
+        raise UserError(
+            f"none of the {len(texts)} held-out documents has the {least} tokens that {setting} asks for: lower it, or "
+            "name a corpus of longer documents"
+        )
+    return found
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:

@@ -39,6 +39,8 @@ class Case:
     layouts: tuple[PackedLayout, ...]
     score: Score = Score(DIM**-0.5)
     kv_heads: int = HEADS
+    value_dim: int = DIM
+    sinks: bool = False
 
 
 def run(stage: Stage) -> None:
@@ -47,7 +49,9 @@ def run(stage: Stage) -> None:
     stage.measure("ceilings", lambda: ceilings(stage.device, stage.tiny))
     if stage.device.type == "cuda":  # the eager code's error is the yardstick: no TF32 in it
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-    chosen = [case for case in cases() if not stage.tiny or case.name in ("batch of 2", "window")]
+    chosen = [
+        case for case in cases() if not stage.tiny or case.name in ("batch of 2", "window", "sinks", "wider values")
+    ]
     for name in sorted(backends(stage.device), key=lambda name: name == "flex"):
         missing = BACKENDS[name].missing() if name in BACKENDS else flash_attn.missing()
         if missing is not None:
@@ -108,6 +112,10 @@ def cases() -> list[Case]:
         replace(anchor, name="grouped heads", kv_heads=2),
         replace(anchor, name="window", score=Score(DIM**-0.5, window=100)),
         replace(anchor, name="softcap", score=Score(DIM**-0.5, softcap=20.0)),
+        replace(anchor, name="sinks", kv_heads=2, sinks=True),
+        replace(anchor, name="sinks, window", score=Score(DIM**-0.5, window=100), sinks=True),
+        replace(anchor, name="wider values", value_dim=2 * DIM),
+        replace(anchor, name="narrower values", value_dim=DIM // 2),
         Case("2,000 tiny documents", (PackedLayout((0, 1, *range(2, 2 * TOKENS + 1)), 1),)),
     ]
 
@@ -126,17 +134,17 @@ def served(name: str, tiny: bool) -> list[torch.dtype]:
 
 def gathers(case: Case) -> bool:
     """Can the public function compute the case?"""
-    return case.score.window is None and all(layout.doc_ids is None for layout in case.layouts)
+    plain = case.score.window is None and not case.sinks and case.value_dim == DIM
+    return plain and all(layout.doc_ids is None for layout in case.layouts)
 
 
 def attention(name: str, case: Case) -> Attention:
-    """What computes the case, as a function of query, key and value."""
+    """What computes the case, as a function of query, key and value, and of sinks where it has them."""
     score = case.score
     if name == PUBLIC:
         return lambda q, k, v: flash_attn.gathered_attention(q, k, v, case.layouts, score)
-    return lambda q, k, v: attend(
-        q, k, v, case.layouts, scale=score.scale, window=score.window, softcap=score.softcap, backend=name
-    )
+    options = {"scale": score.scale, "window": score.window, "softcap": score.softcap, "backend": name}
+    return lambda q, k, v, sinks=None: attend(q, k, v, case.layouts, sinks=sinks, **options)
 
 
 def errors(name: str, case: Case, dtype: torch.dtype, device: torch.device) -> Mapping[str, object]:
@@ -148,9 +156,14 @@ def errors(name: str, case: Case, dtype: torch.dtype, device: torch.device) -> M
 
 
 def tensors(case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Seeded query, key, value and output gradient, (B, H, T, D), in memory as projections leave them: (B, T, H, D)."""
+    """Seeded query, key, value, sinks (H,) where the case has them, and output gradient.
+
+    (B, H, T, D), in memory as projections leave them: (B, T, H, D).
+    """
     generator = torch.Generator(device).manual_seed(0)
-    heads = (HEADS, case.kv_heads, case.kv_heads, HEADS)
-    shapes = [(len(case.layouts), case.layouts[0].length, h, DIM) for h in heads]
+    heads = ((HEADS, DIM), (case.kv_heads, DIM), (case.kv_heads, case.value_dim), (HEADS, case.value_dim))
+    shapes = [(len(case.layouts), case.layouts[0].length, *own) for own in heads]
     made = [torch.randn(shape, generator=generator, device=device, dtype=dtype) for shape in shapes]
-    return [x.transpose(1, 2) for x in made]
+    *inputs, gradient = (x.transpose(1, 2) for x in made)
+    sinks = [torch.linspace(-2, 3, HEADS, device=device)] if case.sinks else []
+    return [*inputs, *sinks, gradient]
