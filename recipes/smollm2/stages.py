@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from chain.recipe import read_yaml
 from chain.stage import ANCHORCTX, Stage, flow
 
+from anchorctx.config import quoted
 from anchorctx.errors import UserError
 
 KEYS = ("base_length", "positions", "seeds", "corpus", "train", "arms", "measures")
@@ -102,5 +104,9 @@ def _folder(out: Path, seed: int, name: str) -> Path:
 
 
 def _filled(options: list[str]) -> list[str]:
-    """Hydra's overrides, with the folder of installed packages for `{site}`."""
-    return [option.replace("{site}", sysconfig.get_paths()["purelib"]) for option in options]
+    """Hydra's overrides, with the folder of installed packages for `{site}`, and the file of questions in the
+    environment for `{gsm8k}`; without one the option is left out, and the hub is asked."""
+    questions = os.environ.get("GSM8K", "")
+    kept = [option for option in options if questions or "{gsm8k}" not in option]
+    site = sysconfig.get_paths()["purelib"]
+    return [option.replace("{site}", site).replace("{gsm8k}", quoted(questions)) for option in kept]

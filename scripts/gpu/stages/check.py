@@ -27,6 +27,7 @@ TOKENS = 1000
 PUBLIC = "flash_attn public"
 """flash-attn's public function over gathered keys: an independent second way, not a backend."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+REHEARSED = ("batch of 2", "window", "sinks", "wider values")
 COMPILE_SECONDS = 15.0
 """FlexAttention compiles once for each kind of call."""
 

@@ -1,7 +1,7 @@
 """Runs that are killed and continued, on a card: is `deterministic=true` the same bits, and what does it cost?
 
-`anchorctx train` of a model of SmolLM2-135M's shape with random weights, rows of 65,536 tokens, in processes of its own:
-once through, and once killed (SIGKILL) after its first checkpoint and started again. Without `deterministic` once
+`anchorctx train` of a model of SmolLM2-135M's shape with random weights, rows of 65,536 tokens, in processes of its
+own: once through, and once killed (SIGKILL) after its first checkpoint and started again. Without `deterministic` once
 through twice, to see whether the difference is one.
 """
 
@@ -36,7 +36,7 @@ SMOL = LLAMA_1B | {
 ROW, TINY_ROW, LONGEST, TINY_LONGEST = 65_536, 512, 16_384, 128
 STEPS, EVERY = 6, 2
 """Steps of a run, and between checkpoints."""
-NEEDS = 20.0
+NEEDS = 15.0
 """Seconds that a run takes, about."""
 
 
