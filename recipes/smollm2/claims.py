@@ -12,9 +12,6 @@ from chain.verdict import answer
 from anchorctx.records.results import Result, Rows, mean_interval
 from anchorctx.records.statistics import difference, student_quantile
 
-LEAST = 3
-"""Seeds from which on intervals are over seeds."""
-
 
 @dataclass(frozen=True, slots=True)
 class Effect:
@@ -41,11 +38,11 @@ class Claim:
     margin: float
 
     def effect(self, by_seed: Sequence[Rows]) -> Effect | None:
-        """Over the seeds where there are three; else within the one seed. None where it was not measured."""
+        """Over the seeds where there are several; else within the one seed. None where it was not measured."""
         found = [effect for rows in by_seed if (effect := self.measure(rows)) is not None]
-        if len(found) < LEAST or len({effect.value for effect in found}) == 1:  # the checkpoint's own are of no seed
-            return found[0] if found else None
         values = [effect.value for effect in found]
+        if len(set(values)) < 2:  # the checkpoint's own are of no seed
+            return found[0] if found else None
         ends = mean_interval(values)
         assert ends is not None
         return Effect(math.fsum(values) / len(values), *ends, len(values))
@@ -158,7 +155,8 @@ def results(claims: Sequence[Claim], by_seed: Sequence[Rows]) -> list[Result]:
     found = []
     for claim in claims:
         if (effect := claim.effect(by_seed)) is not None:
-            context = {"claim": claim.name, "answer": claim.answer(effect), "margin": claim.margin}
+            seeds = [own.value for rows in by_seed if (own := claim.measure(rows)) is not None]
+            context = {"claim": claim.name, "answer": claim.answer(effect), "margin": claim.margin, "by_seed": seeds}
             low, high = effect.low, effect.high
             row = Result(metric="claim", value=effect.value, unit="1", n=effect.n, low=low, high=high, context=context)
             found.append(row)

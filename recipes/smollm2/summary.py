@@ -1,6 +1,6 @@
 """Tables, claims and pictures of a run: `PYTHONPATH=recipes python -m smollm2.summary RECIPE.yaml OUT`.
 
-Writes OUT/summary/tables.md, results.jsonl (a row a claim), claims.png, positions.png, and OUT/report.html. Whatever
+Writes OUT/summary/tables.md, results.jsonl (a row a claim), claims.png, gains.png, and OUT/report.html. Whatever
 was not measured yet is left out, so it can be run at any time.
 """
 
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from chain.claims_figure import claims_figure
-from smollm2.claims import CLAIMS, results
-from smollm2.stages import read_recipe
+from smollm2.claims import CLAIMS, losses, results
+from smollm2.stages import BASES, read_recipe
 
 from anchorctx.cli.main import main as anchorctx
 from anchorctx.errors import UserError
 from anchorctx.records.manifest import build_manifest, read_json, write_manifest
 from anchorctx.records.results import FILE, Result, Rows, append_results, read_results
 from anchorctx.report.figures.chart import Axis, save_charts
-from anchorctx.report.figures.charts import line_chart
-from anchorctx.report.figures.curves import result_line, ticks
+from anchorctx.report.figures.charts import Line, line_chart
+from anchorctx.report.figures.curves import ticks
 
 
 def rows_of(out: Path, recipe: Mapping[str, Any]) -> list[Rows]:
@@ -34,15 +34,18 @@ def rows_of(out: Path, recipe: Mapping[str, Any]) -> list[Rows]:
 
 
 def tables(by_seed: Sequence[Rows], claims: Sequence[Result], out: Path) -> str:
-    """All of them in Markdown, of the first seed."""
-    rows = by_seed[0]
-    parts = [
-        _claims(claims),
-        _by_model("Perplexity by position", rows.of(measure="long"), "perplexity_by_position", "stop"),
-    ]
-    parts += [_by_model("Perplexity of documents cut at 512 tokens", rows.of(measure="short"), "perplexity", None)]
+    """All of them in Markdown; what recipes of several seeds do not measure, of the first one."""
+    rows, parts = by_seed[0], [_claims(claims)]
+    for seed, own in enumerate(by_seed):
+        suffix = f", seed {seed}" if len(by_seed) > 1 else ""
+        parts += [
+            _by_model(f"Perplexity by position{suffix}", own.of(measure="long"), "perplexity_by_position", "stop"),
+            _by_model(
+                f"Perplexity of documents cut at 512 tokens{suffix}", own.of(measure="short"), "perplexity", None
+            ),
+        ]
     parts += [_by_model("Needles, all depths", rows, "needle_accuracy", "length"), _ruler(rows), _precision(rows)]
-    return "\n".join([*parts, _reuse(rows), _time(out)]).lstrip()
+    return "\n".join([part for part in [*parts, _reuse(rows), _time(out)] if part]).lstrip()
 
 
 def table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -81,10 +84,11 @@ def _claims(claims: Sequence[Result]) -> str:
             f"{row.context['margin']:.3f}",
             str(row.n),
             row.context["answer"],
+            ", ".join(f"{value:.3f}" for value in row.context["by_seed"]),
         ]
         for row in claims
     ]
-    return table("Claims", ["", "claim", "effect (95 %)", "margin", "n", "answer"], lines)
+    return table("Claims", ["", "claim", "effect (95 %)", "margin", "n", "answer", "by seed"], lines)
 
 
 def _by_model(title: str, rows: Rows, metric: str, key: str | None) -> str:
@@ -160,12 +164,26 @@ def _time(out: Path) -> str:
     return table("Time", ["stage", "number", "seconds each", "minutes in all"], lines)
 
 
-def positions_figure(rows: Rows, path: Path) -> Path:
-    """Perplexity by position, a line a model."""
-    found = rows.of("perplexity_by_position", measure="long")
-    lines = [result_line(model, found.of(model=model), "stop", i) for i, model in enumerate(found.distinct("model"))]
-    axis = Axis("position in the document (tokens, up to)", log=2, ticks=ticks(lines))
-    return save_charts([("Perplexity by position", line_chart(lines, axis, Axis("perplexity"), ""))], path)
+def gains_figure(by_seed: Sequence[Rows], path: Path) -> Path | None:
+    """By how many nats a token each continuation reads the same documents better than `full`, by position; a chart a
+    seed. None where `full` or all others were not measured."""
+    charts = []
+    for seed, rows in enumerate(by_seed):
+        found = rows.of("perplexity_by_position", measure="long")
+        models = [name for name in found.distinct("model") if name not in ("full", *BASES)]
+        lines = [line for i, model in enumerate(models) if (line := _gain(rows, model, found.distinct("stop"), i)).x]
+        if lines:
+            axis = Axis("position in the document (tokens, up to)", log=2, ticks=ticks(lines))
+            title = "Better than full" + (f", seed {seed}" if len(by_seed) > 1 else "")
+            charts.append((title, line_chart(lines, axis, Axis("nats a token"), "")))
+    return save_charts(charts, path) if charts else None
+
+
+def _gain(rows: Rows, model: str, stops: Sequence[int], color: int) -> Line:
+    at = {stop: losses("perplexity_by_position", "full", model, measure="long", stop=stop)(rows) for stop in stops}
+    kept = {stop: effect for stop, effect in sorted(at.items()) if effect is not None}
+    x, effects = list(kept), list(kept.values())
+    return Line(model, x, [e.value for e in effects], [e.low for e in effects], [e.high for e in effects], color)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -191,8 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     (folder / "tables.md").write_text(text)
     if claims:
         claims_figure(claims, folder)
-    if by_seed[0].of("perplexity_by_position", measure="long"):
-        positions_figure(by_seed[0], folder / "positions.png")
+    gains_figure(by_seed, folder / "gains.png")
     print(text)
     folders = [
         path for name in ("base", *(f"seed_{seed}" for seed in recipe["seeds"])) if (path := out / name).is_dir()

@@ -45,6 +45,7 @@ def test_fake_cuda_shapes(rows: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # what compilers warn of on a card is theirs
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["torch_varlen", "flash_attn", "flex"])
 @pytest.mark.parametrize("score", SCORES)

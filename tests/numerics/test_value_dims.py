@@ -120,6 +120,7 @@ def test_the_wider_dimension_decides_who_serves_the_call() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # what compilers warn of on a card is theirs
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["torch_varlen", "flash_attn", "flex"])
 @pytest.mark.parametrize("rows", ["anchor 2", "copies"])

@@ -151,7 +151,7 @@ def test_claims_are_read_off_the_rows_that_they_name(module) -> None:
     assert claims["K1"].effect([Rows(single)]) is None  # one problem has no interval
 
 
-def test_three_seeds_are_judged_over_seeds(module) -> None:
+def test_several_seeds_are_judged_over_seeds(module) -> None:
     claims = {claim.name: claim for claim in module("smollm2.claims").CLAIMS}
     beyond = {"measure": "long", "positions": "beyond", "stop": 16384}
     seeds = [Rows([loss_rows("full", 2.5 + gain, **beyond), loss_rows("anchor", 2.5, **beyond)])
@@ -161,6 +161,10 @@ def test_three_seeds_are_judged_over_seeds(module) -> None:
     # deviation 0.02646, 2 degrees of freedom: 4.3027 / sqrt(3) of it
     assert effect.high - effect.value == pytest.approx(4.30265 * 0.0264575 / math.sqrt(3), rel=1e-4)
     assert claims["T2"].answer(effect) == "undecided"
+    assert claims["T2"].effect(seeds[:2]).n == 2 and claims["T2"].effect(seeds[:1]).n == 6
+    assert module("smollm2.claims").results([claims["T2"]], seeds)[0].context["by_seed"] == pytest.approx(
+        [0.01, 0.02, 0.06]
+    )
 
 
 def test_the_summary_of_a_part_of_a_run(module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,15 +173,17 @@ def test_the_summary_of_a_part_of_a_run(module, tmp_path: Path, capsys: pytest.C
         rows = [loss_rows(model, nats - 0.1 * i, start=start, stop=stop)
                 for i, (start, stop) in enumerate([(0, 8192), (8192, 16384)])]  # fmt: skip
         append_results(tmp_path / "base" / "long" / model / "results.jsonl", rows)
-    rows = [loss_rows("anchor", 2.5, start=8192, stop=16384)]
-    append_results(tmp_path / "seed_0" / "long" / "anchor" / "results.jsonl", rows)
+    for model, nats in (("anchor", 2.5), ("full", 2.55)):
+        rows = [loss_rows(model, nats, start=8192, stop=16384)]
+        append_results(tmp_path / "seed_0" / "long" / model / "results.jsonl", rows)
     assert module("smollm2.summary").main([str(RECIPES / "smollm2" / "recipe.yaml"), str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert (
-        "| T1 | training helps past the checkpoint's length | 0.100 (0.100 to 0.100) | 0.050 | 6 | supported |" in text
+        "| T1 | training helps past the checkpoint's length | 0.100 (0.100 to 0.100) | 0.050 | 6 | supported | 0.100 |"
+        in text
     )
     assert "| model | to 8,192 | to 16,384 |" in text and "### RULER" not in text
     assert {path.name for path in (tmp_path / "summary").iterdir()} == {
-        *("manifest.json", "results.jsonl", "tables.md", "claims.png", "positions.png")
+        *("manifest.json", "results.jsonl", "tables.md", "claims.png", "gains.png")
     }
     assert (tmp_path / "report.html").is_file()
