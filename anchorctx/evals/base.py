@@ -105,6 +105,14 @@ def settings_of(config: Any, owner: type, *without: str) -> dict[str, Any]:
     return {field.name: values[field.name] for field in dataclasses.fields(owner) if field.name not in without}
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of held-out texts, without special tokens: `</s>` written in one is text, as it is to `prepare`."""
+    encoded = (
+        tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True) if texts else {"input_ids": []}
+    )
+    return encoded["input_ids"]  # type: ignore[return-value]
+
+
 def anchor_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that stands in front of every document: BOS, else EOS; UserError when there is neither."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.sources.facts import FactTokens
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, text_ids
 from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.config import ContextConfig, PerplexityConfig
 from anchorctx.evals.finite import exp
@@ -208,8 +208,7 @@ def long_enough(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], least:
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
     """Each text's token ids (n,) int64 behind the anchor, whatever special tokens the tokenizer would add."""
     anchor = anchor_token(tokenizer)
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-    return [np.array([anchor, *ids], dtype=np.int64) for ids in encoded]  # type: ignore[misc]
+    return [np.array([anchor, *ids], dtype=np.int64) for ids in text_ids(tokenizer, texts)]
 
 
 def perplexity_row(metric: str, sums: np.ndarray, counts: np.ndarray, unit: Unit) -> Result:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from anchorctx.data.sources.facts import FactRows, FactTokens, fact_rows, lines_of
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Progress, Subject, Unit, anchor_token
+from anchorctx.evals.base import Progress, Subject, Unit, anchor_token, text_ids
 from anchorctx.evals.distribute import spread
 from anchorctx.evals.evaluators.config import RetrievalConfig
 from anchorctx.evals.scoring import score
@@ -111,9 +111,9 @@ class TokenStream:
 def text_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
     """All texts as one stream of token ids (N,), and which tokens begin a line (N,) bool."""
     lines = [line for text in texts for line in lines_of(text)]
-    encoded = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
-    sizes = np.array([len(ids) for ids in encoded], dtype=np.int64)  # type: ignore[arg-type]
-    stream = np.fromiter((i for ids in encoded for i in ids), dtype=np.int64, count=int(sizes.sum()))  # type: ignore
+    encoded = text_ids(tokenizer, lines)
+    sizes = np.array([len(ids) for ids in encoded], dtype=np.int64)
+    stream = np.fromiter((i for ids in encoded for i in ids), dtype=np.int64, count=int(sizes.sum()))
     line_start = np.zeros(len(stream), dtype=bool)
     # Lines of 3, 0 and 2 tokens begin at cumsum - sizes = [0, 3, 3]; the empty one has no first token.
     line_start[(np.cumsum(sizes) - sizes)[sizes > 0]] = True

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import anchor_token
+from anchorctx.evals.base import anchor_token, text_ids
 from anchorctx.evals.evaluators.precision.models import arithmetic_context
 from anchorctx.evals.evaluators.precision.probe import Change, Probe
 from anchorctx.flops import layer_windows
@@ -42,8 +42,7 @@ class Texts:
     """Held-out documents as token ids, cut into rows on demand."""
 
     def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        self._documents = [np.asarray(ids, dtype=np.int64) for ids in encoded if len(ids)]  # type: ignore[union-attr]
+        self._documents = [np.asarray(ids, dtype=np.int64) for ids in text_ids(tokenizer, texts) if ids]
         self._anchor = anchor_token(tokenizer)
         self._stream = np.concatenate(self._documents) if self._documents else np.zeros(0, np.int64)
         self._ends = np.cumsum([len(ids) for ids in self._documents])

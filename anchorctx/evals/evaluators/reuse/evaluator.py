@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from anchorctx.data.sources.facts import KEY_TOKENS, SPECIAL_TOKENS, VALUE_TOKENS, FactTokens, lines_of
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of
+from anchorctx.evals.base import Candidate, Progress, Subject, Unit, settings_of, text_ids
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import is_first, rank_and_size, spread
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig, TaskName
@@ -230,7 +230,7 @@ def _task(
     if name is TaskName.retrieval and _reads(config, tokenizer):
 
         def encode(text: str) -> tuple[int, ...]:
-            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+            return tuple(text_ids(tokenizer, [text])[0])
 
         return Reading(config.retrieval, _crew(config, name), lines, encode, seed)
     if name is TaskName.retrieval:
@@ -275,5 +275,4 @@ def _crew(config: ReuseConfig, name: TaskName) -> Crew:
 
 def _lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     lines = [line for text in texts for line in lines_of(text)]
-    encoded = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
-    return [tuple(ids) for ids in encoded if ids]  # type: ignore[arg-type]
+    return [tuple(ids) for ids in text_ids(tokenizer, lines) if ids]

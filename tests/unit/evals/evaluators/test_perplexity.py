@@ -205,6 +205,25 @@ def test_a_corpus_of_short_documents_has_no_context(tokenizer: PreTrainedTokeniz
         evaluator.check(tokenizer)
 
 
+def test_short_documents_are_left_out_where_long_ones_are_asked_for(subject: Subject):
+    """The two longest of three, cut at 100; among short ones alone none is found."""
+    sizes = [len(ids) for ids in encode(subject.tokenizer, LONG)]
+    config = PerplexityConfig(documents=0, min_length=sorted(sizes)[1], max_length=100, buckets=[50, 100])
+    (row, _, last) = Perplexity(config, [*TEXTS, *LONG]).run(subject, {}, ignore)
+    assert row.n == 2 and last.context["tokens"] == 2 * 50
+    few = Perplexity(config, TEXTS)
+    with pytest.raises(UserError, match=rf"documents has the {config.min_length} tokens that perplexity.min_length"):
+        few.check(subject.tokenizer)
+
+
+def test_special_tokens_that_a_document_spells_out_are_text(tokenizer: PreTrainedTokenizerFast):
+    """As `anchorctx prepare` takes them: a control token in the middle would be another document than was written."""
+    written = f"end {tokenizer.eos_token} of {tokenizer.bos_token}"
+    (ids,) = encode(tokenizer, [written])
+    assert ids[0] == tokenizer.bos_token_id and not {tokenizer.bos_token_id, tokenizer.eos_token_id} & {*ids[1:]}
+    assert tokenizer.decode(ids[1:]) == written
+
+
 def test_a_row_has_what_each_document_says():
     row = perplexity_row("perplexity", np.array([6.0, 0.0, 2.0]), np.array([3.0, 0.0, 4.0]), {})
     assert row.context["values"] == [2.0, 0.5] and row.context["counts"] == [3, 4]  # the second has no tokens here
