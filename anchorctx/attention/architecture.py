@@ -92,6 +92,8 @@ def refusal(config: PretrainedConfig) -> str | None:
     found = listed(config) or listed(text)
     if found is not None:
         return REASONS[found]
+    if getattr(text, "alibi", False):  # Falcon-RW
+        return REASONS["bias"]
     return None if has_rope(text) else REASONS["no_rope"]
 
 

@@ -3,8 +3,8 @@
 Most models that would mix documents ask for a mask in their forward pass, and are refused there. Some never ask for
 anything: a state-space model takes `layouts=` among its keyword arguments and goes on. torch calls a hook for every
 part that a module is given. There a model with our attention is refused while it is built, and one with another
-attention, which `set_attn_implementation` may change, is made to refuse layouts. Models that keep documents apart have
-nothing added to their forward pass, but for the few whose layers need it (`attention.keywords`).
+attention, which `set_attn_implementation` may change, is made to refuse layouts. So is a model that keeps documents
+apart while it has another attention, which would take `layouts=` and go on without.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from anchorctx.attention import architecture
-from anchorctx.attention.keywords import hand_on_keywords
+from anchorctx.attention import architecture, falcon
+from anchorctx.attention.keywords import hand_on_keywords, keep_keywords
+from anchorctx.errors import UserError
 
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -49,10 +50,27 @@ def _judge(module: Module, name: str, part: Any) -> None:
 
 def _watch(model: PreTrainedModel, part: Module) -> None:
     """Have a model that would mix documents refuse them, and layers of others, in `part`, hand on where they lie."""
+    hook = _refuse_layouts
     if _reason(model) is None:
+        hook = _refuse_ignored
         hand_on_keywords(part)
-    elif _refuse_layouts not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_refuse_layouts, with_kwargs=True)
+        if falcon.is_model(model):
+            keep_keywords(model)
+    if hook not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _refuse_ignored(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # two models that are built of one configuration object share what is set of it: the first may lose its attention
+    if kwargs.get("layouts") is None or _is_ours(model):
+        return
+    text = architecture.text_config(model.config)
+    if text is None or not str(text._attn_implementation).startswith("anchor"):
+        name = model.config._attn_implementation
+        raise UserError(
+            f"{type(model).__name__} got layouts=, which attn_implementation={name!r} would ignore: call model."
+            "set_attn_implementation('anchor'), or build each model from a configuration of its own"
+        )
 
 
 def _refuse_layouts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

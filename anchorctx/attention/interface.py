@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
+from anchorctx.attention import falcon
 from anchorctx.attention.architecture import REASONS, REMEDY, check_architecture, check_documents, is_known
 from anchorctx.attention.boundaries import layouts_of
 from anchorctx.attention.construction import judge_new_models
@@ -37,6 +38,7 @@ def register() -> None:
         name = implementation(backend)
         AttentionInterface.register(name, partial(_anchor_forward, backend=backend))
         AttentionMaskInterface.register(name, _no_mask)
+        falcon.register(name)
 
 
 def implementation(backend: str = "auto") -> str:

@@ -19,6 +19,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from anchorctx.attention import falcon
 from anchorctx.errors import UserError
 
 KEYWORDS = ("layouts", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -29,7 +30,7 @@ _beside: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def hand_on_keywords(model: torch.nn.Module) -> None:
-    """Hook the layers of `model` that drop keyword arguments; idempotent, and nothing for other models.
+    """Hook what drops keyword arguments in `model`, layers or Falcon's models; idempotent, nothing for others.
 
     Llama 4 scales queries by their index in the row, which for documents that fit in its chunks is a factor of 1 when
     they are alone (`architecture.check_documents`): a hook switches it off for packed rows, and on for others.
@@ -38,9 +39,24 @@ def hand_on_keywords(model: torch.nn.Module) -> None:
         scales = getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")
         if scales and _scale_unpacked not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_scale_unpacked, with_kwargs=True)
+        falcon.adopt(module)
+        if falcon.is_model(module):
+            keep_keywords(module)
     for layer, attention in _unhooked(model):
         layer.register_forward_pre_hook(_keep, with_kwargs=True)
         attention.register_forward_pre_hook(_hand_on, with_kwargs=True)
+
+
+def keep_keywords(model: torch.nn.Module) -> None:
+    """Hook a model that hands no keyword arguments to its layers, so that their attention finds them; idempotent."""
+    if _keep not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_keep, with_kwargs=True)
+
+
+def kept(model: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which to call the forward of a model behind its hooks: what these would have done is done."""
+    found = _keep(model, (), kwargs) if falcon.is_model(model) else None
+    return kwargs if found is None else found[1]
 
 
 def check_keywords(model: torch.nn.Module) -> None:

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from anchorctx.attention.interface import implementation, register, together
+from anchorctx.attention.keywords import kept
 from anchorctx.errors import UserError
 from anchorctx.integrations.documents import Boundaries, Laid, lay_out_spans
 from anchorctx.layout import Pattern
@@ -92,7 +93,7 @@ def attached_forward(decoder: Any, *args: Any, **kwargs: Any) -> Any:
     gather, place, positions = (torch.from_numpy(array).to(ids.device) for array in arrays)
     row = torch.cat([ids.new_full((1,), attachment.anchor), ids.reshape(-1)])[gather][None]
     given |= {"input_ids": row, "position_ids": positions[None], "layouts": (laid.layout,), "use_cache": False}
-    output = forward(**given)
+    output = forward(**kept(decoder, given))
     if len(ids) == 1 and np.array_equal(laid.place, np.arange(ids.numel())):
         return output  # each document has its anchor already: nothing moved
     return _handed_back(output, row.shape[1], place, ids.shape)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from anchorctx.attention import construction, register
 from anchorctx.errors import UserError
 from anchorctx.testing import decoders
 
-NEVER_ASK_FOR_A_MASK = ("mamba", "rwkv", "falcon", "gpt_neox_japanese", "xlnet")
+NEVER_ASK_FOR_A_MASK = ("mamba", "rwkv", "gpt_neox_japanese", "xlnet")
 KEEP_THEIR_ATTENTION = ("bloom", "mpt")
 """transformers sets no other in these, and only warns."""
 
@@ -30,8 +31,16 @@ def test_a_model_that_never_asks_for_a_mask_refuses_layouts(name: str, before: b
         model(input_ids=row.ids, layouts=(row.layout,))
 
 
-def test_nothing_is_added_to_a_model_that_keeps_documents_apart() -> None:
+def test_a_model_that_keeps_documents_apart_refuses_layouts_that_its_attention_would_ignore() -> None:
+    """As of two models that are built of one configuration: the second sets the attention of both."""
     register()
-    model = decoders.build(decoders.tiny("llama"), "sdpa")
-    construction._watch_built_models()
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    config, row = decoders.tiny("llama"), decoders.row()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="anchor")
+    model(input_ids=row.ids, layouts=(row.layout,))
+    AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with pytest.raises(UserError, match="LlamaForCausalLM got layouts=, which attn_implementation='sdpa' would ignore"):
+        model(input_ids=row.ids, layouts=(row.layout,))
+    model(input_ids=row.ids)
+    model.set_attn_implementation("anchor")
+    model(input_ids=row.ids, layouts=(row.layout,))
+    assert not any(module._forward_pre_hooks for module in model.model.layers.modules())

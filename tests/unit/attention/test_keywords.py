@@ -28,7 +28,7 @@ def test_hooks_are_put_on_once() -> None:
     model = decoders.build(decoders.tiny("nemotron"), "anchor")  # has them already
     before = sum(len(module._forward_pre_hooks) for module in model.modules())
     hand_on_keywords(model)
-    assert before == sum(len(module._forward_pre_hooks) for module in model.modules()) == 2 * 2
+    assert before == sum(len(module._forward_pre_hooks) for module in model.modules()) == 2 * 2 + 2
 
 
 def test_a_model_without_hooks_is_refused_until_it_has_them() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from anchorctx.attention.construction import _refuse_ignored
 from anchorctx.errors import UserError
 from anchorctx.integrations import AnchorCollator, attach, check_model, detach
 from anchorctx.integrations.documents import Boundaries, lay_out_spans
@@ -168,7 +169,8 @@ def test_detached_the_model_is_as_it_was() -> None:
     assert (made(IDS, attention_mask=ONES).logits - before).abs().max() > 0.1
     detach(made)
     assert torch.equal(made(IDS).logits, before) and made.config._attn_implementation == "sdpa"
-    assert made.model.__dict__.keys() == state.keys() and not made._forward_pre_hooks
+    assert made.model.__dict__.keys() == state.keys()
+    assert [*made._forward_pre_hooks.values()] == [_refuse_ignored]  # of every model, once `register` was called
     attach(made)
 
 
