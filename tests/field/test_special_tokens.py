@@ -19,6 +19,9 @@ from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.sources.documents import Document
 from anchorctx.data.tokens.encode import Encoder, tokenize
 from anchorctx.data.tokens.tokenizer import SpecialTokens
+from anchorctx.evals.base import text_ids
+from anchorctx.evals.evaluators import perplexity, retrieval
+from anchorctx.evals.evaluators.precision.measure import Texts
 
 TEXTS = [
     "In Llama 2 a document ends with </s> and begins with <s>, as said.",
@@ -42,9 +45,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>")
 
 
+def documents_of(texts: list[str]) -> list[Document]:
+    return [Document(text, str(i)) for i, text in enumerate(texts)]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_names_of_special_tokens_are_text_and_counted(tokenizer: PreTrainedTokenizerFast, workers: int) -> None:
-    documents = [Document(text, str(i)) for i, text in enumerate(TEXTS)]
+    documents = documents_of(TEXTS)
     special = {*range(4)}
     for mode in SpecialTokens:
         found = list(tokenize(documents, Encoder.of(tokenizer, mode), workers))
@@ -55,6 +62,15 @@ def test_names_of_special_tokens_are_text_and_counted(tokenizer: PreTrainedToken
             # As transformers has it, which knows both ways.
             expected = tokenizer(text, add_special_tokens=False, split_special_tokens=mode is SpecialTokens.text)
             assert tokens.ids.tolist() == expected["input_ids"]
+
+
+def test_held_out_texts_are_read_as_prepare_reads_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    """ggml-org/llama.cpp #27371: perplexity takes its texts as text, and control tokens only where they are asked for."""
+    expected = [tokens.ids.tolist() for tokens in tokenize(documents_of(TEXTS), Encoder.of(tokenizer), 1)]
+    assert text_ids(tokenizer, TEXTS) == expected
+    assert [ids[1:].tolist() for ids in perplexity.encode(tokenizer, TEXTS)] == expected
+    for stream in (retrieval.text_stream(TEXTS, tokenizer)[0], Texts(TEXTS, tokenizer)._stream):
+        assert not {*range(4)} & {*stream.tolist()}
 
 
 def test_tokens_that_were_added_and_are_not_special_stay(tokenizer: PreTrainedTokenizerFast) -> None:
