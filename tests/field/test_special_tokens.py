@@ -65,7 +65,7 @@ def test_names_of_special_tokens_are_text_and_counted(tokenizer: PreTrainedToken
 
 
 def test_held_out_texts_are_read_as_prepare_reads_them(tokenizer: PreTrainedTokenizerFast) -> None:
-    """ggml-org/llama.cpp #27371: perplexity takes its texts as text, and control tokens only where they are asked for."""
+    """ggml-org/llama.cpp #27371: perplexity takes its corpus as text, control tokens only where they are asked for."""
     expected = [tokens.ids.tolist() for tokens in tokenize(documents_of(TEXTS), Encoder.of(tokenizer), 1)]
     assert text_ids(tokenizer, TEXTS) == expected
     assert [ids[1:].tolist() for ids in perplexity.encode(tokenizer, TEXTS)] == expected
