@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from anchorctx.errors import UserError
 from anchorctx.flops import layer_windows
 from anchorctx.kvcomm import grouped, memory
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.rope import Rope
+from anchorctx.kvcomm.scatter import Filled, RowCache, ScatterCache
 
 ATTENTION = ("sdpa", "eager", grouped.NAME)
 """Implementations that take the mask which scattered tokens need."""
@@ -126,13 +126,29 @@ class Decoder:
         return out.logits[:, out.logits.shape[1] - keep :]
 
     @torch.no_grad()
+    def forward_rows(self, ids: torch.Tensor, buffer: Buffer, slots: torch.Tensor) -> torch.Tensor:
+        """Run one token in each of the buffer's first rows, each in a slot of its own; returns logits (n, vocabulary).
+
+        Args:
+            ids: (n,) tokens.
+            buffer: of n rows or more, which hold different prompts.
+            slots: (n,) where they stand, and their positions; each sees its row's slots up to its own.
+        """
+        stop = int(slots.max()) + 1
+        # Slots [5, 2]: rows 0 0 0 0 0 0 and 0 0 0 - - -, with - for the lowest number of the dtype.
+        mask = self._mask(slots, stop, rows=True)
+        cache = RowCache(buffer.keys, buffer.values, slots, stop)
+        given = {"attention_mask": mask, "position_ids": slots[:, None], self._cache_name: cache}
+        return self.model(input_ids=ids[:, None], use_cache=True, logits_to_keep=1, **given).logits[:, -1]
+
+    @torch.no_grad()
     def fill(self, ids: torch.Tensor, buffer: Buffer, slots: range, layers: int) -> None:
         """Run neighbours through the first layers alone, until those have their KV in the buffer; there are no logits.
 
         What is behind the last one's keys and values is not computed: its cache ends the forward.
         """
         for first in range(0, len(slots), CHUNK):
-            with contextlib.suppress(_Filled):
+            with contextlib.suppress(Filled):
                 self._run(ids[:, first : first + CHUNK], buffer, slots[first : first + CHUNK], 0, 1, layers)
 
     def _run(
@@ -141,7 +157,7 @@ class Decoder:
         where = torch.arange(slots.start, slots.stop) if isinstance(slots, range) else slots
         where = where.to(self.device)
         stop = int(slots[-1]) + 1
-        cache = _ScatterCache(buffer, slots if isinstance(slots, range) else where, stop, layers)
+        cache = ScatterCache(buffer.keys, buffer.values, slots if isinstance(slots, range) else where, stop, layers)
         # Slots [2, 5, 7]: the new KV goes to these places, and each token sees the slots up to its own, of 8 in all.
         mask = None if isinstance(slots, range) else self._mask(where, stop)
         return self.model(
@@ -179,19 +195,21 @@ class Decoder:
         keys, values = (torch.stack([getattr(layer, part) for layer in layers]) for part in ("keys", "values"))
         return KV(keys, values, first)
 
-    def _mask(self, where: torch.Tensor, stop: int) -> torch.Tensor | dict[str, torch.Tensor]:
+    def _mask(self, where: torch.Tensor, stop: int, *, rows: bool = False) -> torch.Tensor | dict[str, torch.Tensor]:
         """(1, 1, S, stop), additive: each token sees the slots up to its own, or so many of them as a window holds; by
         kind of layer where kinds differ. In the model's dtype, so that no layer has to convert it; grouped attention
-        needs its rows once for every query head of a group."""
+        needs its rows once for every query head of a group. With `rows` (S, 1, 1, stop), for tokens of S prompts."""
         # where [2, 5], stop 6: rows 0 0 0 - - - and 0 0 0 0 0 0, with - for the lowest number of the dtype; a window of
         # 3 makes the second one - - - 0 0 0.
-        rows = where.repeat(grouped.copies(self.model))[:, None]
+        copies = grouped.copies(self.model)
+        own = where[:, None] if rows else where.repeat(copies)[:, None]
         slots = torch.arange(stop, device=where.device)[None, :]
         masks = {}
         for kind, window in self._windows.items():
-            hidden = slots > rows if window is None else (slots > rows) | (slots <= rows - window)
+            hidden = slots > own if window is None else (slots > own) | (slots <= own - window)
             zeros = torch.zeros(hidden.shape, dtype=self.dtype, device=where.device)
-            masks[kind] = zeros.masked_fill_(hidden, torch.finfo(self.dtype).min)[None, None]
+            filled = zeros.masked_fill_(hidden, torch.finfo(self.dtype).min)
+            masks[kind] = filled[:, None, None].expand(-1, -1, copies, -1) if rows else filled[None, None]
         return masks.get("", masks)
 
     def _two_tokens(self, first: int) -> DynamicCache:
@@ -219,58 +237,6 @@ class Decoder:
         here, there = (self.from_cache(cache, first) for cache, first in zip(caches, (0, _PROBED), strict=True))
         self.rope.find(here, there)
         return here.keys.shape[2], here.keys.shape[4], here.values.shape[4]
-
-
-class _Filled(Exception):
-    """The last layer that was asked for has its keys and values."""
-
-
-class _ScatterCache(Cache):
-    """A buffer in one forward, as transformers sees it: new entries go to their slots, attention reads up to `stop`.
-
-    With fewer than the buffer's `layers`, the last of them raises `_Filled` in place of going on.
-    """
-
-    def __init__(self, buffer: Buffer, slots: range | torch.Tensor, stop: int, layers: int) -> None:
-        pairs = zip(buffer.keys, buffer.values, strict=True)
-        super().__init__(layers=[_ScatterLayer(keys, values, slots, stop) for keys, values in pairs])
-        last: Any = self.layers[layers - 1]
-        last.ends = layers < len(self.layers)
-
-
-class _ScatterLayer(CacheLayerMixin):
-    ends = False
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slots: range | torch.Tensor, stop: int) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-        self._slots, self._stop = slots, stop
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Memory is the buffer's."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.keys is not None and self.values is not None
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            if isinstance(self._slots, range):  # neighbours: a slice is quicker than an index
-                held[:, :, self._slots.start : self._slots.stop] = new
-            else:
-                held.index_copy_(2, self._slots, new.to(held.dtype))
-        if self.ends:
-            raise _Filled
-        return self.keys[:, :, : self._stop], self.values[:, :, : self._stop]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._stop, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens before the new ones; asked for only when these are neighbours."""
-        return int(self._slots[0])
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 def _windows(model: PreTrainedModel) -> tuple[int | None, ...]:

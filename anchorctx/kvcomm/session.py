@@ -19,8 +19,9 @@ from anchorctx.kvcomm.arms.names import make_arm
 from anchorctx.kvcomm.chat import end_of_turn, template_of
 from anchorctx.kvcomm.decoder import Buffer, Decoder
 from anchorctx.kvcomm.request import Prefixes, RequestState, TurnContext, now
+from anchorctx.kvcomm.together import alone, together
 from anchorctx.kvcomm.topology import TOPOLOGIES, Topology
-from anchorctx.kvcomm.turn import Turn, finished, keep_message, prefill, recite, speak
+from anchorctx.kvcomm.turn import Talk, Turn, finished, keep_message, prefill, recite, speak
 
 
 class Session:
@@ -124,8 +125,26 @@ class Session:
 
     def ask(self, texts: Mapping[str, str | Sequence[int]]) -> dict[str, Turn]:
         """Run a request through all agents; each one's turn, in order."""
-        request = self.start(texts)
-        return {name: request.run(name) for name in self.topology.order}
+        return alone(self.decoder, self.talk(texts))
+
+    def ask_all(self, several: Sequence[Mapping[str, str | Sequence[int]]], at_once: int = 8) -> list[dict[str, Turn]]:
+        """`ask` for several requests, `at_once` of them beside each other: a forward has a token of each.
+
+        An arm learns from them in the order in which they come to it, so that one request does not know what another
+        of the same batch is about to teach it. Each takes memory for its prompt's keys and values, twice.
+        """
+        found: list[dict[str, Turn]] = []
+        for first in range(0, len(several), at_once):
+            talks = {str(i): self.talk(texts) for i, texts in enumerate(several[first : first + at_once])}
+            found += together(self.decoder, talks).values()
+        return found
+
+    def talk(self, texts: Mapping[str, str | Sequence[int]]) -> Talk[dict[str, Turn]]:
+        """`ask`, to be run by `kvcomm.together` beside other talks of the same model."""
+        request, turns = self.start(texts), {}
+        for name in self.topology.order:
+            turns[name] = yield from request.turn(name)
+        return turns
 
     def arm_of(self, agent: str) -> Arm:
         """The session's arm; dense for the decision agent."""
@@ -148,7 +167,19 @@ class Request:
         frame: Frame | None = None,
         keep: bool = True,
     ) -> Turn:
-        """Let an agent speak, after all that it hears.
+        """Let an agent speak, after all that it hears; see `turn`."""
+        return alone(self.session.decoder, self.turn(name, answer=answer, message=message, frame=frame, keep=keep))
+
+    def turn(
+        self,
+        name: str,
+        *,
+        answer: Ids | None = None,
+        message: Ids | None = None,
+        frame: Frame | None = None,
+        keep: bool = True,
+    ) -> Talk[Turn]:
+        """An agent's turn, after all that it hears.
 
         Args:
             name: the agent.
@@ -169,7 +200,7 @@ class Request:
         confidence = float(found.logits.float().softmax(-1).max())
         if answer is None:
             stop = None if agent.stop is None else lambda ids: agent.stop(session.decode(ids))  # type: ignore
-            ids, filled = speak(decoder, found.buffer, prompt.length, found.logits, room, session.ends, stop)
+            ids, filled = yield from speak(found.buffer, prompt.length, found.logits, room, session.ends, stop)
             logits = found.logits[None]
         else:
             ids, filled = answer, len(answer)

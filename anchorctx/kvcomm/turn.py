@@ -8,8 +8,9 @@ All arms are timed on the same path, and nothing but decoding is left out of the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from anchorctx.kvcomm.agents import Answer, Ids, Prompt
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.decoder import Buffer, Decoder
 from anchorctx.kvcomm.request import Placement, Shared, TurnContext, now
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +103,27 @@ def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
     return Prefill(buffer, logits, given, len(slots), int((slots + 1).sum()), reused, seconds)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What somebody who speaks waits for: the logits (V,) behind `token`, run in `slot` of a prompt's buffer."""
+
+    buffer: Buffer
+    slot: int
+    token: int
+
+
+Talk = Generator[Step, torch.Tensor, Found]
+"""A computation that asks for one token's logits at a time; `together` runs several of them."""
+
+
 def speak(
-    decoder: Decoder,
     buffer: Buffer,
     length: int,
     logits: torch.Tensor,
     limit: int,
     ends: frozenset[int],
     stop: Callable[[Ids], bool] | None = None,
-) -> tuple[Ids, int]:
+) -> Talk[tuple[Ids, int]]:
     """Greedy decoding behind a prompt of `length` tokens: the answer, and how many of its tokens have their KV."""
     answer: list[int] = []
     while True:
@@ -120,8 +134,7 @@ def speak(
         if len(answer) == limit or (stop is not None and stop(tuple(answer))):
             return tuple(answer), len(answer) - 1
         # The first token came from the prefill's logits; its KV is computed when the second one is asked for.
-        at = length + len(answer) - 1
-        logits = decoder.forward(decoder.tensor([token]), buffer, range(at, at + 1))[0, -1]
+        logits = yield Step(buffer, length + len(answer) - 1, token)
 
 
 @torch.no_grad()

@@ -142,7 +142,8 @@ class Reuse:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arms: dict[str, Callable[[], Arm]]
     ) -> Lab:
         config = self.config
-        return Lab(model, tokenizer, Decoder(model), arms, config.decision_dense, config.compare_tokens, self._seed)
+        numbers = (config.decision_dense, config.compare_tokens, config.decode_together, self._seed)
+        return Lab(model, tokenizer, Decoder(model), arms, *numbers)
 
     @property
     def _stream(self) -> np.ndarray:

@@ -21,6 +21,7 @@ from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.arms.predicted import Predicted
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.session import Session
+from anchorctx.kvcomm.together import together
 from anchorctx.kvcomm.turn import Turn
 from anchorctx.records.transcripts import Said, Transcript
 
@@ -80,6 +81,7 @@ class Lab:
     arms: dict[str, Callable[[], Arm]]
     decision_dense: bool
     compare_tokens: int
+    decode_together: int
     seed: int
 
 
@@ -134,9 +136,12 @@ class Trial:
             request = session.start(problem.texts)
             for agent, (ids, message) in words.items() if _learns(session.arm) else ():
                 request.run(agent, answer=ids[: self._lab.compare_tokens], message=message)
-        for session in self._free.values() if self.team.decision is not None else ():
-            # As it was: what an arm learns here has the rounding of tokens that were run one by one.
-            session.ask(problem.texts) if _learns(session.arm) else session.start(problem.texts)
+        if self.team.decision is not None:
+            # As it was: what an arm learns here has the rounding of the tokens that were run at once.
+            learning = [name for name, session in self._free.items() if _learns(session.arm)]
+            self._speak_freely(problem, learning)
+            for session in (self._free[name] for name in self._free if name not in learning):
+                session.start(problem.texts)
 
     def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
         lab, team = self._lab, self.team
@@ -198,11 +203,23 @@ class Trial:
         self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
         said = {"dense": {agent: turn.answer.text for agent, turn in dense.items()}}
         # Dense's own answers are at hand from the first run: it is not run again.
-        for name, session in self._free.items():
-            turns = session.ask(problem.texts)
+        for name, turns in self._speak_freely(problem, list(self._free)).items():
             self.records[name].correct.append(self._task.score(turns[decision].answer, problem))
             said[name] = {agent: turn.answer.text for agent, turn in turns.items()}
         return said
+
+    def _speak_freely(self, problem: Problem, names: list[str]) -> dict[str, dict[str, Turn]]:
+        """The free runs of some arms, several at once; those that learn among themselves, so that `replay`, which runs
+        only them, gives them the same rounding."""
+        learning = [name for name in names if _learns(self._free[name].arm)]
+        others = [name for name in names if name not in learning]
+        turns: dict[str, dict[str, Turn]] = {}
+        for group in (learning, others):
+            size = self._lab.decode_together
+            for some in (group[first : first + size] for first in range(0, len(group), size)):
+                talks = {name: self._free[name].talk(problem.texts) for name in some}
+                turns |= together(self._lab.decoder, talks)
+        return {name: turns[name] for name in names}
 
     def _transcript(self, problem: Problem, dense: dict[str, Turn], said: dict[str, dict[str, str]]) -> Transcript:
         arms = {}
