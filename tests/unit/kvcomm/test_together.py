@@ -32,9 +32,13 @@ def sessions(parts, decoder: Decoder) -> dict[str, Session]:
     return {arm: Session(*parts, AGENTS, arm=arm, decoder=decoder) for arm in ARMS}
 
 
-def test_they_say_what_each_says_alone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was in the memory that their buffers are made of."""
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers are made of memory that may hold anything."""
     monkeypatch.setattr(memory, "empty", lambda shape, dtype, device: torch.full(shape, torch.nan, dtype=dtype))
+
+
+def test_they_say_what_each_says_alone(parts) -> None:
     decoder = Decoder(parts[0])
     single, several = sessions(parts, decoder), sessions(parts, decoder)
     for texts in TEXTS:  # the second time kvcomm has learnt something
