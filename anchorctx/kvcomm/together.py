@@ -80,9 +80,7 @@ class _Rows:
             ):  # another prompt, or one whose tokens were not all run here
                 _copy(step.buffer, 0, buffer, row, slice(step.slot))
                 for entries in (buffer.keys, buffer.values):
-                    entries[:, row, :, step.slot :] = (
-                        0  # hidden from this row, but read as well
-                    )
+                    entries[:, row, :, step.slot :] = 0  # hidden from this row, but read as well
         device = self.decoder.device
         ids, slots = (torch.tensor(x, device=device) for x in ([s.token for s in ordered], [s.slot for s in ordered]))
         logits = self.decoder.forward_rows(ids, buffer, slots)
