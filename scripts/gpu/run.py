@@ -36,10 +36,10 @@ STAGES = {
     "attention": 60,
     "fused": 25,
     "step": 90,
-    "resume": 80,
+    "resume": 90,
     "reuse": 70,
-    "precision": 50,
-    "smollm2": 70,
+    "precision": 60,
+    "smollm2": 60,
 }
 """In order of worth, with each one's share of the time: its limit in seconds where all run and none ends early."""
 TOTAL = 520

@@ -53,7 +53,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow  # the rehearsal takes two minutes
 def test_a_rehearsal_goes_through_every_stage(rehearsed: dict[str, Any]) -> None:
-    assert list(rehearsed) == ["check", "attention", "fused", "step", "reuse", "precision", "smollm2"]
+    assert list(rehearsed) == ["check", "attention", "fused", "step", "resume", "reuse", "precision", "smollm2"]
     rows = [row for tables in rehearsed.values() for table in tables.values() for row in table]
     assert not [row for row in rows if "failed" in row or "skipped" in row]
 
@@ -61,7 +61,8 @@ def test_a_rehearsal_goes_through_every_stage(rehearsed: dict[str, Any]) -> None
 @pytest.mark.slow  # the rehearsal takes two minutes
 def test_check_and_attention(rehearsed: dict[str, Any]) -> None:
     errors = rehearsed["check"]["errors"]
-    assert {row["case"] for row in errors} == {"batch of 2", "window"} and all(row["ok"] for row in errors)
+    assert {row["case"] for row in errors} == {"batch of 2", "window", "sinks", "wider values"}
+    assert all(row["ok"] for row in errors)
     timed = {(row["documents"], row["variant"]): row for row in rehearsed["attention"]["attention"]}
     for documents in ("4 of 64", "1 of lognormal"):
         assert all(timed[documents, name]["of kernel"] > 0 for name in ("kernel", "intra_doc", "copies", "anchor"))
@@ -70,6 +71,13 @@ def test_check_and_attention(rehearsed: dict[str, Any]) -> None:
     assert rehearsed["fused"]["merge"][0]["largest deviation"] < 1e-4
     for row in rehearsed["attention"]["copies against the merge"]:
         assert row["largest deviation"] < 1e-5 * row["largest"]
+
+
+@pytest.mark.slow  # the rehearsal takes two minutes
+def test_a_killed_run_goes_on_with_the_same_bits(rehearsed: dict[str, Any]) -> None:
+    continued, twice = rehearsed["resume"]["two runs"]
+    assert continued["ok"] and continued["losses apart"] == continued["weights apart"] == 0
+    assert twice["steps"] == 6 and twice["losses apart"] == 0  # on a CPU
 
 
 @pytest.mark.slow  # the rehearsal takes two minutes
