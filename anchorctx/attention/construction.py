@@ -13,6 +13,7 @@ import functools
 import gc
 from typing import Any
 
+import torch
 from torch.nn import Module
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
@@ -52,7 +53,7 @@ def _watch(model: PreTrainedModel, part: Module) -> None:
     """Have a model that would mix documents refuse them, and layers of others, in `part`, hand on where they lie."""
     hook = _refuse_layouts
     if _reason(model) is None:
-        hook = _refuse_ignored
+        hook = _check_layouts
         hand_on_keywords(part)
         if falcon.is_model(model):
             keep_keywords(model)
@@ -60,16 +61,19 @@ def _watch(model: PreTrainedModel, part: Module) -> None:
         model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _refuse_ignored(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # two models that are built of one configuration object share what is set of it: the first may lose its attention
-    if kwargs.get("layouts") is None or _is_ours(model):
+def _check_layouts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("layouts") is None:
         return
+    name, mask = type(model).__name__, kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.dtype is not torch.bool and bool((mask > 1).any()):
+        # transformers makes it a mask of ones before anything of ours sees it
+        raise UserError(f"{name} got layouts= and an attention_mask that numbers documents: pass one of them")
+    # two models that are built of one configuration object share what is set of it: the first may lose its attention
     text = architecture.text_config(model.config)
-    if text is None or not str(text._attn_implementation).startswith("anchor"):
-        name = model.config._attn_implementation
+    if not _is_ours(model) and (text is None or not str(text._attn_implementation).startswith("anchor")):
         raise UserError(
-            f"{type(model).__name__} got layouts=, which attn_implementation={name!r} would ignore: call model."
-            "set_attn_implementation('anchor'), or build each model from a configuration of its own"
+            f"{name} got layouts=, which attn_implementation={model.config._attn_implementation!r} would ignore: call "
+            "model.set_attn_implementation('anchor'), or build each model from a configuration of its own"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from anchorctx.attention import construction, register
@@ -44,3 +45,13 @@ def test_a_model_that_keeps_documents_apart_refuses_layouts_that_its_attention_w
     model.set_attn_implementation("anchor")
     model(input_ids=row.ids, layouts=(row.layout,))
     assert not any(module._forward_pre_hooks for module in model.model.layers.modules())
+
+
+def test_a_mask_that_numbers_documents_is_refused_beside_layouts() -> None:
+    register()
+    model, row = decoders.build(decoders.tiny("llama"), "anchor"), decoders.row()
+    mask = torch.ones_like(row.ids)
+    model(input_ids=row.ids, attention_mask=mask, layouts=(row.layout,))
+    mask[:, 10:] = 2
+    with pytest.raises(UserError, match="LlamaForCausalLM got layouts= and an attention_mask that numbers documents"):
+        model(input_ids=row.ids, attention_mask=mask, layouts=(row.layout,))

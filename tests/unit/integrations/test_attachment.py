@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from anchorctx.attention.construction import _refuse_ignored
+from anchorctx.attention.construction import _check_layouts
 from anchorctx.errors import UserError
 from anchorctx.integrations import AnchorCollator, attach, check_model, detach
 from anchorctx.integrations.documents import Boundaries, lay_out_spans
@@ -170,7 +170,7 @@ def test_detached_the_model_is_as_it_was() -> None:
     detach(made)
     assert torch.equal(made(IDS).logits, before) and made.config._attn_implementation == "sdpa"
     assert made.model.__dict__.keys() == state.keys()
-    assert [*made._forward_pre_hooks.values()] == [_refuse_ignored]  # of every model, once `register` was called
+    assert [*made._forward_pre_hooks.values()] == [_check_layouts]  # of every model, once `register` was called
     attach(made)
 
 
