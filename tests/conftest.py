@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -7,6 +8,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed looks for a d
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels run on the CPU
+
+for received, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(received) is signal.SIG_IGN:  # under nohup: tests of signals are of a terminal's
+        signal.signal(received, usual)
 
 
 def pytest_addoption(parser):

@@ -62,14 +62,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     return root / "run", done
 
 
-def test_it_makes_what_it_says(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def it_makes_what_it_says(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     out, done = finished
     assert "held-out perplexity, each folder loaded fresh:" in done.stdout
     for name in ("exported/model.safetensors", "plots/loss.png", "plots/pattern.png", "run/manifest.json"):
         assert (out / name).is_file(), name
 
 
-def test_the_exported_folder_has_the_new_length_and_theta(
+def the_exported_folder_has_the_new_length_and_theta(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder = finished[0] / "exported"
@@ -80,7 +80,7 @@ def test_the_exported_folder_has_the_new_length_and_theta(
     assert len(AutoTokenizer.from_pretrained(folder)) == model.config.vocab_size
 
 
-def test_perplexity_before_and_after_is_the_folders_own(
+def perplexity_before_and_after_is_the_folders_own(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     before, after = (next(read_results(finished[0] / "eval" / name / "results.jsonl")) for name in ("before", "after"))
@@ -94,7 +94,7 @@ def test_perplexity_before_and_after_is_the_folders_own(
     assert [Path(name).name for name in models] == ["model", "exported"]
 
 
-def test_metrics_went_to_both_places(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def metrics_went_to_both_places(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     run = finished[0] / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -103,8 +103,20 @@ def test_metrics_went_to_both_places(finished: tuple[Path, subprocess.CompletedP
     assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_progress_was_visible(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def progress_was_visible(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     shown = finished[1].stderr
     assert "documents/s" in shown and "perplexity of after: 100%" in shown
     assert "step/s" in shown or "s/step" in shown  # whichever is above 1
     assert "Traceback" not in shown
+
+
+def test_from_a_corpus_to_the_figures(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    """One test, so that two processes that share the tests do not both make the run, which takes minutes."""
+    for check in (
+        it_makes_what_it_says,
+        the_exported_folder_has_the_new_length_and_theta,
+        perplexity_before_and_after_is_the_folders_own,
+        metrics_went_to_both_places,
+        progress_was_visible,
+    ):
+        check(finished)
