@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +107,8 @@ def talk(decoder: Decoder, settings: Settings, number: int) -> Talk[Any]:
 
 def one_by_one(decoder: Decoder, talks: dict[str, Talk[Any]]) -> None:
     """Each to its end."""
-    run: Callable[..., Any] = alone
     for own in talks.values():
-        run(decoder, own)
+        alone(decoder, own)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ class Session:
         An arm learns from them in the order in which they come to it, so that one request does not know what another
         of the same batch is about to teach it. Each takes memory for its prompt's keys and values, twice.
         """
+        if at_once < 1:
+            raise UserError(f"at_once={at_once} must be at least 1: 1 answers one request after the other")
         found: list[dict[str, Turn]] = []
         for first in range(0, len(several), at_once):
             talks = {str(i): self.talk(texts) for i, texts in enumerate(several[first : first + at_once])}

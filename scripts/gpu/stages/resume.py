@@ -25,16 +25,8 @@ from safetensors.torch import load_file
 from anchorctx.config import resolve
 from anchorctx.train.export import export
 from stages.stage import Stage, benchmark
-from stages.step import LLAMA_1B, TINY_LLAMA, random_checkpoint
+from stages.step import TINY_LLAMA, random_checkpoint
 
-SMOL = LLAMA_1B | {
-    "vocab_size": 49_152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-}
 ROW, TINY_ROW, LONGEST, TINY_LONGEST = 65_536, 512, 16_384, 128
 STEPS, EVERY = 6, 2
 """Steps of a run, and between checkpoints."""
@@ -45,7 +37,8 @@ NEEDS = 25.0
 def run(stage: Stage) -> None:
     """The runs that claim to be equal first."""
     row, longest = (TINY_ROW, TINY_LONGEST) if stage.tiny else (ROW, LONGEST)
-    shape = TINY_LLAMA if stage.tiny else SMOL
+    smol = {"model_type": "llama", **benchmark("together").SMOL, "max_position_embeddings": ROW}
+    shape = TINY_LLAMA if stage.tiny else smol
     packed = benchmark("pieces").packed_set(stage.scratch / "packed_resume", row, longest, STEPS)
     model = random_checkpoint(shape, stage)
     for name, second, settings in (

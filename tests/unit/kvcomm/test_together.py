@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from anchorctx.errors import UserError
 from anchorctx.kvcomm import Agent, Session, grouped, memory
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.together import together
@@ -61,6 +62,8 @@ def test_several_requests_of_one_session(parts, arm: str) -> None:
     expected = [{name: turn.ids for name, turn in one.ask(texts).items()} for texts in TEXTS]
     found = other.ask_all(TEXTS, at_once=2)
     assert [{name: turn.ids for name, turn in turns.items()} for turns in found] == expected
+    with pytest.raises(UserError, match="at_once=0 must be at least 1"):
+        other.ask_all(TEXTS, at_once=0)
 
 
 def test_a_forward_serves_everyone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
