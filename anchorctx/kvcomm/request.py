@@ -129,6 +129,8 @@ class TurnContext:
     keep: bool = True
     """Whether the arm may learn from this turn."""
     tally: Tally = field(default_factory=Tally)
+    memo: object = None
+    """What the arm keeps of this turn until it has heard the answer: other turns may begin in between."""
 
     def glue(self, segment: Segment) -> Shared:
         """Base KV of a fixed text, from the session."""

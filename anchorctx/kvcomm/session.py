@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from anchorctx.errors import UserError
 from anchorctx.flops import ModelFlops
 from anchorctx.kvcomm.agents import Agent, Answer, Frame, Ids, Messages, Prompt, check_agents, check_placeholders
-from anchorctx.kvcomm.arms.basic import Arm, Dense
+from anchorctx.kvcomm.arms.basic import Arm, FixedPrefix
 from anchorctx.kvcomm.arms.names import make_arm
 from anchorctx.kvcomm.chat import end_of_turn, template_of
 from anchorctx.kvcomm.decoder import Buffer, Decoder
@@ -66,7 +66,7 @@ class Session:
         # The base KV of a text is computed behind the token that all prompts begin with, since it takes the attention
         # that looks for nothing (a sink): BOS, or what the chat template begins with, <|im_start|> in ChatML.
         self.prefixes = Prefixes(self.decoder, _first_token(self.frames), self.encode(header))
-        self._dense, self._numbers = Dense(), itertools.count()
+        self._dense, self._numbers = FixedPrefix(), itertools.count()
 
     def frame(self, name: str, names: Mapping[str, str] | None = None) -> Frame:
         """An agent's template in tokens; `names` exchange its placeholders, as in `Template.reordered`."""
@@ -131,15 +131,12 @@ class Session:
         """`ask` for several requests, `at_once` of them beside each other: a forward has a token of each.
 
         An arm learns from them in the order in which they come to it, so that one request does not know what another
-        of the same batch is about to teach it. Each takes memory for its prompt's keys and values, twice.
+        that is under way is about to teach it. Each takes memory for its prompt's keys and values, twice.
         """
         if at_once < 1:
             raise UserError(f"at_once={at_once} must be at least 1: 1 answers one request after the other")
-        found: list[dict[str, Turn]] = []
-        for first in range(0, len(several), at_once):
-            talks = {str(i): self.talk(texts) for i, texts in enumerate(several[first : first + at_once])}
-            found += together(self.decoder, talks).values()
-        return found
+        talks = {i: self.talk(texts) for i, texts in enumerate(several)}
+        return list(together(self.decoder, talks, at_once).values())
 
     def talk(self, texts: Mapping[str, str | Sequence[int]]) -> Talk[dict[str, Turn]]:
         """`ask`, to be run by `kvcomm.together` beside other talks of the same model."""
@@ -149,7 +146,7 @@ class Session:
         return turns
 
     def arm_of(self, agent: str) -> Arm:
-        """The session's arm; dense for the decision agent."""
+        """The session's arm; dense, its fixed beginning apart, for the decision agent."""
         return self._dense if agent == self.decision else self.arm
 
 

@@ -7,12 +7,15 @@ rounding: a row's logits differ from the single ones in the last digits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Generic, TypeVar
 
 import torch
 
 from anchorctx.kvcomm.decoder import Buffer, Decoder
 from anchorctx.kvcomm.turn import Found, Step, Talk
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def alone(decoder: Decoder, talk: Talk[Found]) -> Found:
@@ -25,27 +28,33 @@ def alone(decoder: Decoder, talk: Talk[Found]) -> Found:
         return end.value
 
 
-def together(decoder: Decoder, talks: Mapping[str, Talk[Found]]) -> dict[str, Found]:
+def together(decoder: Decoder, talks: Mapping[Name, Talk[Found]], at_once: int | None = None) -> dict[Name, Found]:
     """The talks' outcomes; every forward has a token of each that still goes on, as long as there are several.
 
-    What a talk does between two tokens, such as reading the next prompt, is done for it alone meanwhile.
+    What a talk does between two tokens, such as reading the next prompt, is done for it alone meanwhile. No more than
+    `at_once` go on at a time, each in a row of memory; the next one begins when one of them is over. None is all.
     """
-    found: dict[str, Found] = {}
-    steps: dict[str, Step] = {}
-    rows = _Rows(decoder, len(talks))
+    at_once = len(talks) if at_once is None else at_once
+    found: dict[Name, Found] = {}
+    steps: dict[Name, Step] = {}
+    waiting, rows = iter(talks), _Rows[Name](decoder, at_once)
 
-    def go_on(name: str, logits: torch.Tensor | None) -> None:
+    def go_on(name: Name, logits: torch.Tensor | None) -> None:
         steps.pop(name, None)
         try:
             steps[name] = next(talks[name]) if logits is None else talks[name].send(logits)
         except StopIteration as end:
             found[name] = end.value
 
-    for name in talks:
-        go_on(name, None)
+    def begin() -> None:
+        while len(steps) < at_once and (name := next(waiting, None)) is not None:
+            go_on(name, None)
+
+    begin()
     while steps:
         for name, logits in rows.forward(steps).items():
             go_on(name, logits)
+        begin()
     return {name: found[name] for name in talks}
 
 
@@ -53,18 +62,18 @@ def _single(decoder: Decoder, step: Step) -> torch.Tensor:
     return decoder.forward(decoder.tensor([step.token]), step.buffer, range(step.slot, step.slot + 1))[0, -1]
 
 
-class _Rows:
+class _Rows(Generic[Name]):
     """One buffer with a row for each talk, the ones that go on in front; their own buffers are kept up to date."""
 
     def __init__(self, decoder: Decoder, count: int) -> None:
         self.decoder, self.count = decoder, count
         self.buffer: Buffer | None = None
-        self.names: list[str] = []
+        self.names: list[Name] = []
         """Of the rows."""
-        self.held: dict[str, tuple[Buffer, int]] = {}
+        self.held: dict[Name, tuple[Buffer, int]] = {}
         """Whose entries a row has, and how many of them."""
 
-    def forward(self, steps: Mapping[str, Step]) -> dict[str, torch.Tensor]:
+    def forward(self, steps: Mapping[Name, Step]) -> dict[Name, torch.Tensor]:
         """Each one's logits (V,)."""
         if len(steps) == 1:
             ((name, step),) = steps.items()
@@ -89,7 +98,7 @@ class _Rows:
             self.held[name] = step.buffer, step.slot + 1
         return dict(zip(self.names, logits, strict=True))
 
-    def _leave(self, steps: Mapping[str, Step]) -> None:
+    def _leave(self, steps: Mapping[Name, Step]) -> None:
         """Take out the rows of talks that are over; the last row moves into each one's place."""
         for name in [name for name in self.names if name not in steps]:
             row, last = self.names.index(name), self.names.pop()

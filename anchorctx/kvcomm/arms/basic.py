@@ -50,6 +50,14 @@ class Dense(Arm):
     """Computes everything."""
 
 
+class FixedPrefix(Arm):
+    """Dense, but the fixed text that prompts begin with is encoded once a session: exact."""
+
+    def place(self, context: TurnContext) -> Sequence[Placement]:
+        """That text."""
+        return [context.prefix()]
+
+
 class DensePrefixCache(Arm):
     """Dense, but an identical beginning is copied from the agents' latest prompts: exact, as vLLM and SGLang do."""
 

@@ -86,15 +86,14 @@ class Predicted(Rotate):
         """Of the latest turn; None where it had nothing to reuse."""
         self._samples: list[Sample] = []
         self._predictor: Predictor | None = None
-        self._signals: Signals | None = None  # of the turn that goes on
 
     def choose(self, context: TurnContext, buffer: Buffer) -> torch.Tensor:
         """The slots of the cheapest rung within the bound, or all."""
         prompt = context.prompt
-        self.forecast, self._signals = None, None
+        self.forecast = None
         if not any(segment.length for segment in prompt.placeholders):
             return dense(prompt)
-        signals = self._signals = signals_of(context, buffer)
+        context.memo = signals = signals_of(context, buffer)
         if self._warming(prompt.agent):
             self.forecast = Forecast("warmup")
             return dense(prompt)
@@ -113,7 +112,8 @@ class Predicted(Rotate):
     @torch.no_grad()
     def hear(self, context: TurnContext, buffer: Buffer, ids: Ids, logits: torch.Tensor) -> None:
         """Measure what each rung would have made of a dense turn."""
-        if self._signals is None or not self._warming(context.prompt.agent) or not ids:
+        signals = context.memo
+        if not isinstance(signals, Signals) or not self._warming(context.prompt.agent) or not ids:
             return
         ids, decoder, length = ids[: self.tokens], context.decoder, context.prompt.length
         true = logits[: len(ids)] if len(logits) >= len(ids) else _said(decoder, buffer, length, logits[0], ids)
@@ -125,7 +125,7 @@ class Predicted(Rotate):
             mine.tally.count(len(ids), length)
             context.tally.tokens += mine.tally.tokens + found.computed
             context.tally.pairs += mine.tally.pairs + found.pairs
-        self._samples.append(Sample(self._signals, tuple(kl)))
+        self._samples.append(Sample(signals, tuple(kl)))
 
     def _warming(self, agent: str) -> bool:
         return sum(sample.signals.agent == agent for sample in self._samples) < self.warmup

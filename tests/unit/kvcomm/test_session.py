@@ -123,8 +123,14 @@ def test_the_pool_learns_from_each_open_request_apart(make: Any) -> None:
 
 
 def test_the_decision_agent_is_dense(make: Any) -> None:
-    turns = make("rotate", decision="c").ask(TEXTS)
-    assert turns["c"].computed == turns["c"].prompt.length and turns["b"].computed == 1
+    """But for the fixed text that its prompt begins with, which is exact."""
+    session = make("rotate", decision="c")
+    turns = session.ask(TEXTS)
+    prompt = turns["c"].prompt
+    assert turns["c"].computed == prompt.length - prompt.segments[0].length and turns["b"].computed == 1
+    ids = session.decoder.tensor(prompt.ids)
+    alone = session.decoder.forward(ids, session.decoder.buffer(prompt.length), range(prompt.length))[0, -1]
+    torch.testing.assert_close(turns["c"].logits[0], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*ARMS, *CONTROLS])

@@ -66,6 +66,23 @@ def test_several_requests_of_one_session(parts, arm: str) -> None:
         other.ask_all(TEXTS, at_once=0)
 
 
+def test_one_begins_when_another_is_over(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three at a time: no forward has more, and few have fewer."""
+    decoder, rows = Decoder(parts[0]), []
+    run = Decoder.forward_rows
+
+    def counted(self: Decoder, ids: torch.Tensor, *more: Any) -> torch.Tensor:
+        rows.append(len(ids))
+        return run(self, ids, *more)
+
+    expected = {arm: session.ask(TEXTS[0])["c"].ids for arm, session in sessions(parts, decoder).items()}
+    monkeypatch.setattr(Decoder, "forward_rows", counted)
+    talks = {arm: session.talk(TEXTS[0]) for arm, session in sessions(parts, decoder).items()}
+    found = together(decoder, talks, at_once=3)
+    assert {arm: turns["c"].ids for arm, turns in found.items()} == expected and list(found) == list(ARMS)
+    assert max(rows) == 3 and rows.count(3) >= len(rows) // 2
+
+
 def test_a_forward_serves_everyone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Talks of 5, 9 and 3 tokens: no more forwards for six arms than the longest of them takes."""
     decoder, rows = Decoder(parts[0]), []

@@ -219,8 +219,9 @@ class ReuseConfig:
     compare_tokens: Positive = 64
     """Tokens of each answer over which an arm's distributions are compared with dense's."""
     decode_together: Positive = 8
-    """Arms that speak for themselves at once: a forward reads the weights for all of them. Each takes memory for its
-    prompt's keys and values, twice; 1 lets them speak one after the other."""
+    """Talks that go on at once where agents speak for themselves: a forward reads the weights for all of them. As many
+    problems are run together as arms leave room for: of 32, with four arms, eight. Each takes memory for its prompt's
+    keys and values, twice; 1 lets one speak after the other."""
     settings: ArmsConfig = field(default_factory=ArmsConfig)
     """Settings of the arms."""
     retrieval: RetrievalTaskConfig = field(default_factory=RetrievalTaskConfig)

@@ -1,8 +1,9 @@
-"""The course of one task: problem by problem through all arms, until all are done or enough is known.
+"""The course of one task: some problems at a time through all arms, until all are done or enough is known.
 
-Problems are taken in turn from the task's teams, so that a task that ends early has as many of each kind. What each one
-gave is a part, which a run that was cut off goes on behind: arms that learn are taken through the problems again, on
-the words that dense said, and all others only count them. The numbers are those of an undisturbed run, to the bit.
+Problems are taken in turn from the task's teams, so that a task that ends early has as many of each kind. What a few of
+them gave together is a part, which a run that was cut off goes on behind: arms that learn are taken through the
+problems again, on the words that dense said, and all others only count them. The numbers are those of an undisturbed
+run, to the bit.
 
 With several processes each has its own arms; all have all parts, and so end at the same problem.
 """
@@ -16,15 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from anchorctx.evals.base import Progress
 from anchorctx.evals.distribute import gather, is_first
 from anchorctx.evals.evaluators.reuse.config import ReuseConfig
-from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError
-from anchorctx.evals.evaluators.reuse.stopping import affordable, reason_to_stop
+from anchorctx.evals.evaluators.reuse.record import Record, from_json, joined, to_json
+from anchorctx.evals.evaluators.reuse.stopping import Group, affordable, flat, reason_to_stop
 from anchorctx.evals.evaluators.reuse.tasks.base import fingerprint
-from anchorctx.evals.evaluators.reuse.trial import Record, Trial, Words
+from anchorctx.evals.evaluators.reuse.trial import Trial, Words
 from anchorctx.evals.parts import Parts
 from anchorctx.records.transcripts import Transcript
 
@@ -64,53 +63,83 @@ def run_task(
         keep: given what was said on each.
     """
     problems = fingerprint([problem for trial in trials for problem in trial.team.problems])
-    work = in_turn([len(trial.team.problems) for trial in trials])
-    for part in parts.done:
-        team, number = part["at"]
-        trials[team].replay(trials[team].team.problems[number], _words(part))
-    before, stop = len(parts.done), None
-    for done, (team, number) in enumerate(work):
-        # Only between rounds, so that every team has run as many problems.
-        if team == 0 and (stop := reason_to_stop(config, parts.done, len(work))) is not None:
-            break
-        if done >= before:
-            part, said = _run(trials[team], team, number, arms)
-            if said is not None:
-                keep(dataclasses.replace(said, problems=problems))
-            parts.add(part)
-            progress(1, min(affordable(config, parts.done, len(work)), len(work)) - before)
+    counts = [len(trial.team.problems) for trial in trials]
+    asked, size, ran, stop = sum(counts), at_once(config, arms), [0] * len(trials), None
+    for group in parts.done:
+        team, numbers = group[0]["at"][0], [part["at"][1] for part in group]
+        trials[team].replay([trials[team].team.problems[i] for i in numbers], [_words(part) for part in group])
+        ran[team] += len(group)
+    before = sum(ran)
+    while sum(ran) < asked:
+        following = lagging(ran, counts)
+        if following is None:  # between rounds: every team has run as many problems
+            if (stop := reason_to_stop(config, parts.done, asked)) is not None:
+                break
+            room = affordable(config, parts.done, asked) - sum(ran)
+            following = next_round(ran, counts, size, room)
+        team, numbers = following
+        group, said = _run(trials[team], team, numbers, arms)
+        for one in said:
+            keep(dataclasses.replace(one, problems=problems))
+        parts.add(group)
+        ran[team] += len(group)
+        progress(len(group), affordable(config, parts.done, asked) - before)
     if stop is not None and is_first():
-        logger.info("%s ends after %d of %d problems: %s", name, len(parts.done), len(work), stop.words)
+        logger.info("%s ends after %d of %d problems: %s", name, sum(ran), asked, stop.words)
     about = {}
     if stop is not None:
-        problems, about = f"{problems}:{len(parts.done)}", {"asked": len(work), "stopped": stop.value}
-    return Finished(_records(parts.done, len(trials), arms), problems, about)
+        problems, about = f"{problems}:{sum(ran)}", {"asked": asked, "stopped": stop.value}
+    return Finished(_records(flat(parts.done), len(trials), arms), problems, about)
 
 
-def in_turn(problems: Sequence[int]) -> list[tuple[int, int]]:
-    """(team, problem) in the order of work, for teams with so many problems: [2, 1] gives (0, 0), (1, 0), (0, 1)."""
-    return [(team, i) for i in range(max(problems, default=0)) for team, n in enumerate(problems) if i < n]
+def at_once(config: ReuseConfig, arms: Sequence[str]) -> int:
+    """Problems that are run together, so that as many talks go on at once as decode_together says."""
+    return max(config.decode_together // max(len(arms) - 1, 1), 1)  # dense does not speak again
 
 
-def _run(trial: Trial, team: int, number: int, arms: Sequence[str]) -> tuple[dict[str, Any], Transcript | None]:
-    """One problem through this process's arms: the part as JSON, and what was said, all processes' arms in both."""
+def lagging(ran: Sequence[int], counts: Sequence[int]) -> tuple[int, range] | None:
+    """The team, of those with so many problems, that has run fewer than others, and what it lacks: of [4, 2] run by
+    teams of [9, 9], the second's problems 2 and 3. None where there is none.
+    """
+    most = max(ran)
+    found = ((team, range(done, min(most, n))) for team, (done, n) in enumerate(zip(ran, counts, strict=True)))
+    return next(((team, numbers) for team, numbers in found if numbers), None)
+
+
+def next_round(ran: Sequence[int], counts: Sequence[int], size: int, room: int) -> tuple[int, range]:
+    """The first team's problems of a new round: `size` of them, or as few as leave the other teams as many in `room`.
+
+    The first round has one, so that one knows soon how long they take.
+    """
+    teams = [team for team, (done, n) in enumerate(zip(ran, counts, strict=True)) if done < n]
+    team, size = teams[0], max(min(size, room // len(teams)), 1) if any(ran) else 1
+    return team, range(ran[team], min(ran[team] + size, counts[team]))
+
+
+def _run(trial: Trial, team: int, numbers: Sequence[int], arms: Sequence[str]) -> tuple[Group, list[Transcript]]:
+    """Some problems through this process's arms: a part as JSON and what was said, all processes' arms in both."""
     began = time.perf_counter()
-    ran = trial.run(trial.team.problems[number])
-    seconds = time.perf_counter() - began
-    # A problem is also where the processes meet, so that no wait is long enough to time out. Dense is in every
-    # process's records; reversed, so that the first one's wins.
-    found = gather(({arm: to_json(record) for arm, record in ran.records.items()}, ran.transcript, seconds))
-    records = {arm: record for mine, *_ in reversed(found) for arm, record in mine.items()}
-    part = {
-        "at": [team, number],
-        "seconds": found[0][2],
-        "words": {agent: [list(ids), list(message)] for agent, (ids, message) in ran.words.items()},
-        "records": {arm: records[arm] for arm in arms},
-    }
-    if ran.transcript is None:
-        return part, None
-    said = {arm: words for _, transcript, _ in reversed(found) for arm, words in transcript.arms.items()}
-    return part, dataclasses.replace(ran.transcript, arms={arm: said[arm] for arm in arms})
+    ran = trial.run([trial.team.problems[number] for number in numbers])
+    seconds = (time.perf_counter() - began) / len(numbers)
+    # Here the processes meet, often enough that no wait is long enough to time out. Dense is in every process's
+    # records; reversed, so that the first one's wins.
+    records = [{arm: to_json(record) for arm, record in one.records.items()} for one in ran]
+    found = gather((records, [one.transcript for one in ran], seconds))
+    group, said = [], []
+    for i, (number, one) in enumerate(zip(numbers, ran, strict=True)):
+        merged = {arm: record for records, *_ in reversed(found) for arm, record in records[i].items()}
+        group.append(
+            {
+                "at": [team, number],
+                "seconds": found[0][2],
+                "words": {agent: [list(ids), list(message)] for agent, (ids, message) in one.words.items()},
+                "records": {arm: merged[arm] for arm in arms},
+            }
+        )
+        if one.transcript is not None:
+            texts = {a: w for _, transcripts, _ in reversed(found) for a, w in transcripts[i].arms.items()}
+            said.append(dataclasses.replace(one.transcript, arms={arm: texts[arm] for arm in arms}))
+    return group, said
 
 
 def _words(part: dict[str, Any]) -> Words:
@@ -121,37 +150,3 @@ def _records(parts: Sequence[dict[str, Any]], teams: int, arms: Sequence[str]) -
     """The records of each team and arm over all its problems."""
     by_team = [[part["records"] for part in parts if part["at"][0] == team] for team in range(teams)]
     return [joined([from_json(one[arm]) for one in mine]) for mine in by_team if mine for arm in arms]
-
-
-# -- records as JSON --------------------------------------------------------------------------------------------------
-
-
-def to_json(record: Record) -> dict[str, Any]:
-    """A record as plain JSON; `from_json` gives back the same to the bit."""
-    found = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-    found["closeness"] = [[[c.kl.tolist(), c.agree.tolist()] for c in turns] for turns in record.closeness]
-    found["errors"] = [[error.relative.tolist(), error.cosine.tolist()] for error in record.errors]
-    found["judged"] = [record.judged[shuffled] for shuffled in (False, True)]  # JSON's keys are words
-    return found
-
-
-def from_json(found: dict[str, Any]) -> Record:
-    """The record that `to_json` was given."""
-    closeness = [[Closeness(np.array(kl), np.array(agree, dtype=bool)) for kl, agree in p] for p in found["closeness"]]
-    errors = [KvError(np.array(relative), np.array(cosine)) for relative, cosine in found["errors"]]
-    judged = dict(zip((False, True), found["judged"], strict=True))
-    return Record(**found | {"closeness": closeness, "errors": errors, "judged": judged})
-
-
-def joined(records: Sequence[Record]) -> Record:
-    """One record of all problems, from those of some each; new lists."""
-    first, *rest = records
-    whole = dataclasses.replace(first, judged={k: list(v) for k, v in first.judged.items()})
-    for field in dataclasses.fields(Record):
-        if isinstance(getattr(first, field.name), list):
-            setattr(whole, field.name, [x for record in records for x in getattr(record, field.name)])
-    for record in rest:
-        for shuffled, said in record.judged.items():
-            whole.judged[shuffled] += said
-        whole.kept_bytes = max(whole.kept_bytes, record.kept_bytes)
-    return whole

@@ -38,24 +38,35 @@ class Stop(Enum):
         return "every arm's divergence is known as well as until_interval asks, or on which side of gate.max_kl it is"
 
 
-def reason_to_stop(config: ReuseConfig, parts: Sequence[dict[str, Any]], asked: int) -> Stop | None:
-    """Why no more problems are to be run after `parts`, of those `asked` for; None goes on."""
-    if not parts or len(parts) >= asked:
+Group = list[dict[str, Any]]
+"""What some problems of a team gave that were run together: a part each."""
+
+
+def flat(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The problems' parts, in order."""
+    return [part for group in groups for part in group]
+
+
+def reason_to_stop(config: ReuseConfig, groups: Sequence[Group], asked: int) -> Stop | None:
+    """Why no more problems are to be run after `groups`, of those `asked` for; None goes on."""
+    done = len(flat(groups))
+    if not done or done >= asked:
         return None
-    if affordable(config, parts, asked) <= len(parts):
+    if affordable(config, groups, asked) <= done:
         return Stop.budget
-    return Stop.interval if _known(config, parts, asked) else None
+    return Stop.interval if _known(config, groups, asked) else None
 
 
-def affordable(config: ReuseConfig, parts: Sequence[dict[str, Any]], asked: int) -> int:
+def affordable(config: ReuseConfig, groups: Sequence[Group], asked: int) -> int:
     """Problems that fit into this task's share of the budget, by the time of those that were run; `asked` at most."""
-    if config.budget_minutes is None:
+    done = flat(groups)
+    if config.budget_minutes is None or not done:
         return asked
-    seconds = [part["seconds"] for part in parts]
-    left = 60 * config.budget_minutes / len(dict.fromkeys(config.tasks)) - sum(seconds)
-    # The first one warms up, many times its own length in a small model.
-    mean = sum(seconds[1:] or seconds) / max(len(seconds) - 1, 1)
-    return len(parts) + max(min(int(left / mean), asked - len(parts)), 0)
+    left = 60 * config.budget_minutes / len(dict.fromkeys(config.tasks)) - sum(part["seconds"] for part in done)
+    # The first ones warm up, many times their own length in a small model.
+    later = flat(groups[1:]) or done
+    mean = sum(part["seconds"] for part in later) / len(later)
+    return len(done) + max(min(int(left / mean), asked - len(done)), 0)
 
 
 def looks(asked: int) -> list[int]:
@@ -66,9 +77,9 @@ def looks(asked: int) -> list[int]:
     return [look for look in found if look < asked]
 
 
-def _known(config: ReuseConfig, parts: Sequence[dict[str, Any]], asked: int) -> bool:
+def _known(config: ReuseConfig, groups: Sequence[Group], asked: int) -> bool:
     """Whether this is a moment to look, and every arm's divergence is known as well as was asked."""
-    moments, before = looks(asked), max(len(parts) - _teams(parts), 0)
+    moments, parts, before = looks(asked), flat(groups), len(flat(_earlier(groups)))
     # Rounds of three problems, looks at 16 and 32: after 18, the first round's end that is not before 16, and after 33.
     wanted = config.until_interval
     if wanted is None or not any(before < moment <= len(parts) for moment in moments):
@@ -90,5 +101,10 @@ def _kl(part: dict[str, Any], arm: str) -> float:
     return float(np.mean([np.mean(kl) for kl, _ in part["records"][arm]["closeness"][0]]))
 
 
-def _teams(parts: Sequence[dict[str, Any]]) -> int:
-    return 1 + max(part["at"][0] for part in parts)
+def _earlier(groups: Sequence[Group]) -> Sequence[Group]:
+    """Those before the last round, in which each team has one group at most."""
+    teams, end = set[int](), len(groups)
+    while end and (team := groups[end - 1][0]["at"][0]) not in teams:
+        teams.add(team)
+        end -= 1
+    return groups[:end]

@@ -1,63 +1,33 @@
-"""Running a team's problems through dense and through every arm, problem by problem, so that all meet the same machine.
+"""Running a team's problems through dense and through every arm.
 
 Each problem runs twice through each arm. In the *compared* run every agent, the decision agent too, goes through the
-arm and is made to say what dense said: the words are the same, so differences come from the cache. In the *free* run
-agents speak for themselves, and the decision agent is dense unless told otherwise: that gives the accuracy.
+arm and is made to say what dense said: the words are the same, so differences come from the cache. It is timed, problem
+by problem, so that all arms meet the same machine. In the *free* run agents speak for themselves, and the decision
+agent is dense unless told otherwise: that gives the accuracy. Dense and the free runs decode several problems at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError, closeness, turn_error
+from anchorctx.evals.evaluators.reuse.measures import closeness, turn_error
+from anchorctx.evals.evaluators.reuse.record import Record
+from anchorctx.evals.evaluators.reuse.speech import Script, answers, scripts
 from anchorctx.evals.evaluators.reuse.tasks.base import Problem, Task, Team
-from anchorctx.kvcomm.agents import Frame, Ids
-from anchorctx.kvcomm.arms.basic import Arm
+from anchorctx.kvcomm.agents import Answer, Frame, Ids
+from anchorctx.kvcomm.arms.basic import Arm, FixedPrefix
 from anchorctx.kvcomm.arms.predicted import Predicted
 from anchorctx.kvcomm.decoder import Decoder
 from anchorctx.kvcomm.session import Session
-from anchorctx.kvcomm.together import together
 from anchorctx.kvcomm.turn import Turn
 from anchorctx.records.transcripts import Said, Transcript
 
 Words = dict[str, tuple[Ids, Ids]]
 """What dense said on a problem: each agent's answer and its message, in the order in which they spoke."""
-
-
-@dataclass(slots=True)
-class Record:
-    """What one arm did on some of a team's problems."""
-
-    arm: str
-    kind: str
-    by_construction: bool
-    closeness: list[list[Closeness]] = field(default_factory=list)
-    """By problem and turn."""
-    errors: list[KvError] = field(default_factory=list)
-    """By turn with placeholders."""
-    correct: list[bool] = field(default_factory=list)
-    """By problem."""
-    judged: dict[bool, list[bool]] = field(default_factory=lambda: {False: [], True: []})
-    """By problem, in the agents' order (False) and in another (True): did the decision agent say what dense says?"""
-    reused: list[bool] = field(default_factory=list)
-    """By turn: all its contents."""
-    tokens: list[tuple[int, int, int]] = field(default_factory=list)
-    """By turn: prompt tokens, those computed with it, and those computed beside it."""
-    flops: list[tuple[float, float]] = field(default_factory=list)
-    """By turn: dense, and spent with all hidden work."""
-    ttft: list[dict[str, float]] = field(default_factory=list)
-    """By problem: seconds by agent."""
-    forecasts: list[list[Any]] = field(default_factory=list)
-    """By turn, of an arm that predicts: [stage, expected and limit in nats, the greatest that is wanted]."""
-    calibration: list[list[float]] = field(default_factory=list)
-    """[expected, true] of what its predictions were fitted to, each left out in turn."""
-    kept_bytes: int = 0
-    """The most that the arm kept from one request to the next, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,96 +56,87 @@ class Lab:
 
 
 class Trial:
-    """One team through all arms: call `prepare`, then `run` for each problem, in order, or `replay` for those that were
-    run before. UserError where a prompt is too long.
+    """One team through all arms: call `prepare`, then `run` for some problems at a time, in order, or `replay` for as
+    many at a time that were run before. UserError where a prompt is too long.
     """
 
     def __init__(self, lab: Lab, task: Task, team: Team) -> None:
         self._lab, self._task, self.team = lab, task, team
-        self._dense = self._session("dense", lab.arms["dense"], None)
+        self._script = self._session(FixedPrefix(), None)
         # Each arm has two sessions, for compared and for free runs, since an arm learns from what goes through it.
-        self._compared = {name: self._session(name, make, None) for name, make in lab.arms.items()}
+        self._compared = {name: self._session(make(), None) for name, make in lab.arms.items()}
         decision = team.decision if lab.decision_dense else None
-        self._free = {name: self._session(name, make, decision) for name, make in lab.arms.items() if name != "dense"}
+        self._free = {name: self._session(make(), decision) for name, make in lab.arms.items() if name != "dense"}
         for problem in team.problems:
-            self._dense.check(problem.texts)
-        self.records: dict[str, Record] = {}
+            self._script.check(problem.texts)
         self._rng = np.random.default_rng([lab.seed, *team.kind.encode()])
         self._orders: dict[tuple[str, ...], Frame] = {}
 
     def prepare(self) -> None:
         """Encode the agents' fixed texts, so that no problem's time has that in it."""
-        for session in (self._dense, *self._compared.values(), *self._free.values()):
+        for session in (self._script, *self._compared.values(), *self._free.values()):
             session.prepare()
 
-    def run(self, problem: Problem) -> Ran:
-        """One problem through every arm."""
-        self.records = {n: Record(n, self.team.kind, s.arm.by_construction) for n, s in self._compared.items()}
-        # What dense says is the script of the compared runs, dense's own included.
-        said = self._dense.start(problem.texts)
-        script = problem.script or {}
-        dense = {name: said.run(name, answer=script.get(name)) for name in self.team.topology.order}
-        shuffled = self._shuffled()
-        other: Ids | None = None
-        if shuffled is not None and self.team.decision is not None:
-            other = said.run(self.team.decision, frame=shuffled, keep=False).ids[: self._lab.compare_tokens]
-        truth = self._compare("dense", problem, dense, None, shuffled, other)
-        for name in self._compared:
-            if name != "dense":
-                self._compare(name, problem, dense, truth, shuffled, other)
-        words = {agent: (turn.ids, turn.message) for agent, turn in dense.items()}
-        if self.team.decision is None:  # teams without one (copy) are only timed and compared
-            return Ran(self.records, words, None)
-        return Ran(self.records, words, self._transcript(problem, dense, self._answer(problem, dense)))
+    def run(self, problems: Sequence[Problem]) -> list[Ran]:
+        """Some problems through every arm."""
+        lab, asked = self._lab, [(problem, self._shuffled()) for problem in problems]
+        said = scripts(self._script, self.team, asked, lab.compare_tokens, lab.decode_together)
+        records = [self._compared_runs(*both) for both in zip(problems, said, strict=True)]
+        free = self._speak_freely(problems, list(self._free)) if self.team.decision is not None else [{}] * len(said)
+        return [self._ran(*one) for one in zip(problems, said, records, free, strict=True)]
 
-    def replay(self, problem: Problem, words: Words) -> None:
+    def replay(self, problems: Sequence[Problem], words: Sequence[Words]) -> None:
         """Leave the arms as `run` left them, given what dense said then: only those that learn are run again."""
-        self._shuffled()
-        self._dense.start(problem.texts)  # requests are numbered
-        for session in self._compared.values():
-            request = session.start(problem.texts)
-            for agent, (ids, message) in words.items() if _learns(session.arm) else ():
-                request.run(agent, answer=ids[: self._lab.compare_tokens], message=message)
+        for problem, said in zip(problems, words, strict=True):
+            self._shuffled()
+            self._script.start(problem.texts)  # requests are numbered
+            for session in self._compared.values():
+                request = session.start(problem.texts)
+                for agent, (ids, message) in said.items() if _learns(session.arm) else ():
+                    request.run(agent, answer=ids[: self._lab.compare_tokens], message=message)
         if self.team.decision is not None:
             # As it was: what an arm learns here has the rounding of the tokens that were run at once.
-            learning = [name for name, session in self._free.items() if _learns(session.arm)]
-            self._speak_freely(problem, learning)
-            for session in (self._free[name] for name in self._free if name not in learning):
-                session.start(problem.texts)
+            self._speak_freely(problems, [name for name, session in self._free.items() if _learns(session.arm)])
+            for session in (session for session in self._free.values() if not _learns(session.arm)):
+                for problem in problems:
+                    session.start(problem.texts)
 
-    def _session(self, name: str, make: Callable[[], Arm], decision: str | None) -> Session:
+    def _session(self, arm: Arm, decision: str | None) -> Session:
         lab, team = self._lab, self.team
         return Session(
             lab.model,
             lab.tokenizer,
             team.agents,
-            arm=make(),
+            arm=arm,
             topology=team.topology,
             decision=decision,
             decoder=lab.decoder,
         )
 
+    def _compared_runs(self, problem: Problem, said: Script) -> dict[str, Record]:
+        """One problem through every arm, dense's own run first."""
+        records = {n: Record(n, self.team.kind, s.arm.by_construction) for n, s in self._compared.items()}
+        truth = self._compare("dense", problem, said, None, records["dense"])
+        for name, record in records.items():
+            if name != "dense":
+                self._compare(name, problem, said, truth, record)
+        return records
+
     def _compare(
-        self,
-        name: str,
-        problem: Problem,
-        dense: dict[str, Turn],
-        truth: dict[str, Turn] | None,
-        shuffled: Frame | None,
-        other: Ids | None,
+        self, name: str, problem: Problem, said: Script, truth: dict[str, Turn] | None, record: Record
     ) -> dict[str, Turn]:
         """The compared run; dense's own turns come back as the truth for the others."""
-        session, record = self._compared[name], self.records[name]
+        session = self._compared[name]
         request = session.start(problem.texts)
         turns: dict[str, Turn] = {}
-        for agent, model in dense.items():
-            if other is not None and agent == self.team.decision:
+        for agent, spoken in said.turns.items():
+            if said.other is not None and agent == self.team.decision:
                 # Before the agent reads in its usual order: an arm that learns would else answer from what it just
                 # learnt. In a fork, so that work done here does not shorten the time of the turn below.
-                turn = request.fork().run(agent, answer=other, frame=shuffled, keep=False)
-                record.judged[True].append(_says(turn, other))
+                turn = request.fork().run(agent, answer=said.other, frame=said.shuffled, keep=False)
+                record.judged[True].append(_says(turn, said.other))
             # Only the beginning of the answer is compared, but the whole message is passed on.
-            turns[agent] = request.run(agent, answer=model.ids[: self._lab.compare_tokens], message=model.message)
+            turns[agent] = request.run(agent, answer=spoken.ids[: self._lab.compare_tokens], message=spoken.message)
             if isinstance(session.arm, Predicted):
                 _note_forecast(record, session.arm)
         record.closeness.append([])
@@ -196,37 +157,37 @@ class Trial:
         if final:
             record.judged[False].append(_says(turn, turn.ids))
 
-    def _answer(self, problem: Problem, dense: dict[str, Turn]) -> dict[str, dict[str, str]]:
-        """The free run, and dense's own: what each agent said, by arm."""
-        decision = self.team.decision
-        assert decision is not None
-        self.records["dense"].correct.append(self._task.score(dense[decision].answer, problem))
-        said = {"dense": {agent: turn.answer.text for agent, turn in dense.items()}}
-        # Dense's own answers are at hand from the first run: it is not run again.
-        for name, turns in self._speak_freely(problem, list(self._free)).items():
-            self.records[name].correct.append(self._task.score(turns[decision].answer, problem))
-            said[name] = {agent: turn.answer.text for agent, turn in turns.items()}
-        return said
-
-    def _speak_freely(self, problem: Problem, names: list[str]) -> dict[str, dict[str, Turn]]:
+    def _speak_freely(self, problems: Sequence[Problem], names: Sequence[str]) -> list[dict[str, dict[str, Answer]]]:
         """The free runs of some arms, several at once; those that learn among themselves, so that `replay`, which runs
         only them, gives them the same rounding."""
-        learning = [name for name in names if _learns(self._free[name].arm)]
-        others = [name for name in names if name not in learning]
-        turns: dict[str, dict[str, Turn]] = {}
-        for group in (learning, others):
-            size = self._lab.decode_together
-            for some in (group[first : first + size] for first in range(0, len(group), size)):
-                talks = {name: self._free[name].talk(problem.texts) for name in some}
-                turns |= together(self._lab.decoder, talks)
-        return {name: turns[name] for name in names}
+        learning = {name: self._free[name] for name in names if _learns(self._free[name].arm)}
+        others = {name: self._free[name] for name in names if name not in learning}
+        found = (answers(sessions, problems, self._lab.decode_together) for sessions in (learning, others))
+        return [a | b for a, b in zip(*found, strict=True)]
 
-    def _transcript(self, problem: Problem, dense: dict[str, Turn], said: dict[str, dict[str, str]]) -> Transcript:
+    def _ran(
+        self, problem: Problem, said: Script, records: dict[str, Record], free: dict[str, dict[str, Answer]]
+    ) -> Ran:
+        words = {agent: (spoken.ids, spoken.message) for agent, spoken in said.turns.items()}
+        decision = self.team.decision
+        if decision is None:  # teams without one (copy) are only timed and compared
+            return Ran(records, words, None)
+        # Dense's own answers are at hand from the first run: it is not run again.
+        spoken = {"dense": {agent: spoken.answer for agent, spoken in said.turns.items()}}
+        spoken |= {name: free[name] for name in self._free}
+        for name, answer in spoken.items():
+            records[name].correct.append(self._task.score(answer[decision], problem))
+        return Ran(records, words, self._transcript(problem, said, records, spoken))
+
+    def _transcript(
+        self, problem: Problem, said: Script, records: dict[str, Record], spoken: dict[str, dict[str, Answer]]
+    ) -> Transcript:
         arms = {}
-        for name, answers in said.items():
-            record = self.records[name]
-            turns = zip(dense, record.closeness[-1], strict=True)
-            arms[name] = Said(answers, {agent: float(turn.kl.mean()) for agent, turn in turns}, record.correct[-1])
+        for name, answer in spoken.items():
+            record = records[name]
+            turns = zip(said.turns, record.closeness[-1], strict=True)
+            texts = {agent: one.text for agent, one in answer.items()}
+            arms[name] = Said(texts, {agent: float(turn.kl.mean()) for agent, turn in turns}, record.correct[-1])
         number = next(i for i, other in enumerate(self.team.problems) if other is problem)
         return Transcript(
             model="",
@@ -235,7 +196,7 @@ class Trial:
             problem=number,
             problems="",
             expected=str(problem.expected),
-            prompts={agent: self._dense.decode(turn.prompt.ids) for agent, turn in dense.items()},
+            prompts={agent: self._script.decode(turn.prompt) for agent, turn in said.turns.items()},
             arms=arms,
         )
 
@@ -249,7 +210,7 @@ class Trial:
         while order == list(heard):
             order = [heard[i] for i in self._rng.permutation(len(heard))]
         if tuple(order) not in self._orders:
-            self._orders[tuple(order)] = self._dense.frame(decision, dict(zip(heard, order, strict=True)))
+            self._orders[tuple(order)] = self._script.frame(decision, dict(zip(heard, order, strict=True)))
         return self._orders[tuple(order)]
 
 

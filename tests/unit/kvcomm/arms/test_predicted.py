@@ -71,6 +71,22 @@ def test_an_answer_that_was_spoken_is_measured_like_one_that_was_given(
     assert len(turn.ids) > 1 and spoken._samples[0].kl == pytest.approx(given._samples[0].kl, rel=1e-4)
 
 
+def test_requests_that_are_under_way_at_once_are_told_apart(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, decoder: Decoder
+) -> None:
+    """Each divergence beside the signals of its own turn, not of the one that began last."""
+    samples = []
+    for at_once in (1, 3):
+        arm = Predicted(warmup=9)
+        session(model, tokenizer, decoder, arm).ask_all([question(number) for number in range(3)], at_once)
+        # Of requests in a row, b's turn comes before the next one's a.
+        samples.append({(s.signals.request, s.signals.agent): s for s in arm._samples})
+    assert len(samples[1]) == 6
+    for key, alone in samples[0].items():
+        assert samples[1][key].signals.numbers == pytest.approx(alone.signals.numbers, rel=1e-4)
+        assert samples[1][key].kl == pytest.approx(alone.kl, rel=1e-3)
+
+
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match=r"exceeded in 0.1 of the turns from 5 requests: raise warmup to 9 or more"):
         Predicted(warmup=5)

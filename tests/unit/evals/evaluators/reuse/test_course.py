@@ -14,10 +14,11 @@ from anchorctx.data.sources.source import SourceConfig, SourceFormat
 from anchorctx.data.sources.stdlib import train_tokenizer
 from anchorctx.evals.config import KvcommConfig
 from anchorctx.evals.evaluators.reuse.config import GateConfig, QuestionTaskConfig, ReuseConfig, TaskName
-from anchorctx.evals.evaluators.reuse.course import from_json, in_turn, joined, to_json
+from anchorctx.evals.evaluators.reuse.course import at_once, lagging, next_round
 from anchorctx.evals.evaluators.reuse.measures import Closeness, KvError
-from anchorctx.evals.evaluators.reuse.stopping import MISS, Stop, affordable, looks, reason_to_stop
-from anchorctx.evals.evaluators.reuse.trial import Record, Trial
+from anchorctx.evals.evaluators.reuse.record import Record, from_json, joined, to_json
+from anchorctx.evals.evaluators.reuse.stopping import MISS, Group, Stop, affordable, looks, reason_to_stop
+from anchorctx.evals.evaluators.reuse.trial import Trial
 from anchorctx.evals.shortcuts import evaluate_reuse
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.records.results import Result, mean_interval
@@ -37,13 +38,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def evaluated(folder: Path, out: Path) -> list[Result]:
+def evaluated(folder: Path, out: Path, together: int = 14) -> list[Result]:
     """The rows but those of times."""
     config = KvcommConfig(
         model=str(folder / "tiny"), out_dir=str(out), tasks=[TaskName.gsm8k], compare_tokens=3,
         corpus=SourceConfig(path=str(folder / "gsm8k.jsonl"), format=SourceFormat.auto, text_field="question"),
         gsm8k=QuestionTaskConfig(path=str(folder / "gsm8k.jsonl"), problems=5, max_new_tokens=5),
         arms=["rotate", "random", *LEARNING],
+        decode_together=together,
     )  # fmt: skip
     config.settings.warmup = config.settings.min_exemplars = 2
     config.variation.prefix = 600  # left out
@@ -59,11 +61,11 @@ def test_a_task_that_was_cut_off_goes_on_to_the_same_numbers(
     """To the bit, with arms that learn, though only these are run again, and dense never."""
     run, ran, placed = Trial.run, [], dict.fromkeys(["random", "kvcomm", "mean_offset"], 0)
 
-    def cut(self: Trial, problem: Any) -> Any:
-        ran.append(problem.expected)
-        if len(ran) == 4:
+    def cut(self: Trial, problems: Any) -> Any:
+        ran.append(len(problems))
+        if sum(ran) == 5:
             raise KeyboardInterrupt
-        return run(self, problem)
+        return run(self, problems)
 
     whole = evaluated(folder, tmp_path / "whole")
     monkeypatch.setattr(Trial, "run", cut)
@@ -71,6 +73,7 @@ def test_a_task_that_was_cut_off_goes_on_to_the_same_numbers(
         evaluated(folder, tmp_path / "cut")
     monkeypatch.setattr(Trial, "run", run)
     assert len(list((tmp_path / "cut" / "parts").iterdir())) == 1
+    assert ran == [1, 2, 2]  # six arms and fourteen talks at once: two problems
 
     replay = Trial.replay
 
@@ -115,30 +118,43 @@ def test_records_survive_json_to_the_bit() -> None:
 
 
 def test_teams_take_turns() -> None:
-    assert in_turn([2, 1]) == [(0, 0), (1, 0), (0, 1)]
-    assert in_turn([]) == []
+    """Some problems each, the first time one; after a cut in a round, the teams that are behind come first."""
+    ran, counts, seen = [0, 0], [6, 3], []
+    while sum(ran) < 9:
+        team, numbers = lagging(ran, counts) or next_round(ran, counts, size=3, room=99)
+        seen.append((team, list(numbers)))
+        ran[team] += len(numbers)
+    assert seen == [(0, [0]), (1, [0]), (0, [1, 2, 3]), (1, [1, 2]), (0, [4, 5])]
+    assert lagging([4, 2], [9, 9]) == (1, range(2, 4)) and lagging([4, 2], [9, 2]) is None
+    assert next_round([2, 2], [9, 9], size=3, room=5) == (0, range(2, 4))  # five for two teams: two each
+
+
+def test_as_many_problems_together_as_fill_a_forward() -> None:
+    config = ReuseConfig(decode_together=8)
+    assert [at_once(config, ["dense", *"abcdefghijk"[:n]]) for n in (0, 1, 3, 4, 8, 11)] == [8, 8, 2, 2, 1, 1]
 
 
 # -- when to stop -----------------------------------------------------------------------------------------------------
 
 
-def parts_of(values: list[float], seconds: float = 1.0, teams: int = 1) -> list[dict[str, Any]]:
-    """Parts of one arm that had these divergences, and a control's."""
+def parts_of(values: list[float], seconds: float = 1.0, teams: int = 1) -> list[Group]:
+    """Parts of one arm that had these divergences, and a control's, one problem at a time."""
     parts = []
     for i, value in enumerate(values):
         arms = {"dense": 0.0, "rotate": value, "zeroed": float(i)}
         records = {arm: {"closeness": [[[[kl], [True]]]]} for arm, kl in arms.items()}
-        parts.append({"at": [i % teams, i // teams], "seconds": seconds, "records": records})
+        parts.append([{"at": [i % teams, i // teams], "seconds": seconds, "records": records}])
     return parts
 
 
 def test_a_task_ends_before_the_problem_that_would_not_fit() -> None:
     config = ReuseConfig(budget_minutes=1.0, tasks=[TaskName.gsm8k, TaskName.mmlu])  # 30 s for each
     # The first took 9 s, most of it to warm up, and the others 2 each: after the first three, 13 s, 8 more fit.
-    parts = [part | {"seconds": seconds} for part, seconds in zip(parts_of([0.1] * 3), (9.0, 2.0, 2.0), strict=True)]
+    parts = [parts_of([0.1], seconds)[0] for seconds in (9.0, 2.0, 2.0)]
     assert affordable(config, parts, 100) == 3 + 8 and affordable(config, parts, 5) == 5
     assert reason_to_stop(config, parts, 100) is None
-    late = [part | {"seconds": 14.5} for part in parts_of([0.1] * 2)]
+    assert affordable(config, [parts[0], [*parts[1], *parts[2]]], 100) == 3 + 8  # two of them together
+    late = parts_of([0.1] * 2, 14.5)
     assert reason_to_stop(config, late, 100) is Stop.budget
     assert reason_to_stop(config, late, 2) is None  # all were run
     assert reason_to_stop(ReuseConfig(), late, 100) is None
