@@ -1,7 +1,7 @@
 """The arms by name. Imports no torch until an arm is made, so that a configuration can name arms quickly.
 
-A name may have the value of the arm's main setting behind a colon, `blend:0.15`: so one list of arms can hold an arm
-several times, as the points of a curve.
+A name may have the value of the arm's main setting behind a colon, `blend:0.15`, and the arms of exemplars others too,
+`kvcomm:0.3,h=values`: so one list of arms can hold an arm several times, as the points of a curve.
 """
 
 from __future__ import annotations
@@ -68,15 +68,21 @@ class Setting:
     whole: bool = False
     """Whether it is a whole number."""
     most: float = math.inf
+    choices: type[StrEnum] | None = None
+    """One of these words, instead of a number."""
 
     @property
     def allowed(self) -> str:
         """What it may be, in words."""
+        if self.choices is not None:
+            return f"one of {', '.join(self.choices)}"
         number = "a whole number" if self.whole else "a number"
         return f"{number} of at least 0" if self.most == math.inf else f"{number} from 0 to {self.most:g}"
 
-    def read(self, text: str) -> int | float | None:
-        """The number, None where it is none or out of range."""
+    def read(self, text: str) -> int | float | StrEnum | None:
+        """The value, None where it is none or out of range."""
+        if self.choices is not None:
+            return self.choices(text) if text in list(self.choices) else None
         try:
             value = int(text) if self.whole else float(text)
         except ValueError:
@@ -92,6 +98,14 @@ SETTINGS = {
     "predicted": Setting("bound"),
 }
 """The main setting of the arms that have one: how much is computed, or how readily they share."""
+_POOL = {
+    "temperature": Setting("temperature"),
+    **{name: Setting(name, whole=True) for name in ("min_exemplars", "max_exemplars", "window")},
+    **{name: Setting(name, choices=Feature) for name in ("h", "weights_h")},
+    "reduce": Setting("reduce", choices=Reduce),
+}
+OPTIONS = {"kvcomm": _POOL, "kvcomm_ungated": _POOL}
+"""Further settings of the arms of exemplars (`arms.pool`), each as `name=value`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,46 +113,67 @@ class ArmSpec:
     """An arm as a configuration names it: `rotate`, or `rotate_first_k:16`."""
 
     name: str
-    value: int | float | None = None
+    value: int | float | StrEnum | None = None
     """Of its main setting; None leaves it as it is elsewhere."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Further settings and their values."""
 
     @classmethod
     def parse(cls, text: str) -> ArmSpec:
         """UserError for an unknown arm, a setting where there is none, or a wrong one."""
-        name, colon, number = text.partition(":")
+        name, colon, rest = text.partition(":")
         if name not in (*ARMS, *CONTROLS):
             raise UserError(f"unknown arm {name!r}: choose {', '.join((*ARMS, *CONTROLS))}")
         if not colon:
             return cls(name)
-        if name not in SETTINGS:
+        main, options = SETTINGS.get(name), OPTIONS.get(name, {})
+        if main is None and not options:
             raise UserError(
                 f"arm {text!r} has a setting, which {name} has not: write {name}, or choose {', '.join(SETTINGS)}"
             )
-        setting = SETTINGS[name]
-        value = setting.read(number)
-        if value is None:
-            raise UserError(
-                f"arm {text!r} must have {setting.allowed} behind its colon, the {setting.name} of {name}: correct it, "
-                f"or write {name} for the default"
-            )
-        return cls(name, value)
+        value, found = None, dict[str, Any]()
+        for place, word in enumerate(rest.split(",")):
+            key, equals, given = word.partition("=")
+            if equals and key in options and key not in found:
+                found[key] = _read(text, name, options[key], given, f"behind {key}=")
+            elif place == 0 and main is not None and not equals:
+                value = _read(text, name, main, word, "behind its colon")
+            else:
+                others = f"{', '.join(options)}, each once as name=value" if options else f"{name}:number alone"
+                raise UserError(f"arm {text!r} has {word!r}, which is no setting of {name}: write {others}")
+        return cls(name, value, tuple(found.items()))
 
     def maker(self, known: Mapping[str, Callable[..., Arm]]) -> Callable[[], Arm]:
-        """What makes this arm, given what makes each arm: called without a value, or with one for its main setting."""
-        return known[self.name] if self.value is None else partial(known[self.name], self.value)
+        """What makes this arm, given what makes each arm: called without a value, or with one for its main setting, and
+        with its further settings by name."""
+        return partial(known[self.name], *(() if self.value is None else (self.value,)), **dict(self.options))
+
+
+def _read(text: str, name: str, setting: Setting, word: str, where: str) -> int | float | StrEnum:
+    value = setting.read(word)
+    if value is None:
+        raise UserError(
+            f"arm {text!r} must have {setting.allowed} {where}, the {setting.name} of {name}: correct it, or write "
+            f"{name} for the default"
+        )
+    return value
 
 
 def makers() -> dict[str, Callable[..., Arm]]:
-    """Every arm and control by name, with its default settings; those in SETTINGS also take a value for theirs."""
+    """Every arm and control by name, with its default settings; those in SETTINGS also take a value for theirs, and
+    those in OPTIONS these by name."""
     from anchorctx.kvcomm.arms import basic, blend, offsets, predicted
     from anchorctx.kvcomm.arms.pool import PoolConfig
 
-    def kvcomm(gamma: float = PoolConfig().gamma) -> Arm:
-        return offsets.Kvcomm(PoolConfig(gamma=gamma))
+    def kvcomm(gamma: float = PoolConfig().gamma, **options: Any) -> Arm:
+        return offsets.Kvcomm(PoolConfig(gamma=gamma, **options))
+
+    def ungated(**options: Any) -> Arm:
+        return offsets.KvcommUngated(PoolConfig(**options))
 
     arms: tuple[Any, ...] = (
         *(basic.Dense, basic.DensePrefixCache, basic.Naive, basic.Rotate, basic.RotateFirst, basic.RotateGlue),
-        *(blend.Blend, kvcomm, offsets.KvcommUngated, offsets.MeanOffset, basic.Anchored, predicted.Predicted),
+        *(blend.Blend, kvcomm, ungated, offsets.MeanOffset, basic.Anchored, predicted.Predicted),
     )
     controls = (basic.DenseChunked, basic.Zeroed, basic.RandomMoments, basic.OtherRequest)
     return dict(zip((*ARMS, *CONTROLS), (*arms, *controls), strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 from anchorctx.records.results import Result
 from anchorctx.report.figures.chart import LEFT, Axis, Chart, label, save_charts
 from anchorctx.report.figures.inline import tag
-from anchorctx.report.figures.reuse import TaskRows, by_stem, tasks_of
+from anchorctx.report.figures.reuse import TaskRows, by_stem, curve_of, tasks_of
 from anchorctx.report.figures.style import CARD, MUTED, RULE, SERIES
 from anchorctx.report.numbers import with_interval
 
@@ -53,7 +53,7 @@ def curves_of(task: TaskRows, loss: str, cost: str) -> dict[str, list[Mark]]:
     for arm in task.arms:
         x, y, tokens = (task.find(measure, arm) for measure in (cost, loss, "cost: tokens"))
         if x is not None and y is not None and tokens is not None:
-            found.setdefault(arm.partition(":")[0], []).append(Mark(arm, x, y))
+            found.setdefault(curve_of(arm), []).append(Mark(arm, x, y))
     place = {arm: row.value for arm in task.arms if (row := task.find("cost: tokens", arm)) is not None}
     return {name: sorted(marks, key=lambda mark: place[mark.arm]) for name, marks in found.items()}
 

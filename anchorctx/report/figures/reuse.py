@@ -142,7 +142,7 @@ def error_charts(task: TaskRows) -> dict[str, Chart]:
     """The error of each arm's keys and of its values by layer, for one model and task; empty where all are 0."""
     found = {}
     # An arm has the same colour in both figures, also where only its values are wrong.
-    first = {arm.partition(":")[0]: arm for arm in reversed(task.rows.of("kvcomm_kv_error").distinct("arm"))}
+    first = {curve_of(arm): arm for arm in reversed(task.rows.of("kvcomm_kv_error").distinct("arm"))}
     measured = [first[name] for name in ERROR_ARMS if name in first]
     for part in ("key", "value"):
         lines = []
@@ -152,6 +152,13 @@ def error_charts(task: TaskRows) -> dict[str, Chart]:
         if lines:
             found[part] = _layer_chart(lines, "relative error", f"{task.task}: error of {part}s by layer")
     return found
+
+
+def curve_of(arm: str) -> str:
+    """Without the number of the main setting: `blend` of blend:0.15, `kvcomm:h=values` of kvcomm:0.3,h=values."""
+    name, _, rest = arm.partition(":")
+    options = ",".join(word for word in rest.split(",") if "=" in word)
+    return f"{name}:{options}" if options else name
 
 
 def variation_chart(rows: Rows) -> Chart | None:

@@ -196,7 +196,7 @@ class ReuseConfig:
     arms: list[str] = field(default_factory=lambda: list(DEFAULT_ARMS))
     """Arms and controls; dense always runs beside them. rotate_first_k:16 (or rotate_glue:16, blend:0.15,
     kvcomm:0.3, predicted:0.05) sets k (or the share, gamma, the bound) for that arm: an arm may be there several
-    times."""
+    times. kvcomm and kvcomm_ungated take more of `settings`, as in kvcomm:0.3,h=values,max_exemplars=5."""
     agents: AgentsConfig = field(default_factory=AgentsConfig)
     """How many agents there are, or the file that describes them."""
     chat: bool | None = None
@@ -207,6 +207,9 @@ class ReuseConfig:
     have another."""
     transcripts: Count = 200
     """Problems of each task whose prompts and answers are kept in transcripts.jsonl; 0 keeps none."""
+    accuracy: bool = True
+    """Let agents speak for themselves through every arm as well, which gives its accuracy; false saves that time, and
+    leaves dense's accuracy alone."""
     decision_dense: bool = True
     """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
     budget_minutes: Annotated[float, Gt(0), "null is no limit"] | None = None

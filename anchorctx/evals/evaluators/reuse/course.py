@@ -94,7 +94,8 @@ def run_task(
 
 def at_once(config: ReuseConfig, arms: Sequence[str]) -> int:
     """Problems that are run together, so that as many talks go on at once as decode_together says."""
-    return max(config.decode_together // max(len(arms) - 1, 1), 1)  # dense does not speak again
+    speaking = len(arms) - 1 if config.accuracy else 1  # dense speaks alone, before all others
+    return max(config.decode_together // max(speaking, 1), 1)
 
 
 def lagging(ran: Sequence[int], counts: Sequence[int]) -> tuple[int, range] | None:
@@ -138,7 +139,7 @@ def _run(trial: Trial, team: int, numbers: Sequence[int], arms: Sequence[str]) -
         )
         if one.transcript is not None:
             texts = {a: w for _, transcripts, _ in reversed(found) for a, w in transcripts[i].arms.items()}
-            said.append(dataclasses.replace(one.transcript, arms={arm: texts[arm] for arm in arms}))
+            said.append(dataclasses.replace(one.transcript, arms={arm: texts[arm] for arm in arms if arm in texts}))
     return group, said
 
 

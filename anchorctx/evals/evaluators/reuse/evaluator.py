@@ -142,8 +142,8 @@ class Reuse:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arms: dict[str, Callable[[], Arm]]
     ) -> Lab:
         config = self.config
-        numbers = (config.decision_dense, config.compare_tokens, config.decode_together, self._seed)
-        return Lab(model, tokenizer, Decoder(model), arms, *numbers)
+        spoken = (config.accuracy, config.decision_dense, config.compare_tokens, config.decode_together, self._seed)
+        return Lab(model, tokenizer, Decoder(model), arms, *spoken)
 
     @property
     def _stream(self) -> np.ndarray:
@@ -198,8 +198,8 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
     bounds = s.gamma, s.temperature, s.min_exemplars, s.max_exemplars, s.window, s.max_bytes
     pool = PoolConfig(*bounds, s.h, s.weights_h, s.reduce)
 
-    def kvcomm(gamma: float = s.gamma) -> Arm:
-        return Kvcomm(replace(pool, gamma=gamma), partial=s.partial)
+    def kvcomm(gamma: float = s.gamma, **options: Any) -> Arm:
+        return Kvcomm(replace(pool, gamma=gamma, **options), partial=s.partial)
 
     p = s.predicted
     learnt = {"warmup": p.warmup, "ladder": p.ladder, "miss": p.miss, "tokens": config.compare_tokens}
@@ -211,7 +211,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
         "rotate_glue": lambda k=s.first: RotateGlue(k),
         "blend": lambda share=s.share: Blend(share),
         "kvcomm": kvcomm,
-        "kvcomm_ungated": lambda: KvcommUngated(pool, partial=s.partial),
+        "kvcomm_ungated": lambda **options: KvcommUngated(replace(pool, **options), partial=s.partial),
         "mean_offset": lambda: MeanOffset(s.warmup),
         "predicted": lambda bound=p.bound: Predicted(bound, **learnt),
         "random": lambda: RandomMoments(seed),

@@ -49,6 +49,7 @@ class Lab:
     tokenizer: PreTrainedTokenizerBase
     decoder: Decoder
     arms: dict[str, Callable[[], Arm]]
+    accuracy: bool
     decision_dense: bool
     compare_tokens: int
     decode_together: int
@@ -66,7 +67,8 @@ class Trial:
         # Each arm has two sessions, for compared and for free runs, since an arm learns from what goes through it.
         self._compared = {name: self._session(make(), None) for name, make in lab.arms.items()}
         decision = team.decision if lab.decision_dense else None
-        self._free = {name: self._session(make(), decision) for name, make in lab.arms.items() if name != "dense"}
+        free = {name: make for name, make in lab.arms.items() if name != "dense" and lab.accuracy}
+        self._free = {name: self._session(make(), decision) for name, make in free.items()}
         for problem in team.problems:
             self._script.check(problem.texts)
         self._rng = np.random.default_rng([lab.seed, *team.kind.encode()])

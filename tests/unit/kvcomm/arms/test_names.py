@@ -19,6 +19,19 @@ def test_an_arm_may_have_its_main_setting_behind_a_colon() -> None:
     assert found == [16, 0, 0.5]
 
 
+def test_arms_of_exemplars_may_have_further_settings() -> None:
+    """Two readings of the paper's rule in one list of arms, over a configuration's own settings."""
+    code = "h=values,weights_h=keys_values,reduce=per_token"
+    names = ["kvcomm", f"kvcomm:0.5,{code}", "kvcomm:max_exemplars=5", f"kvcomm_ungated:{code}"]
+    made = arm_makers(ReuseConfig(arms=names, settings=ArmsConfig(gamma=0.1, temperature=2.0)))
+    text, public, small, ungated = (make().pool.config for make in list(made.values())[1:])  # type: ignore[attr-defined]
+    assert (text.gamma, text.h, text.max_exemplars) == (0.1, "embeddings", 20)
+    assert (public.gamma, public.h, public.weighs_by, public.reduce) == (0.5, "values", "keys_values", "per_token")
+    assert (small.gamma, small.max_exemplars, small.h) == (0.1, 5, "embeddings")
+    assert (ungated.gamma, ungated.h, ungated.reduce, ungated.temperature) == (1.0, "values", "per_token", 2.0)
+    assert make_arm(f"kvcomm:{code}").pool.config.reduce == "per_token"  # type: ignore[attr-defined]
+
+
 def test_every_arm_is_made_by_its_name_and_takes_its_setting() -> None:
     for name, make in makers().items():
         assert make().name == name
@@ -49,6 +62,14 @@ def test_what_is_behind_the_colon_takes_the_place_of_the_settings() -> None:
         ("kvcomm:nan", "arm 'kvcomm:nan' must have a number of at least 0"),
         ("kvcomm:inf", "must have a number"),
         ("kvcomm:0.3:2", "must have a number"),
+        ("kvcomm:0.3,h=words", "must have one of embeddings, values, keys_values behind h=, the h of kvcomm"),
+        ("kvcomm:0.3,max_exemplars=2.5", "must have a whole number of at least 0 behind max_exemplars="),
+        ("kvcomm:max_exemplars=2", "min_exemplars=4 must not exceed max_exemplars=2"),
+        ("kvcomm:0.3,0.4", "has '0.4', which is no setting of kvcomm: write temperature, min_exemplars"),
+        ("kvcomm:h=values,h=values", "has 'h=values', which is no setting of kvcomm: .* each once"),
+        ("kvcomm:gama=1", "has 'gama=1', which is no setting"),
+        ("kvcomm_ungated:0.3", "has '0.3', which is no setting of kvcomm_ungated"),
+        ("blend:0.3,h=values", "has 'h=values', which is no setting of blend: write blend:number alone"),
         ("blend:1.1", "arm .blend:1.1. must have a number from 0 to 1 behind its colon, the share of blend"),
     ],
 )

@@ -132,6 +132,7 @@ def test_teams_take_turns() -> None:
 def test_as_many_problems_together_as_fill_a_forward() -> None:
     config = ReuseConfig(decode_together=8)
     assert [at_once(config, ["dense", *"abcdefghijk"[:n]]) for n in (0, 1, 3, 4, 8, 11)] == [8, 8, 2, 2, 1, 1]
+    assert at_once(ReuseConfig(decode_together=8, accuracy=False), ["dense", *"abc"]) == 8
 
 
 # -- when to stop -----------------------------------------------------------------------------------------------------

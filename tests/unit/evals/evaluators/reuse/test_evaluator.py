@@ -190,6 +190,23 @@ def test_typed_twice_or_cut_off_it_leaves_the_rows_of_one_run(
     assert json.loads((file.parent / "manifest.json").read_text())["command"] == "kvcomm"
 
 
+def test_without_accuracy_the_other_numbers_are_the_same(folder: Path, rows: list[Result], tmp_path: Path) -> None:
+    only = ["tasks=[gsm8k]", f"arms=[{','.join(TESTED)}]"]
+    assert command(folder, tmp_path, *only, "accuracy=false") == 0
+    found = list(read_results(tmp_path / "results.jsonl"))
+    accuracy = ("kvcomm_accuracy", "kvcomm_accuracy_difference")
+    assert {row.context["arm"] for row in found if row.metric in accuracy} == {"dense"}
+
+    def plain(rows: list[Result]) -> list[Any]:
+        mine = [r for r in rows if r.context.get("task") == "gsm8k" and not timed(r) and r.metric not in accuracy]
+        return [(r.metric, r.value, r.n, r.context) for r in mine]
+
+    assert plain(found) == plain(rows) and len(plain(found)) > 100
+    kept = (tmp_path / "transcripts.jsonl").read_text().splitlines()
+    assert [list(json.loads(line)["arms"]) for line in kept] == [["dense"]] * 2
+    assert main(["report", str(tmp_path), f"out={tmp_path / 'page.html'}"]) == 0
+
+
 def test_another_evaluation_of_reuse_is_not_mixed_in(folder: Path, tmp_path: Path, capsys) -> None:
     only = ["tasks=[copy]", "copy.problems=1", "variation.prefix=600"]
     assert command(folder, tmp_path, *only, "arms=[rotate]") == 0
