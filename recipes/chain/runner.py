@@ -4,12 +4,14 @@
 
 OUT/logs/STAGE.log    commands and their output
 OUT/done/STAGE.json   seconds that they took, and a fingerprint: remove it to do a stage, and what rests on it, again
+OUT/begun/STAGE.json  the fingerprint of one that was cut off, whose commands go on with what they find
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -55,6 +57,7 @@ class Runner:
     def _execute(self, stage: Stage) -> float:
         """Seconds that the stage took."""
         log, start = self._path("logs", stage, ".log"), time.perf_counter()
+        begun = self._begin(stage)
         threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
         with log.open("w") as file:
@@ -69,7 +72,17 @@ class Runner:
             self._path("done", stage, ".json"),
             {"commands": self.fingerprints[stage.name], "seconds": round(seconds, 1)},
         )
+        begun.unlink()
         return seconds
+
+    def _begin(self, stage: Stage) -> Path:
+        """Make room, unless this very stage was cut off: what others left there would be gone on with, or refused."""
+        begun, mine = self._path("begun", stage, ".json"), {"commands": self.fingerprints[stage.name]}
+        if not begun.is_file() or read_json(begun) != mine:
+            for folder in stage.clears:
+                shutil.rmtree(folder, ignore_errors=True)
+        write_json(begun, mine)
+        return begun
 
     def _report(self, stage: Stage, seconds: float) -> None:
         self.done.add(stage.name)

@@ -27,10 +27,17 @@ class Stage:
     """Seconds that it may take: what the progress line and the remaining time go by."""
     needs: list[str] = field(default_factory=list)
     """Stages that come before."""
+    clears: list[str] = field(default_factory=list)
+    """Folders that it fills: what another stage of this name left there goes, what it began itself it goes on with."""
+
+    @property
+    def words(self) -> list[list[str]]:
+        """What is run where nothing was begun."""
+        return [*([["rm", "-rf", *self.clears]] if self.clears else []), *self.commands]
 
     def script(self) -> str:
         """The commands, as one would type them."""
-        return "\n".join(shlex.join(command) for command in self.commands)
+        return "\n".join(shlex.join(command) for command in self.words)
 
 
 def fingerprints(todo: list[Stage], out: Path) -> dict[str, str]:
@@ -39,7 +46,7 @@ def fingerprints(todo: list[Stage], out: Path) -> dict[str, str]:
     packages = sysconfig.get_paths()["purelib"]
     places = {sys.executable: "python", packages: "PACKAGES", f"{RECIPES}/": "RECIPES/", f"{out}/": "OUT/"}
     for stage in todo:
-        words = [word for command in stage.commands for word in command]
+        words = [word for command in stage.words for word in command]
         for place, name in places.items():
             words = [word.replace(place, name) for word in words]
         found[stage.name] = fingerprint([words, [found[need] for need in stage.needs]])

@@ -45,7 +45,7 @@ def _corpus(recipe: dict[str, Any], out: Path, name: str, row_length: int) -> St
         command = [*ANCHORCTX, "prepare", "--recipe", str(QUICKSTART / "recipe_prepare.yaml"), f"out_dir={target}"]
         command += [f"tokenizer={out / f'seed_{seed}' / base}", f"row_length={row_length}", *CORPORA[name]]
         need = f"base/{seed}/{base}"
-    return Stage(f"corpus/{target.name}", [["rm", "-rf", str(target)], command], BUDGETS["corpus"], [need])
+    return Stage(f"corpus/{target.name}", [command], BUDGETS["corpus"], [need], [str(target)])
 
 
 def _train(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
@@ -61,8 +61,7 @@ def _train(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
     export = [*ANCHORCTX, "export", f"run={run}", f"out_dir={exported}"]
     budget = budget_of(recipe, "train", arm)
     needs = [f"base/{seed}/{base}", f"corpus/{corpus}"]
-    clear = ["rm", "-rf", str(run), str(exported)]  # a run of other settings would be gone on with
-    return Stage(f"train/{seed}/{name}", [clear, train, export], budget, needs)
+    return Stage(f"train/{seed}/{name}", [train, export], budget, needs, [str(run), str(exported)])
 
 
 def _evaluate(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
@@ -75,8 +74,8 @@ def _evaluate(recipe: dict[str, Any], out: Path, seed: int, name: str) -> Stage:
     command += [f"retrieval.lengths=[{SHORT},{length}]", f"retrieval.rows={arm['rows']}"]
     command += [f"perplexity.max_length={SHORT}", "perplexity.documents=64"]
     command += [f"needle.lengths=[{length}]", f"needle.rows={recipe['needles']}"]
-    commands, budget = [["rm", "-rf", str(target)], command], budget_of(recipe, "eval", arm)
-    return Stage(f"eval/{seed}/{name}", commands, budget, [made_by(recipe, seed, name)])
+    budget = budget_of(recipe, "eval", arm)
+    return Stage(f"eval/{seed}/{name}", [command], budget, [made_by(recipe, seed, name)], [str(target)])
 
 
 def _studies(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
@@ -92,7 +91,7 @@ def _studies(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
             command = [*ANCHORCTX, study["command"], f"out_dir={target}", f"model={model.pop('path')}", *options]
             command += [f"{key}={flow(value)}" for key, value in model.items()]
             needs, budget = [made_by(recipe, seed, name)], budget_of(recipe, "study", arm_of(recipe, name))
-            yield Stage(f"{kind}/{seed}/{name}", [["rm", "-rf", str(target)], command], budget, needs)
+            yield Stage(f"{kind}/{seed}/{name}", [command], budget, needs, [str(target)])
 
 
 def _ruler(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
@@ -105,7 +104,7 @@ def _ruler(recipe: dict[str, Any], out: Path, seed: int) -> Iterator[Stage]:
     command = [*ANCHORCTX, "eval", "--recipe", str(QUICKSTART / "recipe_eval.yaml"), "evals=[ruler]"]
     command += [f"out_dir={target}", f"models={flow(models)}", f"ruler.limit={recipe['ruler']['limit']}"]
     needs = [made_by(recipe, seed, name) for name in names]
-    yield Stage(f"ruler/{seed}", [["rm", "-rf", str(target)], command], BUDGETS["ruler"], needs)
+    yield Stage(f"ruler/{seed}", [command], BUDGETS["ruler"], needs, [str(target)])
 
 
 def _speed(recipe: dict[str, Any], out: Path) -> Iterator[Stage]:

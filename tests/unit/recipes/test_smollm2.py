@@ -31,7 +31,7 @@ def module(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml", "recipe_ci.yaml", "recipe_gpu.yaml"])
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe_ci.yaml", "recipe_gpu.yaml", "recipe_reuse.yaml"])
 def test_stages_need_what_makes_their_models(module, name: str) -> None:
     stages = module("smollm2.stages")
     recipe = stages.read_recipe(RECIPES / "smollm2" / name)
@@ -42,14 +42,13 @@ def test_stages_need_what_makes_their_models(module, name: str) -> None:
         assert set(stage.needs) <= set(names[:place])
         assert "{site}" not in stage.script()
     for seed in recipe["seeds"]:
-        runs = {arm: next(s for s in found if s.name == f"train/{seed}/{arm}").commands[1] for arm in recipe["arms"]}
+        runs = {arm: next(s for s in found if s.name == f"train/{seed}/{arm}").commands[0] for arm in recipe["arms"]}
         # the same rows, order and steps: arms differ in what the recipe says of them, and where they are written
         differ = {word.split("=")[0] for run in runs.values() for word in set(run) - set(next(iter(runs.values())))}
         assert differ <= {"out_dir", "pattern", "model.rope_dtype"}
-    measured = next(s for s in found if s.name.startswith("long/raised"))
-    assert (
-        f"rope.theta={recipe['train']['theta']}" in measured.commands[1] and "model=the_model" in measured.commands[1]
-    )
+    for measured in (stage.commands[0] for stage in found if stage.name == "long/raised"):
+        assert f"rope.theta={recipe['train']['theta']}" in measured and "model=the_model" in measured
+    assert ("corpus" in names) == bool(recipe["arms"]) and ("long/raised" in names) == bool(recipe["arms"])
 
 
 def test_ninety_minutes_and_four(module) -> None:
