@@ -48,6 +48,10 @@ def test_stages_need_what_makes_their_models(module, name: str) -> None:
         assert differ <= {"out_dir", "pattern", "model.rope_dtype"}
     for measured in (stage.commands[0] for stage in found if stage.name == "long/raised"):
         assert f"rope.theta={recipe['train']['theta']}" in measured and "model=the_model" in measured
+    # The report refuses two evaluations of reuse, or two studies, of one label: after an hour, if it is not seen here.
+    whole = [stage.commands[0] for stage in found if {"kvcomm", "precision"} & set(stage.commands[0])]
+    labels = [(words[3], next(word for word in words if word.startswith("label="))) for words in whole]
+    assert len(set(labels)) == len(labels)
     assert ("corpus" in names) == bool(recipe["arms"]) and ("long/raised" in names) == bool(recipe["arms"])
 
 
