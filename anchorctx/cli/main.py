@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import os
 import sys
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Told to end, it is 128 and the signal's number, or 124 after `max_hours`; 141 when nobody reads the output any more.
     """
+    _open_outputs()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(text_table(COMMANDS.items(), indent=2))), end="")
@@ -142,6 +144,7 @@ def _told(command: str, argv: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
+        _check_surroundings()
         from anchorctx.cli.commands import run
 
         code = run(command, parse(argv))
@@ -175,7 +178,30 @@ def _about_a_file(error: Exception) -> str:
         return str(refused)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"the path {ascii(error.object)} is not UTF-8, and some libraries take no other: rename it"
     raise error
+
+
+def _open_outputs() -> None:
+    """A daemon's closed output is written to nobody, and a sign that the terminal's encoding lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the end of the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_surroundings() -> None:
+    """UserError for a folder that is gone and for places among processes that are no numbers."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the folder in which you started it is gone: change into one that exists (cd)") from error
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if (value := os.environ.get(name)) and not value.isdecimal():
+            raise UserError(f"{name}={value} in the environment must be a number, as torchrun sets it: unset {name}")
 
 
 def _drop_output() -> None:
@@ -234,7 +260,8 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    value = os.environ.get("RANK", "")
+    return int(value) if value.isdecimal() else 0  # empty where a job's template has none
 
 
 if __name__ == "__main__":

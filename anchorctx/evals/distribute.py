@@ -28,7 +28,7 @@ def rank_and_size() -> tuple[int, int]:
 
 def is_first() -> bool:
     """Whether this process writes files and talks to the user; works without a process group too."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return int(os.environ.get("RANK") or 0) == 0
 
 
 def spread(

@@ -154,7 +154,7 @@ def _what(job: Job) -> str:
 @contextlib.contextmanager
 def _processes() -> Iterator[None]:
     """Under torchrun, and not within a training run that has a process group already, the processes know each other."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch_dist.is_initialized()
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1 and not torch_dist.is_initialized()
     if several:
         dist.start()
     try:

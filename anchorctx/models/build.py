@@ -22,6 +22,7 @@ from anchorctx.flops import head_dims, layer_configs
 from anchorctx.models.config import ModelConfig
 from anchorctx.models.load import load_weights, read_config, reason
 from anchorctx.models.rope import apply_rope
+from anchorctx.models.settle import settle
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,11 @@ def _new_config(fields: dict[str, Any]) -> PretrainedConfig:
             raise UserError(f"model.config.{name} is not a field of {model_type}: {hint}")
     _check_heads({"head_dim": _own_head_dim(layer_configs(default.get_text_config())[0])} | fields)
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        config = AutoConfig.for_model(model_type, **fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"model.config is not a valid {model_type} configuration: {reason(error)}") from error
+    settle(config)
+    return config
 
 
 def _own_head_dim(config: PretrainedConfig) -> int | None:

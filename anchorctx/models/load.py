@@ -31,6 +31,7 @@ from anchorctx.attention.rope import restore_frequencies
 from anchorctx.errors import UserError
 from anchorctx.models.generation import drop_unused
 from anchorctx.models.gguf import folder_of, is_gguf
+from anchorctx.models.settle import settle
 from anchorctx.models.unreadable import unreadable
 from anchorctx.models.weights import (
     check_files,
@@ -92,6 +93,7 @@ def read_config(path: str, fields: Mapping[str, Any] | None = None) -> Pretraine
         found: Any = AutoConfig.from_pretrained(folder or path, return_unused_kwargs=True, **OWN_CODE, **(fields or {}))
     config, unknown = found
     _check_counts(path, config.get_text_config() if not config.is_encoder_decoder else config)
+    settle(config)
     for name in unknown:
         near = difflib.get_close_matches(name, config.to_dict(), 1)
         hint = f"did you mean {near[0]}?" if near else "its config.json lists what it has"
@@ -223,6 +225,11 @@ def _judge(path: str, model: type[PreTrainedModel], info: Mapping[str, Any]) -> 
         raise UserError(f"model {path} {_lacking(model, missing, unknown)}")
     if wrong:
         name, found, needed = wrong[0]
+        if 0 in found and 0 not in needed:
+            raise UserError(
+                f"model {path} has {_counted(len(wrong))} without any number in it (first: {name}), as a run under "
+                "ZeRO 3 leaves them that saves only its own share: gather them from its checkpoint (zero_to_fp32.py)"
+            )
         raise UserError(
             f"model {path} has {_counted(len(wrong))} of another shape than its configuration asks for (first: {name} "
             f"is {tuple(found)}, {kind} needs {tuple(needed)}): undo changes of the configuration, or download or "

@@ -19,6 +19,8 @@ from anchorctx.errors import UserError
 
 NAMED = ("OSError", "ValueError", "ImportError", "RuntimeError", "SafetensorError", "JSONDecodeError")
 """Errors whose message says what is wrong without their name."""
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack")
+"""Endings of files that hold weights, those that transformers does not read too."""
 HERE = "correct its files if you changed them, else download or export it again"
 GENERAL = (
     "name a folder with a model and its tokenizer, or a model that the hub gives you (check its name, or download it "
@@ -67,6 +69,9 @@ def _from_error(error: Exception) -> str | None:
 
 def _problems(folder: Path, error: Exception) -> Iterator[str]:
     """What the files of a folder show, the most certain first."""
+    for file in sorted(folder.iterdir()):
+        if file.is_symlink() and not file.exists() and file.suffix in (*WEIGHTS, ".json"):
+            yield f"has {file.name} as a link to a file that is not there: download it again, or restore that file"
     for file in sorted(folder.glob("*.safetensors")):
         if file.is_file() and (reason := _broken(file)) is not None:
             yield f"has a {file.name} that is cut short or damaged ({reason}): download or export it again"
@@ -79,6 +84,17 @@ def _problems(folder: Path, error: Exception) -> Iterator[str]:
         yield (
             f"is quantised ({method}) and cannot be read here ({said(error)}): name the checkpoint in 16 or 32 bits "
             "that it was made of"
+        )
+    if "no file named" in str(error):
+        others = [file.name for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS]
+        yield (
+            f"has no weights in model.safetensors or pytorch_model.bin{f', but {others[0]}' if others else ''}: "
+            "download or export it again, or convert it to the format of transformers"
+        )
+    if "automatic conversion of the weights" in str(error):
+        yield (
+            "has experts that do not fit each other, of which a weight is missing or of another shape: download or "
+            "export it again"
         )
     kind = error.args[0] if isinstance(error, KeyError) and error.args else None
     if kind is not None and kind in _rope_types(config):

@@ -40,11 +40,11 @@ def start(timeout_s: float = 1800.0) -> Ranks:
     which accelerator there is before it is first imported.
     """
     # Started without torchrun: a group of one, so that no code below asks whether there is a group.
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     else:

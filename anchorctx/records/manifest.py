@@ -83,7 +83,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def to_json(value: Any) -> bytes:
     """A JSON file's content; what JSON does not know, such as a path, is written as `str` shows it."""
-    return (json.dumps(value, indent=2, default=str) + "\n").encode()
+    return (json.dumps(_utf8(value), indent=2, default=lambda other: _utf8(str(other))) + "\n").encode()
+
+
+def _utf8(value: Any) -> Any:
+    """The value with bytes of file names that are no UTF-8 escaped, which strict readers refuse in JSON."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_utf8(key): _utf8(one) for key, one in value.items()}
+    return [_utf8(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _revision() -> dict[str, Any]:
