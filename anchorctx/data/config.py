@@ -66,6 +66,9 @@ class PrepareConfig:
     def validate(self) -> None:
         """UserError for values out of range."""
         check_ranges(self)
+        out = str(self.out_dir)
+        if out != out.encode("utf-8", "ignore").decode():
+            raise UserError(f"out_dir={ascii(out)} must be UTF-8, for the tokenizer is written to no other: rename it")
         if self.row_length < self.anchor_len + 2:
             raise UserError(
                 f"row_length={self.row_length} must be at least {self.anchor_len + 2}, "

@@ -16,12 +16,12 @@ def settle(config: PretrainedConfig) -> None:
       embedding of the last token.
     - A head dimension of null is the hidden size over the heads. The scalings of RoPE read it, and stop at null.
     """
-    text: Any = config.get_text_config()
     config._attn_implementation = None
-    padding = getattr(text, "pad_token_id", None)
-    if isinstance(padding, int) and padding < 0:
+    text: Any = config.get_text_config()
+    fields = vars(text)  # of models whose layers differ, attributes raise
+    if isinstance(fields.get("pad_token_id"), int) and text.pad_token_id < 0:
         text.pad_token_id = None
-    hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
-    if getattr(text, "head_dim", 0) is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        if hidden % heads == 0:
-            text.head_dim = hidden // heads
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    known = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0
+    if known and fields.get("head_dim", 0) is None:
+        text.head_dim = hidden // heads

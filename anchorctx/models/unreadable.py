@@ -69,9 +69,7 @@ def _from_error(error: Exception) -> str | None:
 
 def _problems(folder: Path, error: Exception) -> Iterator[str]:
     """What the files of a folder show, the most certain first."""
-    for file in sorted(folder.iterdir()):
-        if file.is_symlink() and not file.exists() and file.suffix in (*WEIGHTS, ".json"):
-            yield f"has {file.name} as a link to a file that is not there: download it again, or restore that file"
+    yield from _absent(folder, error)
     for file in sorted(folder.glob("*.safetensors")):
         if file.is_file() and (reason := _broken(file)) is not None:
             yield f"has a {file.name} that is cut short or damaged ({reason}): download or export it again"
@@ -85,12 +83,6 @@ def _problems(folder: Path, error: Exception) -> Iterator[str]:
             f"is quantised ({method}) and cannot be read here ({said(error)}): name the checkpoint in 16 or 32 bits "
             "that it was made of"
         )
-    if "no file named" in str(error):
-        others = [file.name for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS]
-        yield (
-            f"has no weights in model.safetensors or pytorch_model.bin{f', but {others[0]}' if others else ''}: "
-            "download or export it again, or convert it to the format of transformers"
-        )
     if "automatic conversion of the weights" in str(error):
         yield (
             "has experts that do not fit each other, of which a weight is missing or of another shape: download or "
@@ -100,6 +92,20 @@ def _problems(folder: Path, error: Exception) -> Iterator[str]:
     if kind is not None and kind in _rope_types(config):
         hint = "its name is longrope now" if kind == "su" else "correct it in its config.json, or install a newer one"
         yield f"has the RoPE type {kind!r}, which transformers {transformers.__version__} does not know: {hint}"
+
+
+def _absent(folder: Path, error: Exception) -> Iterator[str]:
+    """What a folder has in place of files that are not there."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        if file.is_symlink() and not file.exists() and file.suffix in (*WEIGHTS, ".json"):
+            yield f"has {file.name} as a link to a file that is not there: download it again, or restore that file"
+    if "no file named" in str(error):
+        others = [file.name for file in files if file.suffix in WEIGHTS]
+        yield (
+            f"has no weights in model.safetensors or pytorch_model.bin{f', but {others[0]}' if others else ''}: "
+            "download or export it again, or convert it to the format of transformers"
+        )
 
 
 def _no_json(file: Path) -> str | None:
