@@ -91,6 +91,15 @@ class Concluding(Protocol):
 
 
 @runtime_checkable
+class Counting(Protocol):
+    """An evaluation that knows beforehand how much there is to do in each unit."""
+
+    def size(self, unit: Unit) -> int:
+        """The total of what its progress counts."""
+        ...
+
+
+@runtime_checkable
 class Resumable(Protocol):
     """An evaluation whose units are long enough to be gone on with in their middle."""
 

@@ -55,7 +55,17 @@ class Bar:
     makes the forecast, which is logged; a dry run ends there with `MeasuredError`.
     """
 
-    def __init__(self, what: str, counts: str, units: Sequence[Unit], *, dry_run: bool = False) -> None:
+    def __init__(
+        self,
+        what: str,
+        counts: str,
+        units: Sequence[Unit],
+        *,
+        sizes: Sequence[int] | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        """`sizes` are the units' totals where they are known beforehand."""
+        self._later = None if sizes is None else list(sizes)
         self.forecast: Forecast | None = None
         self._what, self._counts, self._dry_run = what, counts, dry_run
         self._lengths = sum(map(_length, units))
@@ -69,6 +79,8 @@ class Bar:
         """Begin a unit; the one before, if any, is done."""
         self._tokens, self._done = self._tokens + self._total, self._done + self._current
         self._current, self._total = _length(unit), 0
+        if self._later is not None:
+            self._later.pop(0)
         if self.forecast is None and self._first is None:
             self._begun = time.monotonic()
 
@@ -78,6 +90,8 @@ class Bar:
         # Units of 512 and 2,048 tokens: when the first turns out to have 10,000 tokens to do, the whole is put at
         # 10,000 * 2,560 / 512 = 50,000.
         whole = round((self._tokens + total) * self._lengths / (self._done + self._current))
+        if self._later is not None:
+            whole = self._tokens + total + sum(self._later)
         self._bar.total = whole
         self._bar.update(done)
         if self.forecast is None:

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from anchorctx.errors import UserError
-from anchorctx.evals.base import Candidate, Concluding, Evaluator, Resumable, Subject, Unit
+from anchorctx.evals.base import Candidate, Concluding, Counting, Evaluator, Resumable, Subject, Unit
 from anchorctx.evals.config import EvalConfig, EvalDtype, EvalName, EvaluatedModel
 from anchorctx.evals.corpus import Corpus
 from anchorctx.evals.distribute import is_first, same_everywhere
@@ -134,12 +134,19 @@ def forecast(config: EvalConfig) -> list[Forecast]:
         return found
 
 
+def _bar(job: Job, units: Sequence[Unit], *, dry_run: bool = False) -> Bar:
+    evaluator = job.evaluator
+    sizes = [evaluator.size(unit) for unit in units] if isinstance(evaluator, Counting) else None
+    return Bar(_what(job), evaluator.counts, units, sizes=sizes, dry_run=dry_run)
+
+
 def _first_piece(job: Job, units: Sequence[Unit], subject: Subject | None) -> Forecast:
     """Run units up to the second report of progress."""
-    bar = Bar(_what(job), job.evaluator.counts, units, dry_run=True)
+    # Units of a length first: the precision study's others report no progress, and one of them takes minutes.
+    units = sorted(units, key=lambda unit: "length" not in unit)
+    bar = _bar(job, units, dry_run=True)
     with contextlib.suppress(MeasuredError):
-        # Units of a length first: the precision study's others report no progress, and one of them takes minutes.
-        for unit in sorted(units, key=lambda unit: "length" not in unit):
+        for unit in units:
             bar.start(unit)
             list(job.evaluator.run(subject, unit, bar.advance))  # type: ignore[arg-type]
     if (found := bar.settle()) is None:
@@ -323,7 +330,7 @@ def _measure(
         if bar is None or current is not job:
             if bar is not None:
                 bar.close()
-            bar = Bar(_what(job), job.evaluator.counts, [wanted[j][1] for j in pending if wanted[j][0] is job])
+            bar = _bar(job, [wanted[j][1] for j in pending if wanted[j][0] is job])
             current = job
         bar.start(unit)
         manifest = "" if journal is None else journal.open(job.identity, facts)

@@ -37,6 +37,8 @@ class Prefill:
     """(query, key) pairs of attention for them."""
     reused: tuple[bool, ...]
     """For each non-empty placeholder: was any entry of it given?"""
+    contents: tuple[int, int]
+    """Tokens of all placeholders, and those of them that the model ran on."""
     seconds: dict[str, float]
 
 
@@ -52,6 +54,8 @@ class Turn:
     """Tokens that were run beside it: base texts, anchored documents, the message's own KV."""
     reused: tuple[bool, ...]
     """For each non-empty placeholder: did any of its KV come from elsewhere?"""
+    contents: tuple[int, int]
+    """Tokens of all placeholders, and those of them that were run with this prompt."""
     flops: float
     """Forward FLOPs of the prefill with all hidden work."""
     dense_flops: float
@@ -92,6 +96,7 @@ def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
     missing[-1] = True  # its logits are needed, whatever was placed there
     slots = torch.nonzero(missing)[:, 0]
     clock.append(now(decoder.device))
+    contents = [missing[s.start : s.stop] for s in prompt.placeholders]
     ids = decoder.tensor(prompt.ids)[:, slots.to(decoder.device)]
     logits = decoder.forward(ids, buffer, _range_of(slots))[0, -1]
     clock.append(now(decoder.device))
@@ -100,7 +105,8 @@ def prefill(context: TurnContext, arm: Arm, room: int) -> Prefill:
     seconds = {"match": match + choose - context.tally.seconds, "encode": context.tally.seconds}
     seconds |= {"assemble": assemble, "forward": forward}
     # The token in slot s sees s + 1 slots, itself included.
-    return Prefill(buffer, logits, given, len(slots), int((slots + 1).sum()), reused, seconds)
+    pairs, counts = int((slots + 1).sum()), (sum(map(len, contents)), sum(int(run.sum()) for run in contents))
+    return Prefill(buffer, logits, given, len(slots), pairs, reused, counts, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +194,7 @@ def finished(
         computed=found.computed,
         hidden=tally.tokens,
         reused=found.reused,
+        contents=found.contents,
         flops=forward(found.computed + tally.tokens, found.pairs + tally.pairs),
         dense_flops=forward(length, length * (length + 1) // 2),
         seconds=seconds,

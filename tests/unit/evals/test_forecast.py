@@ -86,6 +86,16 @@ def test_the_whole_is_in_proportion_to_the_second_piece(monkeypatch: pytest.Monk
     assert str(bar.forecast) == "reading of it: about 2 min, by the first 2,000 of 50,000 tok"
 
 
+def test_units_of_known_sizes_are_counted() -> None:
+    """Three problems of one task, 60 of another: 63, whatever the first one says."""
+    bar = Bar("it", "problem", [{"task": "a"}, {"task": "b"}], sizes=[3, 60], dry_run=True)
+    bar.start({"task": "a"})
+    bar.advance(1, 3)
+    with pytest.raises(MeasuredError):
+        bar.advance(1, 3)
+    assert bar.forecast is not None and bar.forecast.first == "2 of 63 problem"
+
+
 @pytest.mark.parametrize("pieces", [[8], [4, 4]])
 def test_pieces_may_be_all_there_is(pieces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 3.0, 5.0])

@@ -39,8 +39,9 @@ class GateConfig:
     min_agreement: Share = 0.95
     """Share of compared tokens with the same most probable token, at least, 0..1."""
     min_reuse: Share = 0.1
-    """Share of prompt tokens that are not computed with their prompt, at least, 0..1: an arm that shares nothing is as
-    near to dense as can be, and of no use."""
+    """Share of the contents' tokens that are not computed with their prompt, at least, 0..1: an arm that shares nothing
+    is as near to dense as can be, and of no use. Agents' own fixed texts, which any cache of prefixes has, do not
+    count."""
     max_ttft: NonNegativeFloat = 1.0
     """Seconds to first token of a request (median) over dense's, at most."""
 

@@ -103,6 +103,12 @@ class Reuse:
         variation = {"tokens": self.config.variation.tokens, "prefix": self.config.variation.prefix}
         return [*({"task": name} for name in self._tasks), *([variation] if self._varies else [])]
 
+    def size(self, unit: Unit) -> int:
+        """Problems of a task; documents of the split of errors."""
+        if "task" not in unit:
+            return self.config.variation.documents
+        return sum(len(team.problems) for team in self._tasks[unit["task"]][1])
+
     def check(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Everything was checked when the evaluation was made."""
 

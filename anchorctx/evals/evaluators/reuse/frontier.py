@@ -28,7 +28,9 @@ def cost_rows(own: Sequence[Record], dense: Sequence[Record], context: dict) -> 
     problems = [row for record in own for row in _by_problem(record)]  # (prompt, computed) each
     prompt, spent = ([float(pair[i]) for pair in problems] for i in range(2))
     low, high = ratio_interval(spent, prompt) or (None, None)
-    where = context | {"by": "tokens"}
+    # What a cache of the agents' fixed texts alone leaves to compute, exactly: what an arm must be cheaper than.
+    behind = 1 - sum(fixed for r in dense for fixed, *_ in r.contents) / sum(t for r in dense for t, *_ in r.tokens)
+    where = context | {"by": "tokens", "behind_prefix": behind}
     value = sum(spent) / sum(prompt)
     yield Result(metric="kvcomm_cost", value=value, unit="1", n=len(problems), low=low, high=high, context=where)
     mine, theirs = ([sum(request.values()) for r in records for request in r.ttft] for records in (own, dense))
@@ -77,9 +79,9 @@ def recommendation(rows: Rows, task: str, gate: GateConfig) -> Result | None:
     offered = [point for point in points if point.arm not in EXACT]
     if not offered:
         return None
-    exact = min((point for point in points if point.arm in EXACT), key=lambda point: point.tokens.value)
+    exact, saved = _exact(points)
     within = [point for point in offered if point.worst <= gate.max_kl]
-    useful = [p for p in within if p.tokens.value < exact.tokens.value and p.seconds.value <= 1]
+    useful = [p for p in within if p.tokens.value < saved and p.seconds.value <= 1]
     chosen = min(useful, key=lambda p: (p.tokens.value, p.seconds.value), default=None)
     least = min(offered, key=lambda p: (p.worst, p.kl.value))  # shown where none is chosen
     if chosen is not None:
@@ -87,8 +89,8 @@ def recommendation(rows: Rows, task: str, gate: GateConfig) -> Result | None:
     elif within:
         least = min(within, key=lambda p: p.tokens.value)
         said = (
-            f"none: stay dense; within a KL of {gate.max_kl:g} there is nothing that computes less than {exact.arm} "
-            f"({exact.tokens.value:.0%} of the tokens) and is as fast as dense: {_words(least)}"
+            f"none: stay dense; within a KL of {gate.max_kl:g} there is nothing that computes less than {exact} "
+            f"({saved:.0%} of the tokens) and is as fast as dense: {_words(least)}"
         )
     elif least.kl.high is None:
         said = "none: stay dense; a single problem gives no interval: run several"
@@ -107,6 +109,14 @@ def recommendation(rows: Rows, task: str, gate: GateConfig) -> Result | None:
         high=shown.kl.high,
         context=context | {"sentence": f"{task}: {said}"},
     )
+
+
+def _exact(points: Sequence[Point]) -> tuple[str, float]:
+    """What loses nothing and computes least, and its part of dense's tokens. A cache of the agents' fixed texts can be
+    had whether it runs as an arm or not."""
+    found = {point.arm: point.tokens.value for point in points if point.arm in EXACT}
+    found["a cache of the agents' fixed texts"] = points[0].tokens.context.get("behind_prefix", 1.0)
+    return min(found.items(), key=lambda pair: pair[1])
 
 
 def _points(rows: Rows, task: str) -> Iterator[Point]:

@@ -31,6 +31,8 @@ class Record:
     """By turn: all its contents."""
     tokens: list[tuple[int, int, int]] = field(default_factory=list)
     """By turn: prompt tokens, those computed with it, and those computed beside it."""
+    contents: list[tuple[int, int, int]] = field(default_factory=list)
+    """By turn: tokens of the fixed text that the prompt begins with, of its contents, and of these the computed ones."""
     flops: list[tuple[float, float]] = field(default_factory=list)
     """By turn: dense, and spent with all hidden work."""
     ttft: list[dict[str, float]] = field(default_factory=list)

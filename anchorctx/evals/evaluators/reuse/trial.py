@@ -155,17 +155,20 @@ class Trial:
             record.errors.append(error)
         record.reused.append(bool(turn.reused) and all(turn.reused))
         record.tokens.append((turn.prompt.length, turn.computed, turn.hidden))
+        record.contents.append((turn.prompt.segments[0].length, *turn.contents))
         record.flops.append((turn.dense_flops, turn.flops))
         if final:
             record.judged[False].append(_says(turn, turn.ids))
 
     def _speak_freely(self, problems: Sequence[Problem], names: Sequence[str]) -> list[dict[str, dict[str, Answer]]]:
         """The free runs of some arms, several at once; those that learn among themselves, so that `replay`, which runs
-        only them, gives them the same rounding."""
+        only them, gives them the same rounding, and problem by problem, so that what one knows is what it has learnt
+        from all problems before, however many are run together."""
         learning = {name: self._free[name] for name in names if _learns(self._free[name].arm)}
         others = {name: self._free[name] for name in names if name not in learning}
-        found = (answers(sessions, problems, self._lab.decode_together) for sessions in (learning, others))
-        return [a | b for a, b in zip(*found, strict=True)]
+        together = self._lab.decode_together
+        learnt = [answers(learning, [problem], together)[0] for problem in problems]
+        return [a | b for a, b in zip(learnt, answers(others, problems, together), strict=True)]
 
     def _ran(
         self, problem: Problem, said: Script, records: dict[str, Record], free: dict[str, dict[str, Answer]]

@@ -98,6 +98,19 @@ def test_a_task_that_was_cut_off_goes_on_to_the_same_numbers(
     assert not (tmp_path / "cut" / "parts").exists()
 
 
+def test_an_arms_numbers_do_not_depend_on_how_many_problems_go_together(folder: Path, tmp_path: Path) -> None:
+    """Nor on the other arms, which decide that: those that learn know all problems before, and no other."""
+    one, several = (evaluated(folder, tmp_path / str(n), together=n) for n in (6, 30))
+    for mine, other in zip(one, several, strict=True):
+        assert (mine.metric, mine.context.get("arm")) == (other.metric, other.context.get("arm"))
+        assert mine.value == pytest.approx(other.value, rel=1e-3, abs=1e-6), (mine, other)
+    said = [(tmp_path / str(n) / "transcripts.jsonl").read_text().splitlines() for n in (6, 30)]
+    for a, b in zip(*(map(json.loads, lines) for lines in said), strict=True):
+        assert {arm: one["answers"] for arm, one in a["arms"].items()} == {
+            arm: one["answers"] for arm, one in b["arms"].items()
+        }
+
+
 def test_records_survive_json_to_the_bit() -> None:
     rng = np.random.default_rng(0)
     record = Record("rotate", "k", True, [[Closeness(rng.random(5) / 3, rng.random(5) > 0.5)] * 2])

@@ -131,6 +131,8 @@ def test_reuse_and_accuracy_are_counted(rows: list[Result]) -> None:
     for by in ("calls", "tokens", "flops"):
         assert value(rows, "kvcomm_reuse", task="copy", arm="dense", kind="all", by=by) == 0.0
     assert value(rows, "kvcomm_reuse", task="copy", arm="rotate", kind="all", by="calls") == 1.0
+    assert value(rows, "kvcomm_reuse", task="retrieval", arm="rotate", kind="all", by="contents") > 0.9
+    assert value(rows, "kvcomm_reuse", task="retrieval", arm="dense", kind="all", by="contents") == 0.0
     mean = Rows(rows).find("kvcomm_reuse", task="copy", arm="mean_offset", kind="all", by="calls")
     assert mean is not None and mean.value == pytest.approx(1 / 3) and mean.context["by_construction"] is False
     dense = Rows(rows).find("kvcomm_accuracy_difference", task="retrieval", arm="dense", kind="all")
@@ -232,10 +234,24 @@ def test_it_is_an_evaluation_like_the_others(folder: Path, tmp_path: Path) -> No
 def test_the_gate_decides_the_exit_code(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     only = ["tasks=[copy]", "arms=[rotate,dense_prefix_cache]"]
     # times of a model this small say nothing
-    assert command(folder, tmp_path / "a", *only, "gate={arm: dense_prefix_cache, max_ttft: 100, min_reuse: 0.05}") == 0
+    assert command(folder, tmp_path / "a", *only, "gate={arm: dense_prefix_cache, max_ttft: 100, min_reuse: 0}") == 0
     assert "gate passed: dense_prefix_cache on copy with tiny: KL" in capsys.readouterr().out
     assert command(folder, tmp_path / "b", *only, "gate={arm: rotate, max_kl: 1e-9}") == 1
     assert "gate FAILED: rotate on copy" in capsys.readouterr().out
+
+
+def test_an_arm_that_shares_no_content_is_of_no_use(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """It computes all but the agents' fixed texts, as any cache of prefixes does: neither passed nor recommended."""
+    only = ["tasks=[gsm8k]", "arms=['rotate_glue:100000']", "gate={arm: 'rotate_glue:100000', max_ttft: 100}"]
+    assert command(folder, tmp_path, *only) == 1
+    said = capsys.readouterr().out
+    assert "reuse 0.000 of the contents' tokens (at least 0.1): NOT MET" in said
+    assert (
+        "none: stay dense; within a KL of 0.05 there is nothing that computes less than a cache of the agents" in said
+    )
+    rows = list(read_results(tmp_path / "results.jsonl"))
+    at = {"task": "gsm8k", "kind": "all", "arm": "rotate_glue:100000"}
+    assert value(rows, "kvcomm_reuse", by="contents", **at) == 0.0 < value(rows, "kvcomm_reuse", by="tokens", **at)
 
 
 def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: Path) -> None:
