@@ -32,7 +32,7 @@ class Record:
     tokens: list[tuple[int, int, int]] = field(default_factory=list)
     """By turn: prompt tokens, those computed with it, and those computed beside it."""
     contents: list[tuple[int, int, int]] = field(default_factory=list)
-    """By turn: tokens of the fixed text that the prompt begins with, of its contents, and of these the computed ones."""
+    """By turn: tokens of the fixed text in front, tokens of the contents, and how many of these were computed."""
     flops: list[tuple[float, float]] = field(default_factory=list)
     """By turn: dense, and spent with all hidden work."""
     ttft: list[dict[str, float]] = field(default_factory=list)
