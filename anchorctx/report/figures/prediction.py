@@ -36,9 +36,9 @@ def prediction_charts(task: TaskRows) -> Iterator[tuple[str, Chart]]:
     for arm in task.rows.of("kvcomm_prediction").distinct("arm"):
         missed = task.rows.find("kvcomm_prediction", arm=arm, measure="missed")
         rank = task.rows.find("kvcomm_prediction", arm=arm, measure="rank")
-        if missed is not None and rank is not None:
-            shared = [(expected, true) for expected, _, true in missed.context["values"]]
-            seen = [(expected, true) for expected, true in rank.context["values"]]
+        shared = [(expected, true) for expected, _, true in missed.context["values"]] if missed is not None else []
+        seen = [(expected, true) for expected, true in rank.context["values"]] if rank is not None else []
+        if missed is not None and (seen or shared):
             yield arm, _chart(seen, shared, missed.context["bound"], f"{task.task}: {arm}, predicted and true")
 
 

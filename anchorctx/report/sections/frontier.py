@@ -60,14 +60,15 @@ def _predictions(task: TaskRows) -> list[str]:
     for arm in task.rows.of("kvcomm_prediction").distinct("arm"):
         rows = {m: task.rows.find("kvcomm_prediction", arm=arm, measure=m) for m in ("shared", "missed", "rank")}
         shared, missed, rank = rows["shared"], rows["missed"], rows["rank"]
-        if shared is None or missed is None or rank is None:
+        if shared is None or missed is None or not shared.n:
             found.append(f"{arm} was dense throughout: its warm-up takes more problems than were run.")
             continue
         of_them = f"; of these {with_interval(missed, as_percent=True)} diverged by more than its bound of "
         found.append(
             f"{arm} shared {with_interval(shared, as_percent=True)} of {shared.n} turns after its warm-up"
             + (f"{of_them}{missed.context['bound']:g}" if missed.n else "")
-            + f"; what it expected and what was true have a rank correlation of {rank.value:.2f}."
+            + (f"; what it expected and what was true have a rank correlation of {rank.value:.2f}" if rank else "")
+            + "."
         )
     return found
 

@@ -105,6 +105,16 @@ def test_the_page_says_what_to_use(tmp_path: Path) -> None:
     assert "t: predicted:0.05, predicted and true" in page
 
 
+def test_predictions_without_a_rank_correlation_are_shown() -> None:
+    """There is none where all divergences are equal."""
+    without = [row for row in rows() if row.context.get("measure") != "rank"]
+    (task,) = tasks_of(Rows(without))
+    text = frontier_text(task)
+    assert "diverged by more than its bound of 0.05.\n" in text and "its warm-up takes" not in text
+    ((_, chart),) = prediction_charts(task)
+    assert chart.svg.count("<circle") == 2
+
+
 @pytest.mark.parametrize("missing", ["kvcomm_recommendation", "kvcomm_prediction"])
 def test_what_was_not_measured_is_not_said(missing: str) -> None:
     text = reuse_table([row for row in rows() if row.metric != missing])

@@ -2,8 +2,9 @@
 
 `shared` is the part of the turns after the warm-up that were shared, `missed` the part of those whose true divergence
 was above the bound, `rank` the rank correlation of what was expected and what was true in the fit's own turns, each
-left out with its request. `values` has the pairs to draw: [expected, limit, true] of the shared turns beside `missed`,
-[expected, true] of those left out beside `rank`.
+left out with its request; there is none where all that was expected is equal, or all that was true. `values` has the
+pairs to draw: [expected, limit, true] of the shared turns beside `missed`, [expected, true] of those left out beside
+`rank`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ def prediction_rows(own: Sequence[Record], context: dict) -> Iterator[Result]:
     yield _share("missed", [kl > bound for *_, kl in shared], context | {"values": shared})
     left_out = [pair for record in own for pair in record.calibration]
     if len(left_out) > 2:
-        expected, measured = (np.array(x) for x in zip(*left_out, strict=True))
+        expected, measured = (_ranks(np.array(x)) for x in zip(*left_out, strict=True))
+        if not (np.ptp(expected) and np.ptp(measured)):  # no correlation with what never varies
+            return
         context = context | {"measure": "rank", "values": left_out}
-        value = float(np.corrcoef(_ranks(expected), _ranks(measured))[0, 1])
+        value = float(np.corrcoef(expected, measured)[0, 1])
         yield Result(metric="kvcomm_prediction", value=value, unit="1", n=len(left_out), context=context)
 
 

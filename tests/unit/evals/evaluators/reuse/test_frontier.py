@@ -100,3 +100,15 @@ def test_predictions_are_counted_beside_what_was_true() -> None:
     assert missed.context["values"] == [[0.02, 0.04, 0.1], [0.01, 0.03, 0.1], [0.01, 0.03, 0.02]]
     assert rank.value == pytest.approx(-0.5) and rank.context["values"] == made.calibration
     assert list(prediction_rows([record("rotate", made.tokens, [1.0] * 3)], {})) == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("column", [0, 1])
+def test_what_never_varies_has_no_rank_correlation(column: int) -> None:
+    """Such as divergences that are all exactly 0; the other rows stay."""
+    made = record("predicted:0.05", [(1, 1, 0)] * 2, [1.0])
+    made.forecasts = [["shared", 0.01, 0.03, 0.05]] * 2
+    made.calibration = [[0.01 * i, 0.02 * i] for i in range(4)]
+    for pair in made.calibration:
+        pair[column] = 0.0
+    assert [row.context["measure"] for row in prediction_rows([made], {})] == ["shared", "missed"]
