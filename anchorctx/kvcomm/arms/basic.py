@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from anchorctx.kvcomm.agents import Ids, Segment, common_prefix
+from anchorctx.kvcomm.arms.names import SETTINGS, Setting
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Buffer
 from anchorctx.kvcomm.request import Placement, TurnContext
@@ -138,7 +139,7 @@ class RotateFirst(Rotate):
     name = "rotate_first_k"
 
     def __init__(self, k: int = 8) -> None:
-        self.k = k
+        self.k = SETTINGS["rotate_first_k"].of(self.name, k)
         """Tokens recomputed at the start of each segment."""
 
     def glue(self, context: TurnContext, segment: Segment) -> Placement | None:
@@ -205,7 +206,7 @@ class RandomMoments(Rotate):
     name = "random"
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed = Setting("seed", whole=True).of(self.name, seed)
 
     def text(self, context: TurnContext, segment: Segment, name: str) -> Placement | None:
         """The same noise for every reader of one request's content."""

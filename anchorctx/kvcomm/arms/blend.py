@@ -7,6 +7,7 @@ import math
 import torch
 
 from anchorctx.kvcomm.arms.basic import Rotate
+from anchorctx.kvcomm.arms.names import SETTINGS
 from anchorctx.kvcomm.decoder import Buffer
 from anchorctx.kvcomm.request import TurnContext
 
@@ -29,7 +30,7 @@ class Blend(Rotate):
     name = "blend"
 
     def __init__(self, share: float = 0.15) -> None:
-        self.share = share
+        self.share = SETTINGS["blend"].of(self.name, share)
         """Of the tokens between the agent's fixed prefix, which is exact, and the last one, 0..1."""
 
     def choose(self, context: TurnContext, buffer: Buffer) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from anchorctx.errors import UserError
@@ -62,11 +63,12 @@ class Reduce(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """The number that may stand behind an arm's name; at least 0."""
+    """A number that an arm is told, also behind its name, and what it may be."""
 
     name: str
     whole: bool = False
     """Whether it is a whole number."""
+    least: float = 0
     most: float = math.inf
     choices: type[StrEnum] | None = None
     """One of these words, instead of a number."""
@@ -76,8 +78,9 @@ class Setting:
         """What it may be, in words."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
-        number = "a whole number" if self.whole else "a number"
-        return f"{number} of at least 0" if self.most == math.inf else f"{number} from 0 to {self.most:g}"
+        if self.most < math.inf:
+            return f"a {'whole ' * self.whole}number from {self.least:g} to {self.most:g}"
+        return f"a {'whole' if self.whole else 'finite'} number of at least {self.least:g}"
 
     def read(self, text: str) -> int | float | StrEnum | None:
         """The value, None where it is none or out of range."""
@@ -87,7 +90,20 @@ class Setting:
             value = int(text) if self.whole else float(text)
         except ValueError:
             return None
-        return value if 0 <= value <= self.most and value < math.inf else None  # nan is not
+        return value if self._holds(value) else None
+
+    def of(self, arm: str, value: Any) -> Any:
+        """What an arm is told from Python, a choice as one also where it came as text; UserError where it cannot be."""
+        if self.choices is not None and value in list(self.choices):
+            return self.choices(value)
+        if self.choices is None and isinstance(value, Integral if self.whole else Real) and self._holds(value):
+            return value
+        raise UserError(
+            f"{arm} {self.name}={value!r} must be {self.allowed}: correct it, or leave it out for the default"
+        )
+
+    def _holds(self, value: Any) -> bool:
+        return self.least <= value <= self.most and value < math.inf  # nan is not
 
 
 SETTINGS = {
@@ -98,14 +114,14 @@ SETTINGS = {
     "predicted": Setting("bound"),
 }
 """The main setting of the arms that have one: how much is computed, or how readily they share."""
-_POOL = {
-    "temperature": Setting("temperature"),
-    **{name: Setting(name, whole=True) for name in ("min_exemplars", "max_exemplars", "window")},
+POOL = {
+    "temperature": Setting("temperature", least=1e-9),
+    **{name: Setting(name, whole=True, least=1) for name in ("min_exemplars", "max_exemplars", "window")},
     **{name: Setting(name, choices=Feature) for name in ("h", "weights_h")},
     "reduce": Setting("reduce", choices=Reduce),
 }
-OPTIONS = {"kvcomm": _POOL, "kvcomm_ungated": _POOL}
 """Further settings of the arms of exemplars (`arms.pool`), each as `name=value`."""
+OPTIONS = {"kvcomm": POOL, "kvcomm_ungated": POOL}
 
 
 @dataclass(frozen=True, slots=True)

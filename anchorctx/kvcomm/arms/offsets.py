@@ -15,6 +15,7 @@ import torch
 from anchorctx.kvcomm.agents import Ids, Segment
 from anchorctx.kvcomm.arms.basic import Arm
 from anchorctx.kvcomm.arms.exemplars import Content, Match, Offset, Reader
+from anchorctx.kvcomm.arms.names import Setting
 from anchorctx.kvcomm.arms.pool import Pool, PoolConfig
 from anchorctx.kvcomm.cache import KV
 from anchorctx.kvcomm.decoder import Buffer
@@ -138,7 +139,7 @@ class MeanOffset(Arm):
     shares = True
 
     def __init__(self, warmup: int = 3) -> None:
-        self.warmup = warmup
+        self.warmup = Setting("warmup", whole=True, least=1).of(self.name, warmup)
         self._means: dict[tuple[str, Reader], _Mean] = {}
 
     def place(self, context: TurnContext) -> Sequence[Placement]:

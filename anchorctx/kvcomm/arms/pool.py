@@ -26,7 +26,7 @@ import torch
 from anchorctx.errors import UserError
 from anchorctx.kvcomm.agents import Ids
 from anchorctx.kvcomm.arms.exemplars import Content, Exemplar, Match, Offset, Reader, distance, token_distances
-from anchorctx.kvcomm.arms.names import Feature, Reduce
+from anchorctx.kvcomm.arms.names import POOL, SETTINGS, Feature, Reduce, Setting
 from anchorctx.kvcomm.cache import KV
 
 NEGLIGIBLE = 2.0**-26
@@ -68,12 +68,11 @@ class PoolConfig:
         return {self.h, self.weighs_by} != {Feature.embeddings}
 
     def __post_init__(self) -> None:
-        limits = {"gamma": 0.0, "temperature": 1e-9, "min_exemplars": 1, "max_exemplars": 1, "window": 1}
-        for name, least in limits.items():
-            if not getattr(self, name) >= least:  # nan is not
-                raise UserError(f"kvcomm {name}={getattr(self, name)} must be at least {least:g}")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise UserError(f"kvcomm max_bytes={self.max_bytes} must be at least 1; null is no limit")
+        whole = Setting("max_bytes", whole=True, least=1)
+        for name, setting in {"gamma": SETTINGS["kvcomm"], **POOL, "max_bytes": whole}.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("weights_h", "max_bytes"):
+                object.__setattr__(self, name, setting.of("kvcomm", value))
         if self.min_exemplars > self.max_exemplars:
             raise UserError(
                 f"kvcomm min_exemplars={self.min_exemplars} must not exceed max_exemplars={self.max_exemplars}: "

@@ -23,6 +23,7 @@ from anchorctx.errors import UserError
 from anchorctx.kvcomm.agents import Ids, Prompt, Segment
 from anchorctx.kvcomm.arms.basic import Rotate
 from anchorctx.kvcomm.arms.blend import COMPARED, PART
+from anchorctx.kvcomm.arms.names import SETTINGS, Setting
 from anchorctx.kvcomm.arms.prediction import Predictor, Sample, Signals
 from anchorctx.kvcomm.decoder import Buffer, Decoder
 from anchorctx.kvcomm.request import Tally, TurnContext
@@ -72,14 +73,20 @@ class Predicted(Rotate):
             miss: part of the turns that may turn out above their limit, 0..1.
             tokens: of each answer, at most, that divergence is measured on.
         """
+        SETTINGS["predicted"].of(self.name, bound)
+        for name, least, values in (("warmup", 1, [warmup]), ("ladder", 0, ladder), ("tokens", 1, [tokens])):
+            for value in values:
+                Setting(name, whole=True, least=least).of(self.name, value)
         if not ladder or list(ladder) != sorted(set(ladder)):
             raise UserError(
                 f"the ladder {list(ladder)} of predicted must rise: name some numbers of tokens, as {LADDER}"
             )
-        if not 0 < miss < 1 or warmup < 1 / miss - 1:
+        if not 0 < miss < 1:  # nan is not
+            raise UserError(f"predicted miss={miss} must be above 0 and below 1: correct it, or leave it out for 0.1")
+        if warmup < 1 / miss - 1:
             raise UserError(
                 f"predicted cannot tell what is exceeded in {miss:g} of the turns from {warmup} requests: raise warmup "
-                f"to {math.ceil(1 / miss - 1) if miss > 0 else 'more'} or more, or miss"
+                f"to {np.ceil(1 / miss - 1):.0f} or more, or miss"
             )
         self.bound, self.warmup, self.ladder, self.miss, self.tokens = bound, warmup, tuple(ladder), miss, tokens
         self.forecast: Forecast | None = None

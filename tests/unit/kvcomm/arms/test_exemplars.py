@@ -236,8 +236,16 @@ def test_bytes_are_bounded_over_all_placeholders() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gamma": -1.0}, "gamma=-1.0 must be at least 0"),
-        ({"max_exemplars": 0}, "max_exemplars=0 must be at least 1"),
+        ({"gamma": -1.0}, "kvcomm gamma=-1.0 must be a finite number of at least 0: correct it, or leave it out"),
+        ({"gamma": math.inf}, "gamma=inf must be a finite number of at least 0"),
+        ({"temperature": math.nan}, "temperature=nan must be a finite number of at least 1e-09"),
+        ({"max_exemplars": 0}, "max_exemplars=0 must be a whole number of at least 1"),
+        ({"window": 2.5}, "window=2.5 must be a whole number of at least 1"),
+        ({"max_bytes": 0}, "max_bytes=0 must be a whole number of at least 1"),
+        ({"h": "words"}, "kvcomm h='words' must be one of embeddings, values, keys_values: correct it"),
+        ({"h": None}, "h=None must be one of embeddings, values, keys_values"),
+        ({"weights_h": "keys"}, "weights_h='keys' must be one of embeddings, values, keys_values"),
+        ({"reduce": "mean"}, "reduce='mean' must be one of frobenius, per_token"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"min_exemplars": 30}, "min_exemplars=30 must not exceed max_exemplars=20"),
     ],
@@ -245,3 +253,11 @@ def test_bytes_are_bounded_over_all_placeholders() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         PoolConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_choices_may_be_plain_text() -> None:
+    """What decides and weighs is compared by identity, so that text must become one of the choices."""
+    plain = PoolConfig(h="values", weights_h="keys_values", reduce="per_token")  # type: ignore[arg-type]
+    assert (plain.h, plain.weights_h, plain.reduce) == (Feature.values, Feature.keys_values, Reduce.per_token)
+    assert plain.h is Feature.values and plain.weights_h is Feature.keys_values and plain.reduce is Reduce.per_token
+    assert PoolConfig(weights_h=None).weights_h is None

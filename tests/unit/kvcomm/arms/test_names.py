@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,11 @@ import pytest
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.config import ArmsConfig, ReuseConfig
 from anchorctx.evals.evaluators.reuse.evaluator import arm_makers
+from anchorctx.kvcomm.arms.basic import RandomMoments, RotateFirst, RotateGlue
+from anchorctx.kvcomm.arms.blend import Blend
 from anchorctx.kvcomm.arms.names import ARMS, CONTROLS, SETTINGS, ArmSpec, make_arm, makers
+from anchorctx.kvcomm.arms.offsets import MeanOffset
+from anchorctx.kvcomm.arms.predicted import Predicted
 
 
 def test_an_arm_may_have_its_main_setting_behind_a_colon() -> None:
@@ -51,6 +56,34 @@ def test_what_is_behind_the_colon_takes_the_place_of_the_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RotateFirst(-1), "rotate_first_k k=-1 must be a whole number of at least 0: correct it"),
+        (lambda: RotateFirst(2.5), "k=2.5 must be a whole number"),  # type: ignore[arg-type]
+        (lambda: RotateGlue(-3), "rotate_glue k=-3 must be a whole number of at least 0"),
+        (lambda: Blend(1.5), "blend share=1.5 must be a number from 0 to 1"),
+        (lambda: Blend(-1), "share=-1 must be a number from 0 to 1"),
+        (lambda: Blend(math.nan), "share=nan must be a number from 0 to 1"),
+        (lambda: Blend("half"), "share='half' must be a number from 0 to 1"),  # type: ignore[arg-type]
+        (lambda: Predicted(math.nan), "predicted bound=nan must be a finite number of at least 0"),
+        (lambda: Predicted(-1), "bound=-1 must be a finite number of at least 0"),
+        (lambda: Predicted(math.inf), "bound=inf must be a finite number of at least 0"),
+        (lambda: Predicted(ladder=(-5,)), "ladder=-5 must be a whole number of at least 0"),
+        (lambda: Predicted(tokens=0), "tokens=0 must be a whole number of at least 1"),
+        (lambda: Predicted(warmup=math.nan), "warmup=nan must be a whole number of"),  # type: ignore[arg-type]
+        (lambda: Predicted(miss=math.nan), "miss=nan must be above 0 and below 1"),
+        (lambda: Predicted(miss=1.5), "miss=1.5 must be above 0 and below 1"),
+        (lambda: Predicted(miss=1e-320), "raise warmup to inf or more, or miss"),
+        (lambda: MeanOffset(0), "mean_offset warmup=0 must be a whole number of at least 1"),
+        (lambda: RandomMoments(-1), "random seed=-1 must be a whole number of at least 0"),
+    ],
+)
+def test_arms_made_in_python_have_the_same_bounds(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("fast", "unknown arm 'fast': choose dense"),
@@ -59,11 +92,13 @@ def test_what_is_behind_the_colon_takes_the_place_of_the_settings() -> None:
         ("rotate_first_k:", "must have a whole number of at least 0 behind its colon, the k of rotate_first_k"),
         ("rotate_first_k:1.5", "must have a whole number of at least 0"),
         ("rotate_first_k:-1", "must have a whole number of at least 0"),
-        ("kvcomm:nan", "arm 'kvcomm:nan' must have a number of at least 0"),
-        ("kvcomm:inf", "must have a number"),
-        ("kvcomm:0.3:2", "must have a number"),
+        ("kvcomm:nan", "arm 'kvcomm:nan' must have a finite number of at least 0"),
+        ("kvcomm:inf", "must have a finite number of at least 0"),
+        ("predicted:inf", "must have a finite number of at least 0"),
+        ("kvcomm:nan", "must have a finite number of at least 0"),
+        ("kvcomm:0.3:2", "must have a finite number"),
         ("kvcomm:0.3,h=words", "must have one of embeddings, values, keys_values behind h=, the h of kvcomm"),
-        ("kvcomm:0.3,max_exemplars=2.5", "must have a whole number of at least 0 behind max_exemplars="),
+        ("kvcomm:0.3,max_exemplars=2.5", "must have a whole number of at least 1 behind max_exemplars="),
         ("kvcomm:max_exemplars=2", "min_exemplars=4 must not exceed max_exemplars=2"),
         ("kvcomm:0.3,0.4", "has '0.4', which is no setting of kvcomm: write temperature, min_exemplars"),
         ("kvcomm:h=values,h=values", "has 'h=values', which is no setting of kvcomm: .* each once"),
