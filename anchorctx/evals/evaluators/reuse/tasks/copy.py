@@ -23,7 +23,16 @@ class CopyTask:
 
     name = "copy"
 
-    def __init__(self, config: CopyTaskConfig, agents: int, topology: str, vocabulary: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: CopyTaskConfig,
+        agents: int,
+        topology: str,
+        vocabulary: int,
+        seed: int,
+        reach: int | None = None,
+    ) -> None:
+        """Prompts and answers that are longer than `reach` are refused before they are made; None makes any."""
         check_ranges(config, "copy")
         if agents < 1:
             raise UserError(f"copy with agents={agents} has nobody to speak: give at least 1")
@@ -31,6 +40,14 @@ class CopyTask:
             raise UserError(f"unknown topology {topology!r}: choose {', '.join(TOPOLOGIES)}")
         self.config, self._vocabulary, self._seed = config, vocabulary, seed
         self._topology = TOPOLOGIES[topology]([f"agent_{i}" for i in range(1, agents + 1)])
+        # BOS, the prefix, the question, what those said that the agent hears, and what it says itself.
+        answers = 1 + max(map(len, self._topology.inputs.values()))
+        longest = 1 + config.prefix + config.question + answers * config.output
+        if reach is not None and longest > reach:
+            raise UserError(
+                f"copy.prefix={config.prefix}, copy.question={config.question} and copy.output={config.output} make a "
+                f"prompt and an answer of {longest} tokens, but the model reaches {reach}: lower them, or agents.count"
+            )
 
     def teams(self) -> Sequence[Team]:
         """One, without a decision agent."""

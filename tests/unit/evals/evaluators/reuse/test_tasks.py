@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -147,6 +148,17 @@ def test_copy_has_the_lengths_that_were_asked_for() -> None:
     script = team.problems[0].script
     assert script is not None and {len(ids) for ids in script.values()} == {3}
     assert len(team.problems[0].texts["question"]) == 10
+
+
+def test_copy_is_refused_before_it_is_made_where_it_is_too_long() -> None:
+    """BOS, 5, 10, two answers of 3 that are heard and one that is said are 25 tokens."""
+    config = CopyTaskConfig(problems=1, question=10, prefix=5, output=3)
+    (team,) = CopyTask(config, 3, "full", 50, 0, 25).teams()
+    with pytest.raises(UserError, match="copy.output=3 make a prompt and an answer of 25 tokens, .* reaches 24: lower"):
+        CopyTask(config, 3, "full", 50, 0, 24)
+    for field in ("question", "prefix", "output"):
+        with pytest.raises(UserError, match=f"copy.{field}=1{'0' * 14} .*but the model reaches 4096: lower them"):
+            CopyTask(dataclasses.replace(config, **{field: 10**14}), 3, "full", 50, 0, 4096)
 
 
 @pytest.mark.parametrize(
