@@ -34,7 +34,7 @@ def together(decoder: Decoder, talks: Mapping[Name, Talk[Found]], at_once: int |
     What a talk does between two tokens, such as reading the next prompt, is done for it alone meanwhile. No more than
     `at_once` go on at a time, each in a row of memory; the next one begins when one of them is over. None is all.
     """
-    at_once = len(talks) if at_once is None else at_once
+    at_once = len(talks) if at_once is None else min(at_once, len(talks))
     found: dict[Name, Found] = {}
     steps: dict[Name, Step] = {}
     waiting, rows = iter(talks), _Rows[Name](decoder, at_once)

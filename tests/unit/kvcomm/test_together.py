@@ -83,6 +83,13 @@ def test_one_begins_when_another_is_over(parts, monkeypatch: pytest.MonkeyPatch)
     assert max(rows) == 3 and rows.count(3) >= len(rows) // 2
 
 
+def test_there_is_no_memory_for_talks_that_do_not_exist(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, make = [], Decoder.buffer
+    monkeypatch.setattr(Decoder, "buffer", lambda self, n, count=1: rows.append(count) or make(self, n, count))
+    Session(*parts, AGENTS, arm="dense").ask_all(TEXTS, at_once=10**9)
+    assert max(rows) == len(TEXTS)
+
+
 def test_a_forward_serves_everyone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Talks of 5, 9 and 3 tokens: no more forwards for six arms than the longest of them takes."""
     decoder, rows = Decoder(parts[0]), []
