@@ -139,7 +139,7 @@ class Agent:
 
 
 def check_agents(agents: Sequence[Agent]) -> None:
-    """UserError for no agents, doubled names, answers without tokens, or agents of different checkpoints."""
+    """UserError for no agents, doubled names, lengths that are none, or agents of different checkpoints."""
     if not agents:
         raise UserError("a session without agents has nobody to speak: give at least one")
     names = [agent.name for agent in agents]
@@ -153,9 +153,11 @@ def check_agents(agents: Sequence[Agent]) -> None:
             f"agent {a!r} runs {one} but agent {b!r} runs {other}: KV caches are shared only within one checkpoint, "
             "give all agents the same"
         )
-    short = next((agent for agent in agents if agent.max_new_tokens < 1), None)
-    if short is not None:
-        raise UserError(f"agent {short.name!r} has max_new_tokens={short.max_new_tokens}: give it at least 1")
+    for agent in agents:
+        lengths = ("max_new_tokens", agent.max_new_tokens, 1), ("message_tokens", agent.longest_message, 0)
+        for field, length, least in lengths:
+            if not isinstance(length, int) or length < least:
+                raise UserError(f"agent {agent.name!r} has {field}={length}: give it a whole number, {least} at least")
 
 
 def check_placeholders(agent: Agent, template: Template, texts: Collection[str], inputs: Sequence[str]) -> None:
@@ -257,6 +259,10 @@ class Frame:
             segments.append(Segment(name, ids, start, number, occurrence))
             start += len(ids)
         return Prompt(self.agent, tuple(segments))
+
+    def length(self, contents: Mapping[str, int]) -> int:
+        """Tokens of the prompt with contents of these lengths, which need not exist."""
+        return sum(len(ids) if name is None else contents[name] for name, ids in self._parts)
 
     def skeleton(self) -> Prompt:
         """The prompt with each placeholder's name as its content: the base KV of the glue is taken from it."""

@@ -95,6 +95,11 @@ class Decoder:
         """(1, T) token ids on the model's device."""
         return torch.tensor([list(ids)], dtype=torch.long, device=self.device)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it has an embedding for."""
+        return int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[union-attr, arg-type]
+
     def embeddings(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T, hidden) input embeddings."""
         with torch.no_grad():

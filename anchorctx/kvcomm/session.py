@@ -7,6 +7,7 @@ session. A session is for one thread.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,22 +99,44 @@ class Session:
 
     def start(self, texts: Mapping[str, str | Sequence[int]]) -> Request:
         """Open a request with its texts (or their tokens) by placeholder."""
-        for name, template in self.templates.items():
-            check_placeholders(self.agents[name], template, texts.keys(), self.topology.inputs[name])
-        clash = sorted(set(texts) & set(self.agents))
-        if clash:
-            raise UserError(f"the request's text {clash[0]!r} has an agent's name: rename one")
-        contents = {n: self.encode_content(x) if isinstance(x, str) else tuple(x) for n, x in texts.items()}
+        contents = self._contents(texts)
         plain = {n: x for n, x in texts.items() if isinstance(x, str)}
         return Request(self, RequestState(next(self._numbers), contents, plain))
 
     def check(self, texts: Mapping[str, str | Sequence[int]]) -> None:
         """UserError where a request's prompts could grow past the model's length: every answer as long as it may be."""
-        contents = dict(self.start(texts).state.contents)
-        # The longest prompts there can be: which tokens they have does not matter, so all are 0.
-        contents |= {name: (0,) * agent.longest_message for name, agent in self.agents.items()}
+        self._check(texts, {name: agent.longest_message for name, agent in self.agents.items()})
+
+    def _check(self, texts: Mapping[str, str | Sequence[int]], messages: Mapping[str, int]) -> None:
+        """UserError where a request's prompts are too long with messages of so many tokens."""
+        lengths = {name: len(ids) for name, ids in self._contents(texts).items()} | messages
         for name, frame in self.frames.items():
-            self.check_length(name, frame.prompt(contents).length, self.agents[name].max_new_tokens)
+            self.check_length(name, frame.length(lengths), self.agents[name].max_new_tokens)
+
+    def _contents(self, texts: Mapping[str, str | Sequence[int]]) -> dict[str, Ids]:
+        """A request's texts in tokens, by placeholder; UserError where they are none, or not those of the prompts."""
+        if not isinstance(texts, Mapping):
+            raise UserError(f"the request is {str(texts)[:60]}: give it as a dictionary, a text for each placeholder")
+        for name, template in self.templates.items():
+            check_placeholders(self.agents[name], template, texts.keys(), self.topology.inputs[name])
+        clash = sorted(set(texts) & set(self.agents))
+        if clash:
+            raise UserError(f"the request's text {clash[0]!r} has an agent's name: rename one")
+        return {name: self.given(text, f"the request's text {name!r}") for name, text in texts.items()}
+
+    def given(self, text: str | Sequence[int], what: str) -> Ids:
+        """The tokens of a text, or given ones; UserError where it is neither, or the model does not know them."""
+        try:
+            ids = self.encode_content(text) if isinstance(text, str) else tuple(map(operator.index, text))
+        except TypeError:
+            raise UserError(f"{what} is {str(text)[:60]}: give text, or token ids, which are whole numbers") from None
+        known = self.decoder.vocabulary
+        if unknown := next((i for i in ids if not 0 <= i < known), None):
+            raise UserError(
+                f"{what} has the token id {unknown}, but the model knows 0 to {known - 1}: take the tokenizer that "
+                "belongs to the model"
+            )
+        return ids
 
     def check_length(self, name: str, length: int, room: int) -> None:
         """UserError where an agent's prompt and answer are longer than the model reaches."""
@@ -131,10 +154,16 @@ class Session:
         """`ask` for several requests, `at_once` of them beside each other: a forward has a token of each.
 
         An arm learns from them in the order in which they come to it, so that one request does not know what another
-        that is under way is about to teach it. Each takes memory for its prompt's keys and values, twice.
+        that is under way is about to teach it. Each takes memory for its prompt's keys and values, twice. What is wrong
+        with any request's texts is said before the first one is answered.
         """
         if at_once < 1:
             raise UserError(f"at_once={at_once} must be at least 1: 1 answers one request after the other")
+        for number, texts in enumerate(several, 1):
+            try:
+                self._check(texts, dict.fromkeys(self.agents, 0))
+            except UserError as error:
+                raise UserError(f"request {number} of {len(several)}: {error}") from None
         talks = {i: self.talk(texts) for i, texts in enumerate(several)}
         return list(together(self.decoder, talks, at_once).values())
 
@@ -189,6 +218,8 @@ class Request:
         """
         session = self.session
         agent, decoder = session.agents[name], session.decoder
+        answer = None if answer is None else session.given(answer, f"the answer of agent {name!r}")
+        message = None if message is None else session.given(message, f"the message of agent {name!r}")
         # A given message that goes on from a given answer is what the agent says in all.
         rest = message[len(answer) :] if answer and message and message[: len(answer)] == answer else ()
         room = agent.max_new_tokens if answer is None else len(answer) + len(rest)

@@ -263,6 +263,63 @@ def test_long_messages_count_before_anything_is_run(make: Any) -> None:
         make(agents=long).check({"q": (5,) * 8})
 
 
+def test_lengths_are_added_up_and_never_made(make: Any) -> None:
+    """Of a, b and c with answers of 10**15 tokens, b is the first whose prompt holds one."""
+    agents = [dataclasses.replace(agent, max_new_tokens=10**15) for agent in AGENTS]
+    with pytest.raises(UserError, match=f"agent 'a' has a prompt of 14 tokens and {10**15} to say, but the model"):
+        make(agents=agents).check(TEXTS)
+    with pytest.raises(UserError, match=f"agent 'b' has a prompt of {10**15 + 10} tokens and 4 to say"):
+        make(agents=[dataclasses.replace(AGENTS[0], message_tokens=10**15), *AGENTS[1:]]).check(TEXTS)
+    session = make()
+    frame = session.frames["c"]
+    assert frame.length({"b": 3, "a": 2, "q": 2, "doc": 8}) == frame.prompt(
+        {"b": (5,) * 3, "a": (5,) * 2, "q": (5,) * 2, "doc": (5,) * 8}
+    ).length  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("agent", "message"),
+    [
+        (Agent("a", "{q}", 0), "agent 'a' has max_new_tokens=0: give it a whole number, 1 at least"),
+        (Agent("a", "{q}", 2.5), "max_new_tokens=2.5: give it a whole number"),  # type: ignore[arg-type]
+        (Agent("a", "{q}", 1, message_tokens=-1), "message_tokens=-1: give it a whole number, 0 at least"),
+    ],
+)
+def test_lengths_that_are_none_are_refused(make: Any, agent: Agent, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(agents=[agent])
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (TEXTS | {"q": None}, "the request's text 'q' is None: give text, or token ids, which are whole numbers"),
+        (TEXTS | {"q": 7}, "the request's text 'q' is 7: give text, or token ids"),
+        (TEXTS | {"q": [5, "w6"]}, r"the request's text 'q' is \[5, 'w6'\]: give text, or token ids"),
+        (TEXTS | {"q": [5, 96]}, "the request's text 'q' has the token id 96, but the model knows 0 to 95: take"),
+        (TEXTS | {"q": (-1,)}, "the request's text 'q' has the token id -1, but the model knows 0 to 95"),
+        (None, "the request is None: give it as a dictionary, a text for each placeholder"),
+        ({"doc": "w10"}, "agent 'a' has the placeholder {q}"),
+        (TEXTS | {"doc": [5] * 600}, "agent 'a' has a prompt of 606 tokens and 4 to say, but the model reaches 512"),
+    ],
+)
+def test_no_request_begins_before_all_are_right(make: Any, texts: Any, message: str) -> None:
+    session, said = make(agents=[dataclasses.replace(AGENTS[0], speak=lambda *_: said.append(1) or "w5")]), []
+    texts = texts if texts is None else {name: x for name, x in texts.items()}
+    with pytest.raises(UserError, match=message):
+        session.ask(texts)
+    with pytest.raises(UserError, match=f"request 2 of 3: {message}"):
+        session.ask_all([TEXTS, texts, TEXTS])
+    assert not said and session.start(TEXTS).state.number <= 1  # those that are refused have no number
+
+
+def test_given_answers_and_messages_are_the_models_tokens(make: Any) -> None:
+    with pytest.raises(UserError, match="the answer of agent 'a' has the token id 96, but the model knows 0 to 95"):
+        make().start(TEXTS).run("a", answer=(96,))
+    with pytest.raises(UserError, match="the message of agent 'a' is 3: give text, or token ids"):
+        make().start(TEXTS).run("a", message=3)
+
+
 def test_bad_sessions_are_refused(make: Any) -> None:
     for template in ("say {question", "say question}"):
         with pytest.raises(UserError, match="without its other half"):
