@@ -32,7 +32,7 @@ class _Closed(BaseModel):
 class _Member(_Closed):
     name: Name
     system: str = ""
-    user: Annotated[str, Field(min_length=1)]
+    user: Annotated[str, Field(pattern=r"\S")]
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -117,7 +117,7 @@ class Crew:
             own: what else stands for a placeholder in the messages of a member, by its place.
 
         Raises:
-            UserError: an unknown name or placeholder, or a circle.
+            UserError: an unknown name or placeholder, one of the task's that no agent has, or a circle.
         """
         places = {member.name: place for place, member in enumerate(self.members)}
         if taken := [name for name, place in places.items() if name in (*texts, HEARD, *own(place))]:
@@ -130,7 +130,20 @@ class Crew:
             messages = self._messages(member, graph.inputs[name], texts, own(place))
             longest = member.max_new_tokens or tokens
             agents.append(Agent(name, messages if chat else messages.plain(), longest))
+        self._check_known([*([text] for text in texts), {name for place in places.values() for name in own(place)}])
         return tuple(agents), graph
+
+    def _check_known(self, wanted: Sequence[Collection[str]]) -> None:
+        """UserError where no agent has any placeholder of one of these groups: the task cannot be done without."""
+        said = [text for member in self.members for text in (member.system, member.user)]
+        used = {name for text in said for name in Template.parse(text).placeholders}
+        for names in wanted:
+            if names and not used.intersection(names):
+                missing = " or ".join(f"{{{name}}}" for name in sorted(names))
+                raise UserError(
+                    f"{self.source}: no agent has {missing}, so that nobody knows what the task is about: put it into "
+                    "a message"
+                )
 
     def _graph(self, topology: str | Mapping[str, Sequence[str]]) -> Topology:
         names = [member.name for member in self.members]
@@ -200,6 +213,8 @@ def _read(content: bytes, source: str) -> dict[str, _Crew]:
         return _File.model_validate(value).root
     except ValidationError as error:
         raise UserError(f"{source}: {_first(error)}") from None
+    except UserError as error:  # the loader's
+        raise UserError(f"{source}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{source} is not YAML in UTF-8 ({' '.join(str(error).split())}): correct it") from None
 
@@ -214,21 +229,44 @@ def _first(error: ValidationError) -> str:
         return f"unknown key {place}: the keys beside it are {', '.join(owner.model_fields)}"
     if wrong["type"] == "missing":
         return f"{place} is missing: add it"
+    if wrong["type"] == "string_pattern_mismatch" and wrong["loc"][-1] == "user":
+        return f"{place} is empty: write what the agent is asked"
     if wrong["type"] == "string_pattern_mismatch":
         return f"{place}={wrong['input']!r} is no name: use letters, digits and _, a letter first"
     shown = repr(wrong["input"])
     if "topology" in wrong["loc"]:
         return f"{place.partition('.topology')[0]}.topology is {shown[:60]}: give a name, or {{agent: [whom it hears]}}"
-    said = wrong["msg"][:1].lower() + wrong["msg"][1:]
-    return f"{place or 'the file'}={shown if len(shown) < 60 else shown[:57] + '...'} is wrong ({said}): correct it"
+    if wrong["type"] in ("model_type", "model_attributes_type"):
+        remedy = f"give it the keys {', '.join(owner.model_fields)}"
+    else:
+        remedy = REMEDIES.get(wrong["type"], "correct it")
+    return f"{place or 'the file'}={shown if len(shown) < 60 else shown[:57] + '...'} is wrong: {remedy}"
+
+
+REMEDIES = {
+    "string_type": "give it as text, in quotes where need be",
+    "int_type": "give a whole number",
+    "greater_than_equal": "give at least 1",
+    "list_type": "give a list",
+    "too_short": "give two agents at least, one that answers and one that decides",
+    "dict_type": "give a key for each task, such as gsm8k",
+}
+"""What helps against the mistakes that pydantic finds, by its names for them."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML's own loader takes the last."""
+    """Refuses a key that stands twice in a mapping, of which YAML's own loader takes the last, and what is no name."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen = set[str]()
+        for key_node, _ in node.value:
+            line = f"(line {key_node.start_mark.line + 1})"
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise UserError(f"the merge key << {line} is not read here: write its keys out")
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise UserError(f"the key {str(key)[:60]} {line} is no text: put it in quotes")
+            if key in seen:
+                raise UserError(f"the key {key!r} stands twice {line}: remove one")
+            seen.add(key)
         return super().construct_mapping(node, deep)

@@ -131,7 +131,29 @@ def test_a_users_file_says_who_speaks_and_who_decides(tmp_path: Path) -> None:
         ("Solve {question} now", "{bob} {question}", "the user message of 'ann' has the placeholder {bob}"),
         ("{question} now", "{question now", "user of ann: the template .* without its other half"),
         ("gsm8k:", "mmlu:", "has agents for mmlu, not for gsm8k: add gsm8k, or leave it out"),
-        ("  decision: boss", "  decision: boss\n  decision: ann", "the key 'decision' stands twice"),
+        (
+            "  decision: boss",
+            "  decision: boss\n  decision: ann",
+            r"the key 'decision' stands twice \(line 4\): remove one",
+        ),
+        ("    - {name: ann,", "    - {<<: *a, name: ann,", r"the merge key << \(line 7\) is not read here: write its"),
+        ("gsm8k:", "5: {}\ngsm8k:", r"the key 5 \(line 2\) is no text: put it in quotes"),
+        ("gsm8k:", "? [1, 2]\n: 3\ngsm8k:", r"the key \[1, 2\] \(line 2\) is no text"),
+        ('"Solve {question} now."', '"  "', r"gsm8k.agents\[1\].user is empty: write what the agent is asked"),
+        ('"Solve {question} now."', '""', r"gsm8k.agents\[1\].user is empty"),
+        ('"Solve {question} now."', "7", r"gsm8k.agents\[1\].user=7 is wrong: give it as text"),
+        (
+            MINE[MINE.index("    - {name: ann") :],
+            "    - ann\n",
+            r"agents\[1\]='ann' is wrong: give it the keys name, sys",
+        ),
+        (MINE[MINE.index("    - {name: ann") :], "", r"gsm8k.agents=\[.*is wrong: give two agents at least"),
+        (MINE, "gsm8k: 5", "gsm8k=5 is wrong: give it the keys agents, decision, topology"),
+        (
+            MINE,
+            MINE.replace("{question}", "it"),
+            "gsm8k: no agent has {question}, so that nobody knows .*: put it into",
+        ),
         ("gsm8k:", "gsm8k: [", "is not YAML in UTF-8"),
         (MINE, "- 1", r"the file=\[1\] is wrong"),
         (MINE, "", "the file=None is wrong"),
@@ -141,7 +163,25 @@ def test_faults_of_a_file_are_one_sentence(tmp_path: Path, old: str, new: str, m
     assert old in MINE
     with pytest.raises(UserError, match=message) as caught:
         crew(tmp_path, MINE.replace(old, new, 1)).team(["question"], "full", 9, True)
-    assert "\n" not in str(caught.value) and "agents.yaml" in str(caught.value)
+    said = str(caught.value)
+    assert (
+        "\n" not in said
+        and "agents.yaml" in said
+        and not re.search(r"_Member|_Crew|_File|dictionary|input should", said)
+    )
+
+
+def test_some_agent_must_have_what_is_the_tasks_own(tmp_path: Path) -> None:
+    """A reader's document, or the decision agent's documents: one of them is enough."""
+    mine = MINE.replace("gsm8k", "retrieval")
+
+    def own(place: int) -> dict[str, str]:
+        return {"document": "{document_1}"} if place < 2 else {"documents": "{document_1}"}
+
+    with pytest.raises(UserError, match="retrieval: no agent has {document} or {documents}, so that nobody knows"):
+        crew(tmp_path, mine, "retrieval").team(["question"], "full", 9, True, own)
+    one = mine.replace("Q: {question}", "Q: {question} {documents}")
+    assert crew(tmp_path, one, "retrieval").team(["question"], "full", 9, True, own)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
