@@ -23,9 +23,9 @@ from anchorctx.records.files import StagedFolder, write_bytes
 from anchorctx.records.locks import sole_writer
 from anchorctx.train import hub
 from anchorctx.train.card import model_card
-from anchorctx.train.checkpoints import folders, read
+from anchorctx.train.checkpoints import compare, folders, read
 from anchorctx.train.config import ExportConfig
-from anchorctx.train.loop import MODEL
+from anchorctx.train.model_folder import MODEL, check_model_folder
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 LOST = "the export does not reproduce the checkpoint"
@@ -37,17 +37,19 @@ def export(config: ExportConfig) -> Path:
     """Write the Hugging Face folder, and push it where `push_to` asks for it; returns the folder.
 
     Raises:
-        UserError: there is nothing to export, the folder exists, another process writes it, or there is no room for it.
+        UserError: there is nothing to export, what the run keeps beside its weights was changed, the folder exists,
+            another process writes it, or there is no room for it.
     """
     out, run = Path(config.out_dir), Path(config.run)
     with Writing("the export", out, intact=INTACT), sole_writer(out, "out_dir"):
         if out.exists():
             raise UserError(f"out_dir={out} exists already: remove it, or choose another")
         found = _checkpoint(run, config.step, config.trust)
+        check_model_folder(run)
         if config.push_to is not None:
             hub.check(config.push_to)
         disable_progress_bar()  # avoid a second progress bar
-        model, trained = _restore(run / MODEL, gather(found), str(found.folder), getattr(torch, config.dtype.value))
+        model, trained = _restore(run / MODEL, found, getattr(torch, config.dtype.value))
         _write(model, trained, run, found, out)
     if config.push_to is not None:
         hub.push(out, config.push_to)
@@ -138,12 +140,11 @@ def _checkpoint(run: Path, step: int | None, trust: bool) -> read.Found:
     return read.verified(folder, run=run_id, trust=trust, ranks=ALONE)
 
 
-def _restore(model_folder: Path, weights: Weights, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
-    """The model with a checkpoint's weights (of the folder `source`); and these weights.
-
-    Both in `dtype`, but for what a model keeps in float32.
-    """
-    config = read_config(str(model_folder))
+def _restore(model_folder: Path, found: read.Found, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
+    """The model with a checkpoint's weights; and these weights. Both in `dtype`, but for what it keeps in float32."""
+    config, source = read_config(str(model_folder)), str(found.folder)
+    compare.check_exported(found.state, config, model_folder / "config.json", found.folder)
+    weights = gather(found)
     untie(source, config, weights)  # of a run that took the contradiction over from what it was given
     # Built in its dtype rather than cast: a cast would round the rotary frequencies, which stay float32, too.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

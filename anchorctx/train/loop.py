@@ -42,10 +42,8 @@ from anchorctx.train.determinism import deterministic
 from anchorctx.train.engine import build_engine, set_lr
 from anchorctx.train.health import Health
 from anchorctx.train.meter import Meter
+from anchorctx.train.model_folder import write_model_folder
 from anchorctx.train.tokenizer import trained_tokenizer
-
-MODEL = "model"
-"""Folder of a run that holds the model's configuration and tokenizer, for the export."""
 
 
 def train(config: TrainConfig, probes: Sequence[Probe] = ()) -> Path:
@@ -339,10 +337,7 @@ class Trainer:
             write_manifest(self.out_dir, manifest)
         if self.step:
             write_manifest(self.out_dir / f"resumed_{self.step:08d}", manifest)
-        model.config.save_pretrained(self.out_dir / MODEL)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(self.out_dir / MODEL)
-        self.tokenizer.save_pretrained(self.out_dir / MODEL)
+        write_model_folder(self.out_dir, model, self.tokenizer)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -95,7 +95,20 @@ def file(name: str, scene: Scene) -> str | None:
     (scene.folder / "recipe.yaml").write_text(RECIPE)
     path = next(scene.folder.glob(pattern))
     what = mutated_file(path, scene.rng)
-    return _verdict(scene.run(typed, limit=60), f"{what} in {pattern}")
+    done = scene.run(typed, limit=60)
+    if typed[0] == "export" and done.code == 0:  # whatever was changed, what is exported is the same
+        return None if _exported(scene.out) == _exported(scene.world.folder / "export") else f"{what}: another export"
+    return _verdict(done, f"{what} in {pattern}")
+
+
+def _exported(out: Path) -> dict[str, Any]:
+    """What a reader of an exported folder computes with."""
+    files = {path.name: path for path in (out / "exported").iterdir() if path.name != "README.md"}
+    config = json.loads(files.pop("config.json").read_bytes())
+    said = ("transformers_version", "architectures", "use_cache", "_name_or_path")
+    return {name: path.read_bytes() for name, path in files.items()} | {
+        "config.json": {key: value for key, value in config.items() if key not in said}
+    }
 
 
 def mutated_file(path: Path, rng: random.Random) -> str:

@@ -33,10 +33,7 @@ def check_same_run(state: State, identity: Mapping[str, Any], folder: Path) -> N
 
 def check_same_model(state: State, config: PretrainedConfig, shapes: Mapping[str, list[int]], folder: Path) -> None:
     """Raise UserError when the checkpoint is of a model that computes something else, or has other weights."""
-    now = configuration(config)
-    # a field that only one of them has is another version of transformers', with its default
-    common = [key for key in now if key in state.model]
-    before, here = ({f"model.{key}": fields[key] for key in common} for fields in (state.model, now))
+    before, here = ({f"model.{key}": v for key, v in fields.items()} for fields in _common(state, config))
     _same(before, here, folder)
     for name in sorted(state.shapes.keys() | shapes.keys()):
         before, here = state.shapes.get(name), shapes.get(name)
@@ -44,6 +41,17 @@ def check_same_model(state: State, config: PretrainedConfig, shapes: Mapping[str
             raise UserError(
                 f"{folder} has {name} {_shape(before)}, but this run's model {_shape(here)}: give the same model to "
                 "resume, or choose another out_dir to start a new run"
+            )
+
+
+def check_exported(state: State, config: PretrainedConfig, file: Path, folder: Path) -> None:
+    """Raise UserError unless a run's config.json, `file`, read as `config`, is of the model of checkpoint `folder`."""
+    before, here = _common(state, config)
+    for key, value in here.items():
+        if value != before[key]:
+            raise UserError(
+                f"{file} has {key}={value}, but {folder.name} was trained with {key}={before[key]}: restore it, or "
+                "type the training's command again, which writes it anew"
             )
 
 
@@ -58,6 +66,16 @@ def say_changes(state: State, schedule: Mapping[str, Any], folder: Path) -> None
     changed = [f"{key}={now.get(key)} (was {value})" for key, value in before.items() if now.get(key) != value]
     if changed:
         logger.warning("continuing %s with %s", folder.name, ", ".join(changed))
+
+
+def _common(state: State, config: PretrainedConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The checkpoint's configuration and this one, of the fields that both have.
+
+    One that only one of them has is another version of transformers', with its default.
+    """
+    now = configuration(config)
+    common = [key for key in now if key in state.model]
+    return {key: state.model[key] for key in common}, {key: now[key] for key in common}
 
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

@@ -71,11 +71,18 @@ def fault(path: Path, expected: File) -> str | None:
         return "is missing"
     if (size := path.stat().st_size) != expected.bytes:
         return f"has {size} of {expected.bytes} bytes"
-    digest, block = xxhash.xxh3_128(), bytearray(CHUNK)
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(block):
-                digest.update(memoryview(block)[:count])
+        found = entry_of(path)
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None if digest.hexdigest() == expected.xxh3_128 else "was changed after it was written"
+    return None if found.xxh3_128 == expected.xxh3_128 else "was changed after it was written"
+
+
+def entry_of(path: Path) -> File:
+    """Size and digest of a file that is there."""
+    digest, block, size = xxhash.xxh3_128(), bytearray(CHUNK), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+            size += count
+    return File(size, digest.hexdigest())

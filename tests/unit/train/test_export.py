@@ -23,13 +23,14 @@ from anchorctx.models import ModelConfig, RopeConfig, load_model
 from anchorctx.records.manifest import build_manifest, write_json, write_manifest
 from anchorctx.testing.tiny import save, text_model, word_tokenizer
 from anchorctx.train import hub
+from anchorctx.train.checkpoints.compare import configuration
 from anchorctx.train.checkpoints.digest import write_digested_json
 from anchorctx.train.checkpoints.folders import Marker, State
 from anchorctx.train.checkpoints.states import shapes_of, tied_names
 from anchorctx.train.checkpoints.tensors import Fragment, file_name, write
 from anchorctx.train.config import DataConfig, ExportConfig, ExportDtype, TrainConfig
 from anchorctx.train.export import export
-from anchorctx.train.loop import MODEL
+from anchorctx.train.model_folder import MODEL, write_model_folder
 
 METRICS = (
     {"step": 0, "tokens": 0, "val/loss": 3.5, "val/perplexity": 33.1155},
@@ -67,9 +68,9 @@ def run(tmp_path: Path, packed: PackedSet) -> Path:
     step = run / "checkpoints" / "step_00000002"
     step.mkdir(parents=True)
     model = load_model(config.model)
-    model.config.save_pretrained(run / MODEL)
-    tokenizer.save_pretrained(run / MODEL)
-    facts = {"identity": {}, "schedule": {}, "model": {}, "shapes": shapes_of(model), "tied": tied_names(model)}
+    write_model_folder(run, model, tokenizer)
+    facts = {"identity": {}, "schedule": {}, "model": configuration(model.config)}
+    facts |= {"shapes": shapes_of(model), "tied": tied_names(model)}
     state = State(step=2, tokens=60, rows=2, processes=1, **facts)
     weights = [Fragment(name, 0, {"weight": weight.detach().view(-1)}) for name, weight in model.named_parameters()]
     files = {
@@ -108,6 +109,45 @@ def test_a_foreign_or_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Pa
     with pytest.raises(UserError, match="none of the 1 checkpoints in .* can be used"):
         export(config)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rms_norm_eps", 0.5),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e4}),
+        ("hidden_act", "gelu"),
+        ("num_attention_heads", 4),
+        ("num_key_value_heads", 1),
+    ],
+)
+def test_a_changed_configuration_is_not_exported(key: str, value: Any, run: Path, tmp_path: Path) -> None:
+    file = run / MODEL / "config.json"
+    config = json.loads(file.read_text())
+    assert config[key] != value
+    file.write_text(json.dumps(config | {key: value}))
+    (run / MODEL / "digests.json").unlink()  # a run of before there was one
+    with pytest.raises(
+        UserError, match=rf"config.json has {key}=.*, but step_00000002 was trained with {key}=.*: rest"
+    ):
+        export(ExportConfig(run=str(run), out_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_files_beside_the_weights_that_were_changed_are_not_exported(name: str, run: Path, tmp_path: Path) -> None:
+    file = run / MODEL / name
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"eos_token_id": 9}))
+    config = ExportConfig(run=str(run), out_dir=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=rf"{name} has [0-9]+ of [0-9]+ bytes: restore it, or type the training's comm"):
+        export(config)
+    file.write_text(before.replace("e", "a"))
+    with pytest.raises(UserError, match=rf"{name} was changed after it was written: restore it"):
+        export(config)
+    assert not (tmp_path / "out").exists()
+    file.write_text(before)
+    assert export(config).is_dir()
 
 
 def test_a_damaged_newest_checkpoint_is_not_replaced_by_an_older_one_unasked(run: Path, tmp_path: Path) -> None:
