@@ -195,14 +195,29 @@ def _parse(line: bytes) -> Result:
     row = Result(**value)
     for name, kinds in FIELDS.items():
         found = getattr(row, name)
-        if not isinstance(found, kinds) or isinstance(found, bool):
-            raise TypeError(f"{name}={found!r:.40}")
+        if not isinstance(found, kinds) or isinstance(found, bool) or not _finite(found):
+            raise TypeError(f"{name}={_shown(found)}")
     if row.part is None:
         return row
     number, count = row.part
-    if not 1 <= int(number) <= int(count):
-        raise ValueError(f"part={row.part!r:.40}")
-    return dataclasses.replace(row, part=(int(number), int(count)))
+    if type(number) is not int or type(count) is not int or not 1 <= number <= count:
+        raise ValueError(f"part={_shown(row.part)}")
+    return dataclasses.replace(row, part=(number, count))
+
+
+def _finite(value: Any) -> bool:
+    """False for NaN, infinity, and an integer too large for a number that is computed with."""
+    try:
+        return not isinstance(value, int | float) or math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.40}"
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def ratio_interval(sums: Sequence[float], counts: Sequence[float], z: float = 1.959964) -> tuple[float, float] | None:

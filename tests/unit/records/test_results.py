@@ -34,8 +34,17 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path):
     "line",
     ['{"metric": "a"', "[" * 100_000, "\x00\x00", '"a"', "7", '{"metric": 1, "value": 0.5, "unit": "1", "n": 10}']
     + ['{"metric": "a", "value": "0.5", "unit": "1", "n": 10}', '{"metric": "a", "value": 1, "unit": "1", "n": true}']
-    + ['{"metric": "a", "value": 0.5, "unit": "1", "n": 10, "part": [3, 2]}', "\udcff"],
-    ids=lambda line: line[:30].encode("unicode_escape").decode(),
+    + ['{"metric": "a", "value": 0.5, "unit": "1", "n": 10, "part": [3, 2]}', "\udcff"]
+    + [
+        f'{{"metric": "a", "value": 0.5, "unit": "1", "n": 10, "part": {part}}}'
+        for part in ("[1, Infinity]", "[NaN, 1]", "[1, 1e400]", '["1", 2]', "[1]", "[true, 1]", "[[], 1]")
+    ]
+    + [
+        f'{{"metric": "a", "unit": "1", "n": 10, "value": 0, "{name}": {value}}}'
+        for name in ("value", "low", "high", "n")
+        for value in ("NaN", "-Infinity", "1e400", "1" + "0" * 400, "1" + "0" * 4000)
+    ],
+    ids=lambda line: line[-40:].encode("unicode_escape").decode(),
 )
 def test_whatever_is_no_row_is_refused_by_all_readers(tmp_path: Path, line: str):
     path = tmp_path / "results.jsonl"
@@ -44,6 +53,12 @@ def test_whatever_is_no_row_is_refused_by_all_readers(tmp_path: Path, line: str)
     for read in (mend_results, lambda path: list(read_results(path))):
         with pytest.raises(UserError, match="results.jsonl:2 is no result row"):
             read(path)
+
+
+def test_an_interval_that_is_not_known_is_read(tmp_path: Path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"metric": "a", "value": -1, "unit": "1", "n": 10, "low": null, "high": 1e308}\n')
+    assert list(read_results(path)) == [Result(metric="a", value=-1, unit="1", n=10, high=1e308)]
 
 
 def batches() -> list[list[Result]]:
