@@ -85,6 +85,14 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; of a link the link alone. It need not be there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
 def follow_umask(folder: Path) -> None:
     """Give the folder's files the rights that the umask leaves to new ones; safetensors writes for the owner alone."""
     umask = os.umask(0o077)  # which can only be read by setting it: meanwhile nothing becomes more open than it would
@@ -139,7 +147,7 @@ class StagedFolder:
         for path in [*self.folder.rglob("*"), self.folder]:
             sync_file(path)
         if self._final.exists() and not (self._final / self._marker).is_file():
-            shutil.rmtree(self._final)  # never whole, so nobody reads it
+            remove(self._final)  # never whole, so nobody reads it
         try:
             os.rename(self.folder, self._final)
         except OSError:  # a folder that is not empty cannot be replaced: fine if it is another writer's whole one

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from anchorctx.errors import UserError
+from anchorctx.records.files import remove
 from anchorctx.records.manifest import FILE
 from anchorctx.records.typed import read_typed
 from anchorctx.train.config import CheckpointConfig
@@ -153,20 +153,35 @@ def read_state(folder: Path) -> State:
         raise UserError(f"{folder} has no {STATE}: {REMEDY}") from None
 
 
+def is_named(folder: Path, state: State) -> bool:
+    """Whether a checkpoint lies under its own step's name, or one that says no step; a copy may lie under another's."""
+    return step_of(folder) in (None, state.step)
+
+
 def prune(root: Path, config: CheckpointConfig, newest: Path, damaged: Collection[Path]) -> None:
     """Remove older checkpoints, and what a kill left of such.
 
-    Never `newest`, which may precede those of an abandoned run. `damaged` ones neither count among the newest that are
-    kept nor are removed: who knows what else can be had from them. Nor is anything of another name.
+    Never `newest`, which may precede those of an abandoned run. `damaged` ones, and those under another step's name,
+    neither count among the newest that are kept nor are removed: who knows what else can be had from them. Nor is
+    anything of another name, or what a link names.
     """
-    for folder in [folder for folder in complete(root) if folder not in damaged][: -config.keep_last]:
+    sound = [folder for folder in complete(root) if folder not in damaged and _is_sound(folder)]
+    for folder in sound[: -config.keep_last]:
         step = step_of(folder)
         if folder != newest and not (config.keep_every and step is not None and step % config.keep_every == 0):
-            (folder / MARKER).unlink()  # first, so that a kill in between leaves nothing that looks complete
-            shutil.rmtree(folder)
+            if not folder.is_symlink():
+                (folder / MARKER).unlink()  # first, so that a kill in between leaves nothing that looks complete
+            remove(folder)
     for left in root.glob("step_*"):
-        if step_of(left) is not None and not _is_marked(left):
-            shutil.rmtree(left)  # by a kill in the middle of pruning; the run's lock says that nobody uses it
+        if step_of(left) is not None and not left.is_symlink() and left.is_dir() and not _is_marked(left):
+            remove(left)  # by a kill in the middle of pruning; the run's lock says that nobody uses it
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        return is_named(folder, read_state(folder))
+    except UserError:
+        return False
 
 
 def _is_marked(folder: Path) -> bool:

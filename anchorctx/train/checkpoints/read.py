@@ -21,9 +21,11 @@ from anchorctx.train.checkpoints.folders import (
     Marker,
     State,
     complete,
+    is_named,
     read_marker,
     read_state,
     report_others,
+    step_folder,
 )
 from anchorctx.train.checkpoints.tensors import Shards
 
@@ -78,7 +80,13 @@ def verified(folder: Path, *, run: str | None, trust: bool, ranks: dist.Ranks) -
         )
     if (wrong := _first_fault(folder, marker, ranks)) is not None:
         raise UserError(f"{folder} is damaged: {wrong}: name another one, or remove it to resume from the one before")
-    return Found(folder, read_state(folder), Shards(folder, marker.files))
+    state = read_state(folder)
+    if not is_named(folder, state):
+        raise UserError(
+            f"{folder} holds the checkpoint of step {state.step}, under another step's name: name another one, or give "
+            f"it back the name {step_folder(folder.parent, state.step).name}"
+        )
+    return Found(folder, state, Shards(folder, marker.files))
 
 
 def load(engine: Any, found: Found, ranks: dist.Ranks) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from anchorctx.errors import UserError
 from anchorctx.parallel import dist
 from anchorctx.records.disk import FREE, DiskError, Writing, free_space
+from anchorctx.records.files import remove
 from anchorctx.records.manifest import write_json
 from anchorctx.records.typed import read_typed
 from anchorctx.train.checkpoints import rng, states, tensors
@@ -78,7 +79,7 @@ class Writer:
         self._writing: _Writing | None = None
         if ranks.is_main:
             for left in root.glob(".step_*.partial"):  # by a kill; it only fills the disk
-                shutil.rmtree(left)
+                remove(left)
 
     def save(self, engine: Any, state: State, *, wait: bool) -> Path:
         """Write a checkpoint from every rank; returns the folder that it will have.
@@ -89,7 +90,7 @@ class Writer:
         final = step_folder(self._root, state.step)
         partial = partial_folder(final)
         if self._ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir(parents=True)
         dist.barrier()
         fragments, updates = states.read_out(engine, self._ranks.is_main)
@@ -184,7 +185,7 @@ class Writer:
             files |= read_typed(path, dict[str, File], "it was just written: the disk is damaged")
             path.unlink()
         write_digested_json(partial / MARKER, dataclasses.asdict(Marker(self._run, dict(sorted(files.items())))))
-        shutil.rmtree(writing.folder, ignore_errors=True)
+        remove(writing.folder)
         sync_folder(partial)
         partial.rename(writing.folder)
         sync_folder(self._root)  # on the disk before older ones go

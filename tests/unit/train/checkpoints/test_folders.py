@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from anchorctx.errors import UserError
+from anchorctx.records import files
 from anchorctx.train.checkpoints import folders
 from anchorctx.train.config import CheckpointConfig, TrainConfig
 
@@ -36,6 +37,41 @@ def test_damaged_ones_do_not_count_and_stay(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 3, 8, 9]
 
 
+def test_one_under_another_steps_name_is_passed_over_and_does_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, keep_last=9)
+    copy = shutil.copytree(tmp_path / "step_00000002", tmp_path / "step_00000009")
+    assert (found := find(tmp_path)) and (found.folder.name, found.state.step) == ("step_00000002", 2)
+    says = "holds the checkpoint of step 2, under another step's name: name another one, or give it back the name step"
+        "holds the checkpoint of step 2, under another step's name: name another one, or give it back the name step_0"
+    )
+    (line,) = caplog.messages
+    assert line.startswith("passing over step_00000009") and says in line
+    with pytest.raises(UserError, match=says):
+        find(tmp_path, str(copy))
+    shutil.copytree(copy, tmp_path / "step_00000003")  # between those that count
+    save(tmp_path, 4, keep_last=2)
+    assert steps(tmp_path) == [2, 3, 4, 9]
+    assert (found := find(tmp_path, str(copy.rename(tmp_path / "mine")))) and found.state.step == 2
+
+
+def test_of_links_the_link_is_pruned_and_what_it_names_stays(tmp_path: Path) -> None:
+    root, disk = tmp_path / "run", tmp_path / "disk"
+    for step in (1, 2):
+        save(root, step, keep_last=9).rename(disk.mkdir(exist_ok=True) or disk / str(step))
+    for name, target in (("step_00000001", "1"), ("step_00000002", "2"), (".step_00000003.partial", "2")):
+        (root / name).symlink_to(disk / target)
+    (root / "step_00000007").symlink_to(tmp_path / "gone")
+    before = sorted((path, path.read_bytes()) for path in disk.rglob("*") if path.is_file())
+    save(root, 3, keep_last=2)
+    assert steps(root) == [2, 3] and not (root / "step_00000001").is_symlink()
+    save(root, 2, keep_last=2)  # in the place of the link
+    assert not (root / "step_00000002").is_symlink() and (root / "step_00000007").is_symlink()
+    assert before == sorted((path, path.read_bytes()) for path in disk.rglob("*") if path.is_file())
+
+
 def test_a_kill_while_an_older_one_is_removed_leaves_none_that_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,7 +81,7 @@ def test_a_kill_while_an_older_one_is_removed_leaves_none_that_looks_complete(
         if folder.name == "step_00000001":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(folders.shutil, "rmtree", killed)
+    monkeypatch.setattr(files.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2, keep_last=1)
     assert steps(tmp_path) == [2]
