@@ -109,7 +109,7 @@ class Session:
 
     def _check(self, texts: Mapping[str, str | Sequence[int]], messages: Mapping[str, int]) -> None:
         """UserError where a request's prompts are too long with messages of so many tokens."""
-        lengths = {name: len(ids) for name, ids in self._contents(texts).items()} | messages
+        lengths = {name: len(ids) for name, ids in self._contents(texts).items()} | dict(messages)
         for name, frame in self.frames.items():
             self.check_length(name, frame.length(lengths), self.agents[name].max_new_tokens)
 
