@@ -136,7 +136,7 @@ def test_a_users_file_says_who_speaks_and_who_decides(tmp_path: Path) -> None:
             "  decision: boss\n  decision: ann",
             r"the key 'decision' stands twice \(line 4\): remove one",
         ),
-        ("    - {name: ann,", "    - {<<: *a, name: ann,", r"the merge key << \(line 7\) is not read here: write its"),
+        ("    - {name: ann,", "    - {<<: {}, name: ann,", r"the merge key << \(line 7\) is not read here: write its"),
         ("gsm8k:", "5: {}\ngsm8k:", r"the key 5 \(line 2\) is no text: put it in quotes"),
         ("gsm8k:", "? [1, 2]\n: 3\ngsm8k:", r"the key \[1, 2\] \(line 2\) is no text"),
         ('"Solve {question} now."', '"  "', r"gsm8k.agents\[1\].user is empty: write what the agent is asked"),
