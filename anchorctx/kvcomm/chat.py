@@ -37,6 +37,12 @@ def template_of(agent: Agent, tokenizer: PreTrainedTokenizerBase) -> Template:
             f"agent {agent.name!r} has messages, but the tokenizer {tokenizer.name_or_path or ''} has no chat template "
             f"to put them in: {REMEDY}, or take a chat model"
         )
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise UserError(
+            f"the tokenizer {tokenizer.name_or_path or ''} has the chat templates {', '.join(templates)}, none of them "
+            f"called default: set its chat_template to one of them, or {REMEDY}"
+        )
     messages = {role: Template.parse(text) for role, text in agent.template.by_role.items()}
     slots = [part for message in messages.values() for part in message.parts if isinstance(part, Slot)]
     # One mark a placeholder, with blanks around it, which a template that trims contents would take away.
@@ -77,6 +83,11 @@ def _rendered(agent: Agent, tokenizer: PreTrainedTokenizerBase, messages: Mappin
         found = _apply(tokenizer, messages)
     except Exception as error:  # jinja2's, the template's own (raise_exception), or any that its Python raises
         reason = " ".join(str(error).split()).rstrip(".")[:150]
+        if not _works(tokenizer):
+            raise UserError(
+                f"the chat template of the tokenizer {tokenizer.name_or_path or ''} does not even take a single "
+                f"message ({reason}): correct the template, or {REMEDY}"
+            ) from error
         raise UserError(
             f"the chat template does not take the messages of agent {agent.name!r} ({reason}): "
             f"{_without_system(messages)}{REMEDY}"
@@ -105,6 +116,14 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Mapping[str, str], *, p
     conversation = [{"role": role, "content": text} for role, text in messages.items()]
     found: Any = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=prompt)
     return found
+
+
+def _works(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template takes a conversation of one user message: else no agent's messages can be blamed."""
+    try:
+        return bool(_apply(tokenizer, {"user": _mark()}))
+    except Exception:  # see _rendered
+        return False
 
 
 def _split(text: str, marks: list[str]) -> list[str]:

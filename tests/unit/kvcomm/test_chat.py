@@ -93,7 +93,8 @@ def test_prompts_in_pieces_have_the_tokens_of_the_template(topology: str, rule: 
     checked = 0
     documents = {"document": "{document_1}", "documents": "{document_1} (end)\n\nDocument 2:\n{document_2} (end)"}
     for task in ("gsm8k", "mmlu", "humaneval", "retrieval"):
-        agents, _ = Crew.of(None, task).of_size(3).team(["question"], topology, 8, True, lambda place: documents)
+        own = documents if task == "retrieval" else {}
+        agents, _ = Crew.of(None, task).of_size(3).team(["question"], topology, 8, True, lambda place, own=own: own)
         for agent in agents:
             assert isinstance(agent.template, Messages)
             parts = template_of(agent, tokenizer).parts
@@ -123,11 +124,16 @@ def test_special_tokens_stand_once_and_where_the_template_has_them(tokenizer: Pr
 REFUSED = {
     "no_system": ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}{% endfor %}",
                   r"puts the system message of agent 'a' into the prompt 0 times.*into the user message.*chat=false"),
-    "raises": ("{{ raise_exception('System role not supported') }}", r"\(System role not supported\): put the system"),
+    "raises": ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<s>",
+               r"messages of agent 'a' \(System role not supported\): put the system"),
+    "fails": ("{{ raise_exception('Not today') }}",
+              r"even take a single message \(Not today\): correct the template, or use"),
+    "named": ({"rag": CHATML, "tools": CHATML},
+              "has the chat templates rag, tools, none of them called default: set its"),
     "twice": ("<s>{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "2 times instead of once"),
     "order": ("<s>{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "moves the messages.*chat=false"),
     "cuts": ("<s>{% for m in messages %}{{ m.content[:50] }}{% endfor %}", "changes the messages of agent 'a'"),
-    "broken": ("{% for m in messages %}", r"does not take the messages of agent 'a' \(.*endfor"),
+    "broken": ("{% for m in messages %}", r"even take a single message \(.*endfor.*\): correct the template, or use"),
     "bare": ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "0 times instead of once"),
     "none": (None, "has no chat template.*chat=false"),
 }  # fmt: skip
