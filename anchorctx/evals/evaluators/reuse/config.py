@@ -176,8 +176,8 @@ class AgentsConfig:
     count: Positive = 3
     """Agents, the decision agent included, of the roles that come with the package; a file has its own number."""
     file: str | None = None
-    """YAML file with the agents of gsm8k, mmlu and humaneval: names, messages, who hears whom, who decides; null takes
-    those of the package (docs/kvcomm.md says where they are, to copy and change)."""
+    """YAML file with the agents of gsm8k, mmlu, humaneval and retrieval in words: names, messages, who hears whom, who
+    decides; null takes those of the package (docs/kvcomm.md says where they are, to copy and change)."""
 
 
 DEFAULT_ARMS = (
@@ -202,12 +202,14 @@ class ReuseConfig:
     """How many agents there are, or the file that describes them."""
     chat: bool | None = None
     """Put the agents' roles and questions into the model's chat template; null does so where there is one. false gives
-    prompts of plain text, which are short unless agents.file has others. copy has no words."""
+    prompts of plain text, which are short unless agents.file has others. copy has no words, nor has retrieval where the
+    tokenizer knows the tokens of planted facts: there both this and agents.file are passed over."""
     topology: str = "full"
     """Who hears whom: chain, star, mesh, layered, full, debate or random; retrieval has its own, and agents.file may
     have another."""
     transcripts: Count = 200
-    """Problems of each task whose prompts and answers are kept in transcripts.jsonl; 0 keeps none."""
+    """Problems of each kind of each task whose prompts and answers are kept in transcripts.jsonl, the first ones;
+    0 keeps none."""
     accuracy: bool = True
     """Let agents speak for themselves through every arm as well, which gives its accuracy; false saves that time, and
     leaves dense's accuracy alone."""
