@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import atexit
-import io
+import errno
 import logging
 import os
+import resource
 import sys
 import time
 from dataclasses import dataclass
 from typing import NoReturn
 
 from anchorctx import interrupt
+from anchorctx.cli.streams import drop_output, mend_streams
 from anchorctx.errors import InterruptedRun, LostProcesses, UserError
 from anchorctx.records.disk import refused_write
 from anchorctx.records.table import text_table
@@ -78,17 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Told to end, it is 128 and the signal's number, or 124 after `max_hours`; 141 when nobody reads the output any more.
     """
-    _open_outputs()
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(text_table(COMMANDS.items(), indent=2))), end="")
-        return 0
-    if argv[0] == "--version":
-        from anchorctx import __version__
-
-        print(__version__)
-        return 0
-    return _guarded(argv[0], argv[1:])
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    return _guarded(command, rest)
 
 
 def leave(code: int) -> NoReturn:
@@ -98,22 +91,25 @@ def leave(code: int) -> NoReturn:
     tensor while the interpreter ends aborts the process, and torchrun calls a finished run failed. After a mistake
     torchrun is to see the end, and to end the other processes, before they have waited for `PATIENCE_S`.
     """
+    drop_output()
     if "deepspeed" not in sys.modules and code not in (2, *interrupt.EXIT_CODES):
         sys.exit(code)
     atexit._run_exitfuncs()  # W&B uploads its last rows there
-    sys.stdout.flush()
+    drop_output()
     sys.stderr.flush()
     os._exit(code)
 
 
 def entry() -> NoReturn:
     """The `anchorctx` command."""
+    mend_streams()
     interrupt.end_with_launcher()
     leave(main())
 
 
 def former_entry(command: str) -> NoReturn:
     """`python -m anchorctx.cli.COMMAND`, which goes on working until 0.2 for train and eval."""
+    mend_streams()
     interrupt.end_with_launcher()
     _set_up_logging()
     logger.info("-m anchorctx.cli.%s stops working in 0.2: type -m anchorctx %s instead", command, command)
@@ -142,12 +138,7 @@ def _guarded(command: str, argv: list[str]) -> int:
 def _told(command: str, argv: list[str]) -> int:
     """Run a command; a user's mistake becomes one sentence on stderr."""
     try:
-        if command not in COMMANDS:
-            raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
-        _check_surroundings()
-        from anchorctx.cli.commands import run
-
-        code = run(command, parse(argv))
+        code = _answer(command, argv)
         sys.stdout.flush()
     except UserError as error:
         if (notice := interrupt.swallowed()) is not None:  # reading a model makes a sentence of any error
@@ -163,17 +154,38 @@ def _told(command: str, argv: list[str]) -> int:
             _say(f"anchorctx {command}: {error}")
         return error.code
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        _drop_output()
+        drop_output()
         return 141  # 128 + SIGPIPE
     except Exception as error:
-        print(f"anchorctx {command}: {_about_a_file(error)}", file=sys.stderr, flush=True)
-        _drop_output()
+        _say(f"anchorctx {command}: {_about_a_file(error)}")
+        drop_output()
         return 2
     return code
 
 
+def _answer(command: str, argv: list[str]) -> int:
+    """What was asked for: help, the version, or a command."""
+    if command in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(text_table(COMMANDS.items(), indent=2))), end="")
+        return 0
+    if command == "--version":
+        from anchorctx import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        raise UserError(f"unknown command '{command}': choose {', '.join(COMMANDS)}")
+    _check_surroundings()
+    from anchorctx.cli.commands import run
+
+    return run(command, parse(argv))
+
+
 def _about_a_file(error: Exception) -> str:
     """What an error says of a file, or of the disk; others are raised again, since their tracebacks tell more."""
+    if _needs_files(error):
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"more files are open at once than `ulimit -n`={limit} allows: raise it (ulimit -n 4096)"
     if (refused := refused_write(error)) is not None:
         return str(refused)
     if isinstance(error, OSError) and error.filename is not None:
@@ -181,16 +193,6 @@ def _about_a_file(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
         return f"the path {ascii(error.object)} is not UTF-8, and some libraries take no other: rename it"
     raise error
-
-
-def _open_outputs() -> None:
-    """A daemon's closed output is written to nobody, and a sign that the terminal's encoding lacks is escaped."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (to the end of the process)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _check_surroundings() -> None:
@@ -204,12 +206,13 @@ def _check_surroundings() -> None:
             raise UserError(f"{name}={value} in the environment must be a number, as torchrun sets it: unset {name}")
 
 
-def _drop_output() -> None:
-    """What standard output, which may be a file on a full disk, does not take is not tried again at the exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _needs_files(error: BaseException | None) -> bool:
+    """Whether it is about too many open files, or came of that; the linker and Rust say so in their texts alone."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or os.strerror(errno.EMFILE) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _say(sentence: str) -> None:
