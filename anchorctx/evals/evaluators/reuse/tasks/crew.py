@@ -15,11 +15,14 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
+from anchorctx.data.sources.nature import check_regular
 from anchorctx.errors import UserError
 from anchorctx.evals.evaluators.reuse.tasks.base import named_topology
 from anchorctx.kvcomm.agents import Agent, Messages, Slot, Template
 from anchorctx.kvcomm.topology import Topology
 
+LONGEST = 2**20
+"""Bytes of a file of agents, at most."""
 HEARD = "heard"
 """The placeholder for all that an agent hears."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
@@ -198,13 +201,19 @@ def agents_file(file: str | None) -> bytes:
     """The content of a file of agents, or of the package's; UserError where it cannot be read."""
     if file is None:
         return (resources.files("anchorctx.evals.evaluators.reuse.tasks") / "agents.yaml").read_bytes()
+    path = Path(file).expanduser()
+    check_regular(path, f"agents.file={file}")
     try:
-        return Path(file).expanduser().read_bytes()
+        with path.open("rb") as opened:
+            content = opened.read(LONGEST + 1)
     except OSError as error:
         raise UserError(
             f"agents.file={file} cannot be read ({error.strerror or error}): name a YAML file with agents, or leave it "
             "out for the package's"
         ) from None
+    if len(content) > LONGEST:
+        raise UserError(f"agents.file={file} has more than {LONGEST:,} bytes: name a YAML file with agents")
+    return content
 
 
 def _read(content: bytes, source: str) -> dict[str, _Crew]:

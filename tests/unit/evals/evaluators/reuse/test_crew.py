@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,14 @@ def test_some_agent_must_have_what_is_the_tasks_own(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="agents.file=.*none.yaml cannot be read"):
         agents_file(str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match="agents.file=/dev/zero is a device, not a file"):
+        agents_file("/dev/zero")
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(UserError, match="agents.file=.*pipe is a pipe, not a file"):
+        agents_file(str(pipe))
+    (large := tmp_path / "large.yaml").write_bytes(b"#" * (2**20 + 1))
+    with pytest.raises(UserError, match="agents.file=.*large.yaml has more than 1,048,576 bytes"):
+        agents_file(str(large))
     (tmp_path / "latin.yaml").write_bytes(b"gsm8k: {decision: \xe9}")
     with pytest.raises(UserError, match="is not YAML in UTF-8"):
         Crew.of(str(tmp_path / "latin.yaml"), "gsm8k")
