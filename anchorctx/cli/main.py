@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Told to end, it is 128 and the signal's number, or 124 after `max_hours`; 141 when nobody reads the output any more.
     """
+    mend_streams()
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     return _guarded(command, rest)
 
@@ -102,7 +103,6 @@ def leave(code: int) -> NoReturn:
 
 def entry() -> NoReturn:
     """The `anchorctx` command."""
-    mend_streams()
     interrupt.end_with_launcher()
     leave(main())
 

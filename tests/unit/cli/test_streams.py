@@ -49,7 +49,7 @@ def test_nobody_reads_the_help() -> None:
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     done = shell(f"cd gone; rmdir ../gone; {COMMAND} train --show", cwd=tmp_path)
-    sentence = "anchorctx train: the folder that this was typed in is gone: change to one that is there"
+    sentence = "anchorctx train: the folder in which you started it is gone: change into one that exists"
     assert done.returncode == 2 and done.stderr.startswith(sentence) and done.stderr.count("\n") == 1
 
 
