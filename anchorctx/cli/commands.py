@@ -269,7 +269,7 @@ def _layouts(config: ReportConfig, material: Material) -> dict[Path, PackedLayou
     """A row of the first packed set, under the pattern asked for, or that of the first run, or AnchorAttention's."""
     from anchorctx.data.packed_set import PackedSet
 
-    used = [run.place.manifest.get("config", {}).get("pattern") for run in material.runs]
+    used = [run.place.pattern for run in material.runs]
     name = config.pattern or next((pattern for pattern in used if pattern), Pattern.anchor.value)
     if name not in list(Pattern):
         raise UserError(f"pattern={name} is unknown: choose {', '.join(Pattern)}")

@@ -50,6 +50,13 @@ class Place:
         return manifest_hash(self.manifest) if self.manifest else ""
 
     @property
+    def pattern(self) -> str | None:
+        """What a run was trained with; None where its manifest does not say."""
+        config = self.manifest.get("config")
+        pattern = config.get("pattern") if isinstance(config, dict) else None
+        return pattern if isinstance(pattern, str) else None
+
+    @property
     def full_name(self) -> str:
         """The name with the command line's folder before it."""
         return self.name if self.name == self.argument else f"{self.argument}/{self.name}"
@@ -193,7 +200,8 @@ def _places(folder: Path, argument: str) -> Iterator[Place]:
             manifest = _json(here / MANIFEST) if MANIFEST in files else {}
             # A result names the manifest under which it was first measured; a resumed evaluation has a newer one.
             files = sorted((here / MANIFESTS).glob("*.json"))
-            more = {file.stem: _json(file).get("first_measured", {}) for file in files}
+            first = {file.stem: _json(file).get("first_measured") for file in files}
+            more = {mark: facts for mark, facts in first.items() if isinstance(facts, dict)}
             yield Place(argument, argument if inside == "." else inside, here, manifest, more)
 
 

@@ -78,8 +78,8 @@ def _lead(run: TrainRun) -> str:
     steps = max((int(row.get("step", 0)) for row in run.rows), default=0)
     trained = max((float(row.get("tokens", 0)) for row in run.rows), default=0.0)
     words = f"{run.label}: {steps:,} steps, {number(trained)} trained tokens"
-    if pattern := run.place.manifest.get("config", {}).get("pattern"):
-        words += f", pattern {pattern}"
+    if run.place.pattern:
+        words += f", pattern {run.place.pattern}"
     # Before training and at its end; a single value would say nothing about what training did.
     if len(tokens) > 1:
         words += f"; held-out loss {held_out[0]:.3f} to {held_out[-1]:.3f}"

@@ -18,6 +18,7 @@ from anchorctx.parallel import dist
 from anchorctx.train.checkpoints import rng, states
 from anchorctx.train.checkpoints.digest import fault
 from anchorctx.train.checkpoints.folders import (
+    REMEDY,
     Marker,
     State,
     complete,
@@ -71,7 +72,7 @@ def find(root: Path, resume: str, *, run: str | None, trust: bool, ranks: dist.R
 
 
 def verified(folder: Path, *, run: str | None, trust: bool, ranks: dist.Ranks) -> Found:
-    """A checkpoint; UserError when it is damaged, or another run's without `trust`. Arguments as of `find`."""
+    """A checkpoint, whole; UserError when it is damaged, or another run's without `trust`. Arguments as of `find`."""
     marker = read_marker(folder)
     if marker.run != run and not trust:
         raise UserError(
@@ -86,7 +87,11 @@ def verified(folder: Path, *, run: str | None, trust: bool, ranks: dist.Ranks) -
             f"{folder} holds the checkpoint of step {state.step}, under another step's name: name another one, or give "
             f"it back the name {step_folder(folder.parent, state.step).name}"
         )
-    return Found(folder, state, Shards(folder, marker.files))
+    shards = Shards(folder, marker.files)
+    shards.check(state.shapes)
+    if lost := [name for name, stored in state.tied.items() if stored not in state.shapes]:
+        raise UserError(f"{folder} has no weight for {lost[0]}, which is tied to another: {REMEDY}")
+    return Found(folder, state, shards)
 
 
 def load(engine: Any, found: Found, ranks: dist.Ranks) -> None:

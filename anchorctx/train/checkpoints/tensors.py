@@ -9,6 +9,7 @@ The format is https://github.com/huggingface/safetensors#format: a length, a JSO
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -101,7 +102,10 @@ class Shards:
                 if start != end:
                     break
                 end += numbers.get_shape()[0]
-            if end != (count := torch.Size(shape).numel()):
+            count = math.prod(shape := list(shape))
+            if any(not 0 <= size < 2**63 for size in shape):
+                raise UserError(f"{self._folder} has {name} of the impossible shape {_shown(shape)}: {REMEDY}")
+            if end != count:
                 raise UserError(f"{self._folder} has {end} of {count} numbers of {name}: {REMEDY}")
 
     def copy(self, kind: str, name: str, start: int, into: torch.Tensor) -> None:
@@ -137,6 +141,10 @@ class Shards:
             if start is None or len(numbers.get_shape()) != 1:
                 raise UserError(f"{path} holds {name}, which is no stretch of a weight: {REMEDY}")
             self._places.setdefault(name, []).append((start, numbers))
+
+
+def _shown(shape: list[int]) -> str:
+    return ", ".join("2**63 or more" if size >= 2**63 else "below 0" if size < 0 else str(size) for size in shape)
 
 
 def _slices(file: Any, names: list[str]) -> Iterator[tuple[str, Any]]:

@@ -103,6 +103,17 @@ def packed(**change: Any) -> Callable[[Path], None]:
     return make
 
 
+@pytest.mark.parametrize("value", [[1], "x", 3, None, {"pattern": ["full"]}, {"pattern": {"a": 1}}, {"pattern": 3}])
+def test_a_manifest_that_names_no_pattern_is_one_without(tmp_path: Path, value: Any) -> None:
+    make_run(tmp_path / "run", steps=5)
+    make_packed(tmp_path / "packed" / "abc123")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"config": value}))
+    material = collect([str(tmp_path)])
+    assert [run.place.pattern for run in material.runs] == [None]
+    assert "pattern" not in render_page("t", material).partition("trained tokens")[2].partition(".")[0]
+
+
 @pytest.mark.parametrize("value", ["x", 0, 1e300, [1], {"a": 1}, None, True])
 def test_metrics_of_anything_make_a_page(tmp_path: Path, value: Any) -> None:
     """What is no number is left out."""

@@ -71,6 +71,35 @@ def test_the_sentence_names_the_file_and_what_is_wrong(tmp_path: Path) -> None:
         find(tmp_path, str(folder))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("shapes", {"vector": [2**70]}, "has vector of the impossible shape 2..63 or more"),
+        ("shapes", {"vector": [0, 2**63]}, "has vector of the impossible shape 0, 2..63 or more"),
+        ("shapes", {"vector": [-5, -1]}, "has vector of the impossible shape below 0, below 0"),
+        ("shapes", {"vector": [6]}, "has 5 of 6 numbers of vector"),
+        ("shapes", {"other": [2]}, "has 0 of 2 numbers of other"),
+        ("tied", {"head": "nothing"}, "has no weight for head, which is tied to another"),
+    ],
+)
+def test_a_state_that_its_tensors_do_not_fit_is_passed_over(
+    field: str, value: Any, sentence: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a digest that fits."""
+    save(tmp_path, 5, keep_last=9)
+    newest = save(tmp_path, 6, keep_last=9)
+    state = json.loads((newest / "state.json").read_text())
+    state[field] |= value
+    (newest / "state.json").write_text(json.dumps(state))
+    marker = json.loads((newest / "COMPLETE").read_text())
+    size = (newest / "state.json").stat().st_size
+    marker["files"]["state.json"] = {"bytes": size, "xxh3_128": write_digest(newest / "state.json")}
+    (newest / "COMPLETE").write_text(json.dumps(marker))
+    assert (found := find(tmp_path)) and found.state.step == 5
+    with pytest.raises(UserError, match=sentence):
+        find(tmp_path, str(newest))
+
+
 def test_nothing_but_damaged_ones_is_no_new_start(tmp_path: Path) -> None:
     assert find(tmp_path) is None
     for step in (1, 2):
