@@ -23,7 +23,9 @@ from anchorctx.evals.parts import FOLDER, Parts
 from anchorctx.records.disk import Writing
 from anchorctx.records.locks import lock_folder
 from anchorctx.records.manifest import build_manifest, fingerprint, write_json
+from anchorctx.records.places import check_place
 from anchorctx.records.results import FILE, Result, append_results, mean_interval, mend_results
+from anchorctx.records.transcripts import FILE as TRANSCRIPTS
 from anchorctx.records.typed import read_typed
 
 MANIFESTS = "manifests"
@@ -38,6 +40,10 @@ class Journal:
         self.path = out_dir / FILE
         self._lock = lock_folder(out_dir)
         try:
+            for name in (FILE, TRANSCRIPTS):
+                check_place(out_dir / name)
+            for name in (MANIFESTS, FOLDER):
+                check_place(out_dir / name, folder=True)
             self.rows = mend_results(self.path)
         except BaseException:
             self.close()

@@ -20,6 +20,7 @@ from typing import IO
 
 from anchorctx.errors import UserError
 from anchorctx.records.disk import Writing
+from anchorctx.records.places import check_place
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def in_use(folder: Path) -> Iterator[None]:
     """Keep `remove_unused` from removing anything in `folder`; any number of processes may use it at a time."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
+        check_place(folder / LOCK)
         with (folder / LOCK).open("a+") as file:
             flock(file, fcntl.LOCK_SH)
             if (folder / LOCK).exists():  # else another process has just removed the folder
@@ -124,6 +126,7 @@ def _lock(path: Path, refusal: str | None, remedy: str) -> IO[str]:
     """Lock the file `path`, made if needed; waits where there is no `refusal`, which says what is locked."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)  # who fails first removes what it made
+        check_place(path)
         file = path.open("a+")  # readable too, which network file systems ask for
         try:
             try:

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from anchorctx.errors import UserError
+from anchorctx.records.places import KINDS
 
 MAGIC = {
     b"\x1f\x8b": "compressed by gzip",
@@ -26,7 +27,6 @@ REMEDIES = {
 }
 ENDINGS = {".xz": "xz -d", ".bz2": "bunzip2", ".zip": "unzip", ".7z": "7z x", ".lz4": "lz4 -d", ".tar": "tar -xf"}
 """Endings of compressed files that are not read, and what unpacks them."""
-KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 HEAD = 256
 
 
@@ -65,8 +65,10 @@ def not_readable(file: Path) -> str | None:
 def check_regular(path: Path, what: str) -> None:
     """UserError for a pipe, socket or device, which would be waited for or never end; `what` names it."""
     try:
-        kind = KINDS.get(stat.S_IFMT(path.stat().st_mode))
+        kind = stat.S_IFMT(path.stat().st_mode)
     except OSError:  # said by whoever reads it
         return
-    if kind is not None:
-        raise UserError(f"{what} is {kind}, not a file: write what it has into a file, and name that")
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        raise UserError(
+            f"{what} is {KINDS.get(kind, 'no file')}, not a file: write what it has into a file, and name that"
+        )
