@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,8 @@ SHARD_TOKENS = 2**25
 """Tokens in a shard, about: 64 or 128 MiB of token ids. A process that makes a shard holds all of it in memory."""
 OPEN_SHARDS = 64
 """Shards that are mapped at once, at most: each of their maps keeps a file open."""
-ARRAYS = ("tokens", "weights", "offsets", "doc_ids", "pointers")
+CONTENT, PLACES = ("tokens", "weights"), ("offsets", "doc_ids", "pointers")
+ARRAYS = (*CONTENT, *PLACES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,14 +222,18 @@ class PackedSet:
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
 
     def row(self, index: int) -> Row:
-        """Row `index`, 0 .. len-1."""
-        shard, i = self._place(index)
-        return shard.row(i, int(self.manifest["anchor_len"]))
+        """Row `index`, 0 .. len-1; UserError, as of the other readers, where its files were changed since `open`."""
+        shard, i = self._place(index, CONTENT)
+        tokens, weights = shard.tokens[i].astype(np.int64), shard.weights[i].astype(np.float32)
+        return Row(self._checked(tokens, index), weights, self.layout(index))
 
     def layout(self, index: int) -> PackedLayout:
         """The layout of row `index`; its tokens are not read."""
-        shard, i = self._place(index)
-        return shard.layout(i, int(self.manifest["anchor_len"]))
+        shard, i = self._place(index, PLACES)
+        try:
+            return shard.layout(i, int(self.manifest["anchor_len"]))
+        except (ValueError, IndexError) as error:
+            raise self._changed(f"row {index} in {self.folder} has no documents that fill it") from error
 
     def predictions(self, index: int, where: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of row `index` the tokens at `where` (N,), the tokens after them, and those predictions' loss weights.
@@ -234,19 +241,34 @@ class PackedSet:
         (N,) int64, int64 and float32; the row's last token predicts nothing: weight 0. Nothing else is read.
         """
         # a row <s> a b c of weights [0, 0, 1, .5]: at [0, 1, 3] there is <s> a c, then a b c, weights [0, 1, 0]
-        shard, i = self._place(index)
+        shard, i = self._place(index, CONTENT)
         after = np.minimum(where + 1, self.row_length - 1)
         weights = np.where(where < self.row_length - 1, shard.weights[i][after], 0).astype(np.float32)
         tokens = shard.tokens[i]
-        return tokens[where].astype(np.int64), tokens[after].astype(np.int64), weights
+        here, next_ones = tokens[where].astype(np.int64), tokens[after].astype(np.int64)
+        return self._checked(here, index), self._checked(next_ones, index), weights
 
-    def _place(self, index: int) -> tuple[Shard, int]:
-        """The shard of row `index`, and its number there."""
+    def _checked(self, ids: np.ndarray, index: int) -> np.ndarray:
+        if (largest := int(ids.max(initial=0))) >= (size := int(self.manifest["vocab_size"])):
+            raise self._changed(f"row {index} in {self.folder} has the token {largest}, of a vocabulary of {size}")
+        return ids
+
+    def _changed(self, what: str) -> UserError:
+        return UserError(f"{what}: it was changed after it was written: remove {self.folder} and prepare it again")
+
+    def _place(self, index: int, names: Sequence[str]) -> tuple[Shard, int]:
+        """The shard of row `index`, and its number there, to read its arrays of these `names`."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         # 8,192 rows a shard: row 20,000 is row 3,616 of shard 2
         number, i = divmod(index, int(self.manifest["rows_per_shard"]))
-        return self._shard(number), i
+        shard = self._shard(number)
+        # To read beyond the end of a file that was cut short since it was mapped ends the process without a word.
+        for file in (_shard_file(self.folder, name, number) for name in names):
+            with suppress(FileNotFoundError):  # the map of a removed one stays
+                if (size := file.stat().st_size) != (whole := self.manifest["files"][file.name]["bytes"]):
+                    raise self._changed(f"{file} has {size} of {whole} bytes")
+        return shard, i
 
     def _shard(self, number: int) -> Shard:
         """The shard, memory-mapped; of too many open ones the least recently used is closed."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,52 @@ def test_rows_come_back_as_they_were(tmp_path: Path, per_shard: int | None) -> N
         assert row.input_ids.dtype == np.int64 and row.loss_weights.dtype == np.float32
         assert packed.row_trained[i] == np.count_nonzero(row.loss_weights)
         assert packed.row_documents[i] == row.layout.num_documents
+
+
+def large(folder: Path) -> PackedSet:
+    """A set whose tokens are mapped: its file has more than a page."""
+    rng = np.random.default_rng(0)
+    return write(folder, [random_row(rng) for _ in range(500)])
+
+
+def readers(packed: PackedSet, index: int) -> list[Callable[[], object]]:
+    return [lambda: packed.row(index), lambda: packed.predictions(index, np.arange(3))]
+
+
+@pytest.mark.parametrize("name", ["tokens", "weights", "offsets", "pointers"])
+def test_a_shard_that_is_cut_short_while_it_is_read_is_named(tmp_path: Path, name: str) -> None:
+    """What is mapped and no longer there would end the process with SIGBUS."""
+    packed = large(tmp_path)
+    packed.row(499)
+    file = packed.folder / f"{name}_00000.npy"
+    whole = file.stat().st_size
+    os.truncate(file, 100)
+    sentence = rf"{name}_00000.npy has 100 of {whole} bytes: it was changed after it was written: remove .*ab12 and"
+    for read in readers(packed, 499)[: 2 if name in ("tokens", "weights") else 1]:
+        with pytest.raises(UserError, match=sentence):
+            read()
+
+
+def test_a_shard_that_is_overwritten_while_it_is_read_is_named(tmp_path: Path) -> None:
+    packed = large(tmp_path)
+    packed.row(499)
+    for name, dtype in (("tokens", np.uint16), ("pointers", np.int64)):
+        mapped = np.load(packed.folder / f"{name}_00000.npy", mmap_mode="r+")
+        assert mapped.dtype == dtype
+        mapped[:] = 999
+        mapped.flush()
+    for read in (lambda: packed.predictions(499, np.arange(3)), lambda: packed.row(499)):
+        with pytest.raises(UserError, match=r"row 499 in .* has the token 999, of a vocabulary of 100: it was changed"):
+            read()
+    with pytest.raises(UserError, match=r"row 499 in .* has no documents that fill it: it was changed after"):
+        packed.layout(499)
+
+
+def test_a_set_that_is_removed_while_it_is_read_is_read_on(tmp_path: Path) -> None:
+    packed = large(tmp_path)
+    before = packed.row(499)
+    (packed.folder / "tokens_00000.npy").unlink()
+    np.testing.assert_array_equal(packed.row(499).input_ids, before.input_ids)
 
 
 def test_rows_beyond_the_set(tmp_path: Path) -> None:
