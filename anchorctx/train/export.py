@@ -49,7 +49,8 @@ def export(config: ExportConfig) -> Path:
         if config.push_to is not None:
             hub.check(config.push_to)
         disable_progress_bar()  # avoid a second progress bar
-        model, trained = _restore(run / MODEL, found, getattr(torch, config.dtype.value))
+        compare.check_exported(found.state, read_config(str(run / MODEL)), run / MODEL / "config.json", found.folder)
+        model, trained = _restore(run / MODEL, gather(found), str(found.folder), getattr(torch, config.dtype.value))
         _write(model, trained, run, found, out)
     if config.push_to is not None:
         hub.push(out, config.push_to)
@@ -140,11 +141,9 @@ def _checkpoint(run: Path, step: int | None, trust: bool) -> read.Found:
     return read.verified(folder, run=run_id, trust=trust, ranks=ALONE)
 
 
-def _restore(model_folder: Path, found: read.Found, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
+def _restore(model_folder: Path, weights: Weights, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
     """The model with a checkpoint's weights; and these weights. Both in `dtype`, but for what it keeps in float32."""
-    config, source = read_config(str(model_folder)), str(found.folder)
-    compare.check_exported(found.state, config, model_folder / "config.json", found.folder)
-    weights = gather(found)
+    config = read_config(str(model_folder))
     untie(source, config, weights)  # of a run that took the contradiction over from what it was given
     # Built in its dtype rather than cast: a cast would round the rotary frequencies, which stay float32, too.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

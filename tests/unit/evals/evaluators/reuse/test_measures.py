@@ -58,7 +58,7 @@ def gate_rows(
     return [
         row("kvcomm_kl", kl, tokens="all"),
         row("kvcomm_agreement", agreement, tokens="all"),
-        row("kvcomm_reuse", reuse, by="tokens"),
+        row("kvcomm_reuse", reuse, by="contents"),
         row("kvcomm_ttft", 2 * ttft, agent="request", quantile="p50"),
         row("kvcomm_ttft", 2.0, arm="dense", agent="request", quantile="p50"),
     ]
@@ -69,7 +69,7 @@ def gate_rows(
     [
         ({"kl": 0.06}, r"KL 0.06 \(at most 0.05\): NOT MET"),
         ({"agreement": 0.9}, r"agreement 0.9000 \(at least 0.95\): NOT MET"),
-        ({"reuse": 0.0}, r"reuse 0.000 of tokens \(at least 0.1\): NOT MET"),
+        ({"reuse": 0.0}, r"reuse 0.000 of the contents' tokens \(at least 0.1\): NOT MET"),
         ({"ttft": 2.0}, r"time to first token 2.00 of dense's \(at most 1\): NOT MET"),
     ],
 )
