@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from anchorctx.cli.main import main
 from anchorctx.data.packed_set import PackedSet
 from anchorctx.data.tokens import encode
 from anchorctx.evals import distribute
+from anchorctx.models import ModelConfig, load_model
 from anchorctx.testing import readers
 from anchorctx.testing.tiny import save, text_model, word_tokenizer
 
@@ -146,9 +148,11 @@ def test_nothing_is_written_beside_a_checkpoint(command: Any, here: Path) -> Non
 # jundot/omlx #3224, Layr-Labs/d-inference #260: the hub's cache, whose files are links to blobs without an ending
 def test_a_checkpoint_of_links_is_read(here: Path) -> None:
     tokenizer = word_tokenizer(40)
-    save(text_model(tokenizer, 64), tokenizer, here / "blobs")
+    model = text_model(tokenizer, 64)
+    save(model, tokenizer, here / "blobs")
     (here / "snapshot").mkdir()
     for number, file in enumerate(sorted((here / "blobs").iterdir())):
         (here / "snapshot" / file.name).symlink_to(file.rename(here / "blobs" / f"{number:040x}"))
-    readers.train(here / "snapshot")
     readers.evaluation(here / "snapshot")
+    found = load_model(ModelConfig(path=str(here / "snapshot"))).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in model.state_dict().items())

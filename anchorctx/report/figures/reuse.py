@@ -142,7 +142,7 @@ def error_charts(task: TaskRows) -> dict[str, Chart]:
     """The error of each arm's keys and of its values by layer, for one model and task; empty where all are 0."""
     found = {}
     # An arm has the same colour in both figures, also where only its values are wrong.
-    first = {curve_of(arm): arm for arm in reversed(task.rows.of("kvcomm_kv_error").distinct("arm"))}
+    first = {arm.partition(":")[0]: arm for arm in reversed(task.rows.of("kvcomm_kv_error").distinct("arm"))}
     measured = [first[name] for name in ERROR_ARMS if name in first]
     for part in ("key", "value"):
         lines = []

@@ -66,17 +66,23 @@ def test_several_requests_of_one_session(parts, arm: str) -> None:
         other.ask_all(TEXTS, at_once=0)
 
 
-def test_one_begins_when_another_is_over(parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three at a time: no forward has more, and few have fewer."""
-    decoder, rows = Decoder(parts[0]), []
-    run = Decoder.forward_rows
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many talks each forward of several served."""
+    found, run = [], Decoder.forward_rows
 
     def counted(self: Decoder, ids: torch.Tensor, *more: Any) -> torch.Tensor:
-        rows.append(len(ids))
+        found.append(len(ids))
         return run(self, ids, *more)
 
-    expected = {arm: session.ask(TEXTS[0])["c"].ids for arm, session in sessions(parts, decoder).items()}
     monkeypatch.setattr(Decoder, "forward_rows", counted)
+    return found
+
+
+def test_one_begins_when_another_is_over(parts, rows: list[int]) -> None:
+    """Three at a time: no forward has more, and few have fewer."""
+    decoder = Decoder(parts[0])
+    expected = {arm: session.ask(TEXTS[0])["c"].ids for arm, session in sessions(parts, decoder).items()}
     talks = {arm: session.talk(TEXTS[0]) for arm, session in sessions(parts, decoder).items()}
     found = together(decoder, talks, at_once=3)
     assert {arm: turns["c"].ids for arm, turns in found.items()} == expected and list(found) == list(ARMS)
@@ -90,16 +96,9 @@ def test_there_is_no_memory_for_talks_that_do_not_exist(parts, monkeypatch: pyte
     assert max(rows) == len(TEXTS)
 
 
-def test_a_forward_serves_everyone(parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_serves_everyone(parts, rows: list[int]) -> None:
     """Talks of 5, 9 and 3 tokens: no more forwards for six arms than the longest of them takes."""
-    decoder, rows = Decoder(parts[0]), []
-    run = Decoder.forward_rows
-
-    def counted(self: Decoder, ids: torch.Tensor, *more: Any) -> torch.Tensor:
-        rows.append(len(ids))
-        return run(self, ids, *more)
-
-    monkeypatch.setattr(Decoder, "forward_rows", counted)
+    decoder = Decoder(parts[0])
     together(decoder, {arm: session.talk(TEXTS[0]) for arm, session in sessions(parts, decoder).items()})
     assert rows[0] == len(ARMS) and len(rows) <= 4 + 8 + 2
 

@@ -57,7 +57,8 @@ def test_stages_need_what_makes_their_models(module, name: str) -> None:
 
 def test_ninety_minutes_and_four(module) -> None:
     stages = module("smollm2.stages")
-    for name, minutes, jobs in (("recipe.yaml", 90, 1), ("recipe_ci.yaml", 4, 1), ("recipe_gpu.yaml", 8, 5)):
+    recipes = ("recipe.yaml", 90, 1), ("recipe_ci.yaml", 4, 1), ("recipe_gpu.yaml", 8, 5), ("recipe_reuse.yaml", 60, 1)
+    for name, minutes, jobs in recipes:
         recipe = stages.read_recipe(RECIPES / "smollm2" / name)
         budget = sum(stage.budget for stage in stages.stages(recipe, "m", Path("out"))) / 60 / jobs
         assert budget <= minutes * 1.5, name  # budgets are what a stage may take, not what it takes

@@ -214,7 +214,7 @@ class ReuseConfig:
     """Let agents speak for themselves through every arm as well, which gives its accuracy; false saves that time, and
     leaves dense's accuracy alone."""
     decision_dense: bool = True
-    """Accuracy: the decision agent computes its whole prompt, whatever the arm."""
+    """Accuracy: the decision agent computes its prompt behind its fixed beginning, whatever the arm."""
     budget_minutes: Annotated[float, Gt(0), "null is no limit"] | None = None
     """Time for a model's problems, shared out equally among the tasks; a task ends before the problem that would not
     fit. null is no limit."""

@@ -76,7 +76,7 @@ class Reuse:
         self._tasks: dict[str, tuple[Task, Sequence[Team]]] = {}
         lab = self._lab(_shapes(candidate.config, attention), candidate.tokenizer, self._arms)
         for name in dict.fromkeys(config.tasks):
-            task = _task(name, config, lab.model, candidate.tokenizer, self._lines, seed)
+            task = _task(name, config, lab.decoder, candidate.tokenizer, self._lines, seed)
             self._tasks[task.name] = task, task.teams()
             for team in self._tasks[task.name][1]:
                 Trial(lab, task, team)  # for its checks alone
@@ -229,7 +229,7 @@ def arm_makers(config: ReuseConfig, seed: int = 0) -> dict[str, Callable[[], Arm
 def _task(
     name: TaskName,
     config: ReuseConfig,
-    model: PreTrainedModel,
+    decoder: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     lines: list[tuple[int, ...]],
     seed: int,
@@ -246,8 +246,8 @@ def _task(
         words = FactVocabulary(KEY_TOKENS, VALUE_TOKENS)
         return RetrievalTask(config.retrieval, config.agents.count, lines, words, ids, seed)
     if name is TaskName.copy:
-        vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
-        return CopyTask(config.copy, config.agents.count, config.topology, int(vocabulary), seed)  # type: ignore
+        sizes = decoder.vocabulary, seed, decoder.reach
+        return CopyTask(config.copy, config.agents.count, config.topology, *sizes)
     chat = _chats(config, tokenizer)
     crew = _crew(config, name) if chat or config.agents.file else None
     if name is TaskName.gsm8k:

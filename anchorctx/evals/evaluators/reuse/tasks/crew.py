@@ -267,6 +267,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, of which YAML's own loader takes the last, and what is no name."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping of a node; UserError with the line of a key that is refused."""
         seen = set[str]()
         for key_node, _ in node.value:
             line = f"(line {key_node.start_mark.line + 1})"

@@ -312,6 +312,8 @@ def test_several_models_are_paired_on_the_same_problems(folder: Path, tmp_path: 
         ("models=[{path: TINY, average: x}]", "average=x is not known to kvcomm"),
         ("model=[TINY,TINY/none]", "TINY/none does not exist"),
         ("model=[TINY,TINY] label=x", "label=x cannot name 2 models"),
+        ("tasks=[copy] copy.output=1000000000000", "the model reaches 1,?024"),
+        ("tasks=[copy] copy.question=1000000000000", "the model reaches 1,?024"),
         ("budget_minutes=0", "budget_minutes=0.0 must be above 0: null is no limit"),
         ("until_interval=-1", "until_interval=-1.0 must be above 0: null runs all problems"),
         ("arms=[predicted] settings.predicted.warmup=3", "from 3 requests: raise warmup to 9 or more"),
