@@ -31,6 +31,7 @@ from anchorctx.testing.full_disk import FailingDisk, small_disk
 from anchorctx.testing.tiny import save, text_model
 from anchorctx.train import export
 from anchorctx.train.callbacks import METRICS, JsonlMetrics
+from anchorctx.train.checkpoints.compare import configuration
 
 LINES = "".join(f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(400))
 HIDDEN = {".lock", ".tokens"}
@@ -68,7 +69,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def commands(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Command]:
     model, corpus, run = inputs / "tiny", f"corpus={{path: {inputs / 'corpus.jsonl'}, format: auto}}", inputs / "run"
     weights = text_model(train_tokenizer(vocabulary=300, sample_chars=20_000), 512)
-    found = SimpleNamespace(folder=inputs, state=None)
+    found = SimpleNamespace(folder=inputs, state=SimpleNamespace(model=configuration(weights.config)))
     monkeypatch.setattr(export, "_checkpoint", lambda *_: found)  # reading checkpoints is tested elsewhere
     monkeypatch.setattr(export, "gather", lambda _: {})
     monkeypatch.setattr(export, "_restore", lambda *_: (weights, dict(weights.state_dict())))
